@@ -1,0 +1,603 @@
+"""
+HeyGen's overdub protocol without I/O.
+
+Each function at the end builds one :class:`Call`: what to send, and how to read what comes back. The
+worker's transport and the triggerer's (:mod:`.hooks.heygen`) use these and only these, so they cannot drift.
+
+Requests are checked strictly, before anything is sent. Answers are read leniently: members may be missing,
+null, renamed (``lipsync_id``) or unknown, and only what no client can work without is an error.
+
+Facts come from the vendor's Overdub page and HeyGen's published OpenAPI; ``overdubs`` and ``lipsyncs`` are
+the same resource before and after HeyGen's rename of April 2026.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
+from urllib.parse import quote, urlsplit
+
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+
+from airflow_provider_heygen.exceptions import (
+    HeyGenBadInputError,
+    HeyGenError,
+    HeyGenNotFoundError,
+    HeyGenPermanentError,
+    HeyGenTransientError,
+)
+
+if TYPE_CHECKING:
+    from airflow_provider_heygen.connection import HeyGenConnection
+
+T = TypeVar("T")
+
+MAX_PAGE_SIZE = 100
+"""The longest page HeyGen lists (vendor's page)."""
+
+MAX_MULTIPART_BYTES = 32 * 1024 * 1024
+"""The largest file ``POST /v3/assets`` takes: "32 MB", read generously (contract, x-limits)."""
+
+DEFAULT_FAILURE_MESSAGE = "HeyGen gave no reason"
+"""``failure_message`` may be null on a failed job (contract notes, section 11)."""
+
+
+def redact_links(text: str) -> str:
+    """
+    Cut the query out of every link in a text.
+
+    A presigned link is a bearer secret while it lives, and HeyGen quotes the links it was given.
+    """
+    text = re.sub(r"(?i)(https?://)[^\s/@\"'<>]*@", r"\1", text)
+    return re.sub(r"\?[^\s\"'<>?]*=[^\s\"'<>]*", "?***", text)
+
+
+# --- What is sent -------------------------------------------------------------------------------------
+
+
+def _https(url: str) -> str:
+    return _url(url, schemes=("https",))
+
+
+def _http_or_https(url: str) -> str:
+    # That callbacks must be https is inferred, not documented: HeyGen decides, not we.
+    return _url(url, schemes=("https", "http"))
+
+
+def _url(url: str, *, schemes: tuple[str, ...]) -> str:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in schemes and bool(parts.hostname) and url.isprintable() and " " not in url
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError(f"must be a public {' or '.join(schemes)} URL")
+    return url
+
+
+class MediaUrl(BaseModel):
+    """A file HeyGen downloads: public https, straight to the file, no login page in between."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    type: Literal["url"]
+    url: Annotated[str, AfterValidator(_https)] = Field(repr=False)
+
+
+def _unwrap_asset(value: Any) -> Any:
+    # {"type": "asset_id", "asset_id": upload.output}: the upload operator returns a whole media input.
+    return value.get("asset_id") if isinstance(value, Mapping) else value
+
+
+class MediaAsset(BaseModel):
+    """A file uploaded to HeyGen before."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    type: Literal["asset_id"]
+    asset_id: Annotated[str, BeforeValidator(_unwrap_asset)] = Field(min_length=1, pattern=r"^\S+$")
+
+
+def _as_media(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"type": "url", "url": value}
+    if isinstance(value, Mapping):
+        given = {name for name in ("url", "asset_id") if value.get(name) is not None}
+        if len(given) != 1:
+            raise ValueError("give exactly one of 'url' and 'asset_id'")
+        if value.get("type") not in ("url", "asset_id"):
+            raise ValueError("'type' must be 'url' or 'asset_id'")
+    return value
+
+
+MediaInput = Annotated[
+    MediaUrl | MediaAsset,
+    Field(discriminator="type"),
+    BeforeValidator(_as_media),
+]
+"""An https URL, or ``{"type": "url", "url": ...}``, or ``{"type": "asset_id", "asset_id": ...}``."""
+
+Title = Annotated[str, Field(min_length=1, pattern=r"\S")]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class CreateOverdubRequest(BaseModel):
+    """
+    The body of a create: the 16 fields of the vendor's page, under their own names.
+
+    ``None`` means "not given" and is left out, so that HeyGen's own default applies.
+
+    :param video: source video. See :data:`MediaInput`.
+    :param audio: the new audio, same forms.
+    :param title: name shown in HeyGen's dashboard.
+    :param mode: ``speed`` (HeyGen's default) or ``precision``: better, slower, twice the price.
+    :param enable_caption: generate captions.
+    :param enable_dynamic_duration: let the output's length follow the new audio (HeyGen's default: true).
+    :param disable_music_track: strip the source's background music.
+    :param enable_speech_enhancement: clean up the speech.
+    :param enable_watermark: add a watermark.
+    :param start_time: start of a partial overdub, seconds.
+    :param end_time: end of a partial overdub, seconds.
+    :param keep_the_same_format: keep the source's resolution and bitrate.
+    :param fps_mode: ``vfr``, ``cfr`` or ``passthrough``.
+    :param callback_url: gets one POST when the job completes or fails.
+    :param callback_id: echoed in the callback and in the job.
+    :param folder_id: project folder of the result.
+    """
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    video: MediaInput
+    audio: MediaInput
+    title: Title | None = None
+    mode: Literal["speed", "precision"] | None = None
+    enable_caption: bool | None = None
+    enable_dynamic_duration: bool | None = None
+    disable_music_track: bool | None = None
+    enable_speech_enhancement: bool | None = None
+    enable_watermark: bool | None = None
+    start_time: Seconds | None = None
+    end_time: Seconds | None = None
+    keep_the_same_format: bool | None = None
+    fps_mode: Literal["vfr", "cfr", "passthrough"] | None = None
+    callback_url: Annotated[str, AfterValidator(_http_or_https)] | None = Field(default=None, repr=False)
+    callback_id: str | None = Field(default=None, min_length=1)
+    folder_id: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _end_after_start(self) -> CreateOverdubRequest:
+        if self.end_time is not None and self.end_time <= (self.start_time or 0):
+            raise ValueError("end_time must be after start_time")
+        return self
+
+    @classmethod
+    def of(cls, request: CreateOverdubRequest | Mapping[str, Any]) -> CreateOverdubRequest:
+        """
+        Check a mapping, or pass a checked request through.
+
+        :raises HeyGenBadInputError: a field is wrong; the message names it and shows no value.
+        """
+        if isinstance(request, cls):
+            return request
+        try:
+            return cls.model_validate(dict(request))
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(str(part) for part in problem['loc'][:1]) or 'request'}: "
+                f"{problem['msg'].removeprefix('Value error, ')}"
+                for problem in error.errors(include_input=False, include_url=False)
+            )
+            raise HeyGenBadInputError(
+                f"The overdub request is wrong, nothing was sent: {problems}."
+            ) from None
+
+    def body(self) -> dict[str, Any]:
+        """Give the JSON body: given fields only."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+# --- What comes back ----------------------------------------------------------------------------------
+
+
+def _none_if_odd(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return handler(value)
+    except ValidationError:
+        return None
+
+
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _status_word(value: Any) -> str:
+    return value.strip().lower() if isinstance(value, str) and value.strip() else "unknown"
+
+
+Lenient = WrapValidator(_none_if_odd)
+OptionalText = Annotated[str | None, BeforeValidator(_text), Lenient]
+Id = Annotated[str, BeforeValidator(_text), Field(min_length=1)]
+
+
+class OverdubStatus(StrEnum):
+    """HeyGen's status words for this resource; the last two are final."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+class Overdub(BaseModel):
+    """
+    One overdub as HeyGen reports it.
+
+    :param overdub_id: its id; also as ``id``, the vendor's word here.
+    :param status: an :class:`OverdubStatus`, or HeyGen's word where that is not one of the four.
+    :param title: display name.
+    :param duration: length of the output in seconds, when completed; what HeyGen bills.
+    :param video_url: presigned link to the output, when completed; a secret that expires.
+    :param caption_url: presigned link to the captions (``lipsyncs`` only).
+    :param callback_id: the id given at creation.
+    :param created_at: Unix seconds.
+    :param failure_message: why it failed, when it failed and HeyGen says.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    overdub_id: Id = Field(validation_alias=AliasChoices("id", "overdub_id", "lipsync_id"))
+    status: Annotated[
+        OverdubStatus | str, BeforeValidator(_status_word), Field(union_mode="left_to_right")
+    ] = "unknown"
+    title: OptionalText = None
+    duration: Annotated[float | None, Lenient] = None
+    video_url: Annotated[str | None, Lenient] = Field(default=None, repr=False)
+    caption_url: Annotated[str | None, Lenient] = Field(default=None, repr=False)
+    callback_id: OptionalText = None
+    created_at: Annotated[int | None, Lenient] = None
+    failure_message: OptionalText = None
+
+    @property
+    def id(self) -> str:
+        """The vendor's word for :attr:`overdub_id`."""
+        return self.overdub_id
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the status will not change any more. A word we do not know is not final."""
+        return self.status in (OverdubStatus.COMPLETED, OverdubStatus.FAILED)
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, fit for a log."""
+        return redact_links(self.failure_message or DEFAULT_FAILURE_MESSAGE)
+
+    def details(self) -> dict[str, Any]:
+        """Give what may be stored and shown: everything but the presigned links."""
+        shown = self.model_dump(mode="json", exclude={"video_url", "caption_url"})
+        return {
+            name: redact_links(value) if isinstance(value, str) else value for name, value in shown.items()
+        }
+
+
+class OverdubPage(BaseModel):
+    """One page of the list; ``next_token`` is ``None`` on the last one."""
+
+    model_config = ConfigDict(frozen=True)
+
+    data: list[Overdub]
+    has_more: bool
+    next_token: str | None
+
+
+class Asset(BaseModel):
+    """An uploaded file: ``asset_id`` is what a create takes, ``size_bytes`` is in bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    asset_id: Id = Field(validation_alias=AliasChoices("asset_id", "id"))
+    url: Annotated[str | None, Lenient] = Field(default=None, repr=False)
+    mime_type: OptionalText = None
+    size_bytes: Annotated[int | None, Lenient] = None
+
+
+def _data(answer: Any, kind: type) -> Any:
+    data = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(data, kind):
+        raise ValueError("there is no usable 'data' in it")
+    return data
+
+
+def _created_id(answer: Any) -> str:
+    data = _data(answer, dict)
+    for name in ("overdub_id", "lipsync_id", "id"):
+        if isinstance(data.get(name), str) and data[name].strip():
+            return str(data[name])
+    raise ValueError("there is no overdub_id in it")
+
+
+def _page(answer: Any) -> OverdubPage:
+    rows = []
+    for row in _data(answer, list):
+        try:
+            rows.append(Overdub.model_validate(row))
+        except ValidationError:
+            continue  # one row we cannot read must not hide the others
+    token = answer.get("next_token")
+    token = token if isinstance(token, str) and token else None
+    # Neither member is marked as required: without a token there is no next page, whatever has_more says.
+    has_more = token is not None and answer.get("has_more") is not False
+    return OverdubPage(data=rows, has_more=has_more, next_token=token if has_more else None)
+
+
+# --- Calls --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call(Generic[T]):
+    """
+    One HTTP request, and how to read its answer.
+
+    :param what: the call in words, for messages.
+    :param read: turns the decoded JSON into the result, or raises ``ValueError``.
+    :param body_matters: whether a 2xx answer without readable JSON is an error.
+    """
+
+    what: str
+    method: Literal["GET", "POST", "PATCH", "DELETE"]
+    path: str
+    read: Callable[[Any], T]
+    params: Mapping[str, str | int] = field(default_factory=dict)
+    json: Mapping[str, Any] | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body_matters: bool = True
+
+    def answer(self, status: int, headers: Mapping[str, str], body: bytes, connection: HeyGenConnection) -> T:
+        """
+        Turn an HTTP answer into the result.
+
+        :param headers: the answer's headers, looked up case-insensitively.
+        :raises HeyGenTransientError: worth repeating (429, 5xx, 409 in progress, unreadable).
+        :raises HeyGenPermanentError: not worth repeating; says what to change.
+        """
+        try:
+            decoded = json.loads(body)
+        except (ValueError, RecursionError):
+            decoded = None
+        if not 200 <= status < 300:
+            raise _error(self, status, headers, decoded, connection)
+        if decoded is None and self.body_matters:
+            raise HeyGenTransientError(
+                f"HeyGen answered {status} to {self.what} without JSON"
+                f" ({headers.get('Content-Type', 'no content type')}, {len(body)} bytes)."
+                f" If this goes on, check the host of Airflow connection '{connection.conn_id}'.",
+                status_code=status,
+                outcome_unknown=self.method != "GET",
+            )
+        try:
+            return self.read(decoded)
+        except ValueError as error:  # pydantic's ValidationError is one
+            reason = "it has no id" if isinstance(error, ValidationError) else str(error)
+            raise HeyGenTransientError(
+                f"HeyGen's answer to {self.what} cannot be used: {reason}.",
+                status_code=status,
+                outcome_unknown=self.method != "GET",
+            ) from None
+
+
+_COLLECTION_404 = (
+    "The whole route is missing there. HeyGen renamed overdubs to lipsyncs in 2026: set the extra 'resource' of"
+    " Airflow connection '{conn_id}' to '{other}' (it is '{resource}'), or check its host."
+)
+
+_NEXT_STEP = {
+    400: "Correct the request",
+    401: "Check the password of Airflow connection '{conn_id}' and its extra 'auth_type' (it is '{auth_type}')",
+    402: "Top up: API keys draw on the API wallet, OAuth tokens on the web plan",
+    403: "The credential of Airflow connection '{conn_id}' is valid but may not do this",
+    404: "It does not exist, was deleted, or belongs to another account than that of Airflow connection"
+    " '{conn_id}'",
+    409: "It is in a state that does not allow this",
+    413: "HeyGen takes files up to 32 MB here",
+    422: "Correct the request",
+    429: "The account's quota is used up; waiting a little does not help",
+}
+
+_NEXT_STEP_BY_CODE = {
+    "download_failed": "HeyGen could not fetch an input: the URL must be public https straight to the file."
+    " Or upload the file and pass its asset_id",
+    "asset_not_found": "Upload the file with the same credential and pass the new asset_id",
+}
+
+# Codes that call for patience although their status does not (contract, x-error-catalog).
+_WAITING_CODES = {"request_in_progress", "resource_not_ready", "asset_not_available"}
+
+
+def _error(
+    call: Call[Any], status: int, headers: Mapping[str, str], decoded: Any, connection: HeyGenConnection
+) -> HeyGenError:
+    envelope = decoded.get("error") if isinstance(decoded, dict) else None
+    envelope = envelope if isinstance(envelope, dict) else {}
+
+    def said(name: str) -> str | None:
+        value = envelope.get(name)
+        return connection.redact(redact_links(value))[:1000] if isinstance(value, str) and value else None
+
+    code, param, doc_url = said("code"), said("param"), said("doc_url")
+    request_id = headers.get("X-Request-Id")
+    details: dict[str, Any] = {
+        "status_code": status,
+        "code": code,
+        "param": param,
+        "doc_url": doc_url,
+        "request_id": request_id,
+        "retry_after": _retry_after(headers.get("Retry-After")),
+    }
+    message = f"HeyGen answered {status}{f' {code}' if code else ''} to {call.what}"
+    message += f": {said('message')}" if said("message") else "."
+    message = message if message.endswith((".", "!", "?")) else f"{message}."
+    trace = f" (request {request_id})" if request_id else ""
+
+    spent = status == 429 and re.search("trial|quota", code or "")
+    if code in _WAITING_CODES or status in (408, 425) or status >= 500 or (status == 429 and not spent):
+        # 429 and the waiting codes say that nothing was done; a gateway's 5xx says nothing at all.
+        return HeyGenTransientError(
+            message + trace,
+            outcome_unknown=(status >= 500 or status == 408) and call.method != "GET",
+            **details,
+        )
+
+    if 300 <= status < 400:
+        step = (
+            "Redirects are not followed, the credential would travel along:"
+            " put the final base URL into the host of Airflow connection '{conn_id}'"
+        )
+    elif status == 404 and code != "asset_not_found" and call.path.count("/") == 2:
+        step = _COLLECTION_404
+    else:
+        step = _NEXT_STEP_BY_CODE.get(code or "", _NEXT_STEP.get(status, "Correct the request"))
+    if param:
+        step += f" (field '{param}')"
+    if doc_url:
+        step += f"; see {doc_url}"
+    other = "lipsyncs" if connection.resource == "overdubs" else "overdubs"
+    for name, value in {
+        "conn_id": connection.conn_id,
+        "auth_type": connection.auth_type,
+        "resource": connection.resource,
+        "other": other,
+    }.items():
+        step = step.replace(f"{{{name}}}", value)
+    message = f"{message} {step.removesuffix('.')}.{trace}"
+    return (HeyGenNotFoundError if status == 404 else HeyGenPermanentError)(message, **details)
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Read ``Retry-After``: whole seconds (HeyGen's documentation) or an HTTP date (RFC 9110)."""
+    if not value:
+        return None
+    try:
+        if value.strip().isdigit():
+            return float(value)
+        moment = parsedate_to_datetime(value)
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def check_id(overdub_id: Any, name: str = "overdub_id") -> str:
+    """
+    Give an id that is safe as one segment of a path.
+
+    :raises HeyGenBadInputError: empty, not text, or with a character that would lead to another path.
+    """
+    if not isinstance(overdub_id, str) or not overdub_id.strip():
+        raise HeyGenBadInputError(f"{name} is empty or not text; pass the id that a create returned.")
+    if overdub_id in (".", "..") or re.search(r"[\s/\\?#%\x00-\x1f\x7f]", overdub_id):
+        raise HeyGenBadInputError(
+            f"{name} {overdub_id!r} is not an id: it has characters of a path or query."
+        )
+    return overdub_id
+
+
+def _item_path(resource: str, overdub_id: str) -> str:
+    return f"/v3/{resource}/{quote(check_id(overdub_id), safe='')}"
+
+
+def _read_overdub(overdub_id: str) -> Callable[[Any], Overdub]:
+    # We know which one we asked for, so its id may be missing from the answer.
+    return lambda answer: Overdub.model_validate({**_data(answer, dict), "id": overdub_id})
+
+
+def create_overdub(resource: str, request: CreateOverdubRequest, idempotency_key: str) -> Call[str]:
+    """Start an overdub; the result is its id. The key makes a repetition harmless for 24 hours."""
+    return Call(
+        what="the create",
+        method="POST",
+        path=f"/v3/{resource}",
+        json=request.body(),
+        headers={"Idempotency-Key": _check_key(idempotency_key)},
+        read=_created_id,
+    )
+
+
+def get_overdub(resource: str, overdub_id: str) -> Call[Overdub]:
+    """Read one overdub."""
+    return Call(
+        what=f"the look at overdub '{overdub_id}'",
+        method="GET",
+        path=_item_path(resource, overdub_id),
+        read=_read_overdub(overdub_id),
+    )
+
+
+def list_overdubs(resource: str, limit: int, token: str | None) -> Call[OverdubPage]:
+    """List one page of overdubs; ``limit`` is 1 to 100, ``token`` the ``next_token`` of the page before."""
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_PAGE_SIZE:
+        raise HeyGenBadInputError(f"limit must be a whole number from 1 to {MAX_PAGE_SIZE}, not {limit!r}.")
+    return Call(
+        what="the list of overdubs",
+        method="GET",
+        path=f"/v3/{resource}",
+        params={"limit": limit, **({"token": token} if token else {})},
+        read=_page,
+    )
+
+
+def update_overdub(resource: str, overdub_id: str, title: str) -> Call[Overdub]:
+    """Rename an overdub: ``title`` is all that HeyGen lets us change."""
+    if not isinstance(title, str) or not title.strip():
+        raise HeyGenBadInputError("title is empty; an overdub cannot be renamed to nothing.")
+    return Call(
+        what=f"the renaming of overdub '{overdub_id}'",
+        method="PATCH",
+        path=_item_path(resource, overdub_id),
+        json={"title": title},
+        read=_read_overdub(overdub_id),
+    )
+
+
+def delete_overdub(resource: str, overdub_id: str) -> Call[None]:
+    """Delete an overdub and its files for good. Whether this cancels a running one is not documented."""
+    return Call(
+        what=f"the deletion of overdub '{overdub_id}'",
+        method="DELETE",
+        path=_item_path(resource, overdub_id),
+        read=lambda _: None,
+        body_matters=False,
+    )
+
+
+def upload_asset(idempotency_key: str) -> Call[Asset]:
+    """Upload one file as ``multipart/form-data``; the transport adds the body, field name ``file``."""
+    return Call(
+        what="the upload",
+        method="POST",
+        path="/v3/assets",
+        headers={"Idempotency-Key": _check_key(idempotency_key)},
+        read=lambda answer: Asset.model_validate(_data(answer, dict)),
+    )
+
+
+def _check_key(key: str) -> str:
+    if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9_\-:.]{1,255}", key):
+        raise HeyGenBadInputError("idempotency_key must be 1 to 255 characters of A-Z a-z 0-9 _ - : . ")
+    return key

@@ -1,0 +1,574 @@
+"""
+The two transports over :mod:`airflow_provider_heygen.api`: requests on the worker, aiohttp in the triggerer.
+
+Both send the same calls and read the answers with the same code; this module adds connections, sessions,
+timeouts and retries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mimetypes
+import os
+import ssl
+import time
+import uuid
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import aiohttp
+import requests
+import tenacity
+from airflow.providers.http.hooks.http import HttpHook
+from requests.auth import AuthBase
+from requests.exceptions import (
+    ConnectionError,
+    ConnectTimeout,
+    InvalidHeader,
+    InvalidProxyURL,
+    InvalidURL,
+    RequestException,
+    SSLError,
+)
+from requests_toolbelt import MultipartEncoder
+from urllib3.exceptions import NameResolutionError, NewConnectionError
+
+from airflow_provider_heygen import __version__, api
+from airflow_provider_heygen.connection import HeyGenConnection
+from airflow_provider_heygen.exceptions import (
+    HeyGenBadInputError,
+    HeyGenError,
+    HeyGenPermanentError,
+    HeyGenTransientError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from os import PathLike
+
+    from airflow.providers.common.compat.sdk import ObjectStoragePath
+
+T = TypeVar("T")
+
+# HeyGen's gateway is known to refuse the default agents of HTTP libraries (contract notes, section 2).
+USER_AGENT = f"airflow-provider-heygen/{__version__}"
+
+LONGEST_SLEEP = 60.0
+"""Seconds. A longer wait is not slept through on a worker: the error is raised, for the caller to defer."""
+
+_backoff = tenacity.wait_exponential_jitter(initial=1, max=30, jitter=1)
+
+
+def _worth_repeating(error: BaseException) -> bool:
+    return isinstance(error, HeyGenTransientError) and (error.retry_after or 0) <= LONGEST_SLEEP
+
+
+def _pause(state: tenacity.RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    told = error.retry_after if isinstance(error, HeyGenError) else None
+    # Never sooner than HeyGen asked for.
+    return max(told or 0.0, _backoff(state))
+
+
+class HeyGenHook(HttpHook):
+    """
+    Talk to HeyGen with the credential of an Airflow connection of type ``heygen``.
+
+    Use it as a context manager to close its HTTP session early, or ``async with`` in a triggerer to share
+    one session with every other hook of the same settings on that event loop.
+
+    Every method raises :class:`~airflow_provider_heygen.exceptions.HeyGenError`: bad input and wrong settings
+    before anything is sent, permanent answers at once, transient ones after ``max_attempts``.
+
+    :param heygen_conn_id: the Airflow connection.
+    :param max_attempts: how often a call is tried while the failure is transient. Pauses double from 1 to
+        30 s, or last as long as HeyGen's ``Retry-After`` says; if that is over a minute, the error is raised.
+    """
+
+    conn_name_attr = "heygen_conn_id"
+    default_conn_name = "heygen_default"
+    conn_type = "heygen"
+    hook_name = "HeyGen"
+
+    def __init__(self, heygen_conn_id: str = default_conn_name, *, max_attempts: int = 6) -> None:
+        super().__init__(http_conn_id=heygen_conn_id)
+        self.heygen_conn_id = heygen_conn_id
+        self.max_attempts = max_attempts
+        self._resolved: HeyGenConnection | None = None
+        self._closing = ExitStack()
+        self._aclosing: AsyncExitStack | None = None
+
+    # --- The calls ------------------------------------------------------------------------------------
+
+    def create_overdub(
+        self, request: api.CreateOverdubRequest | Mapping[str, Any], *, idempotency_key: str | None = None
+    ) -> str:
+        """
+        Start an overdub and give its id. It costs money when it completes.
+
+        However often the answer gets lost, one overdub is started: each attempt carries the same key, and
+        before an attempt that follows a lost answer the list is searched for our ``callback_id``, because
+        a server may not know the key.
+
+        :param request: a :class:`~airflow_provider_heygen.api.CreateOverdubRequest` or a mapping of its
+            fields.
+        :param idempotency_key: 1 to 255 of ``A-Z a-z 0-9 _ - : .``; the same key gets the same overdub for
+            24 hours, even for another request. Made up when not given. Also sent as ``callback_id`` unless
+            the request has one.
+        """
+        request = api.CreateOverdubRequest.of(request)
+        idempotency_key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
+        if request.callback_id is None:
+            request = request.model_copy(update={"callback_id": idempotency_key})
+        call = api.create_overdub(self.settings.resource, request, idempotency_key)
+        started_at = time.time()
+        answer_lost = False
+        for attempt in self._retrying():
+            with attempt:
+                if answer_lost and (found := self.find_overdub(str(request.callback_id), since=started_at)):
+                    self.log.info("The answer was lost but overdub %s was created.", found.overdub_id)
+                    return found.overdub_id
+                try:
+                    return self._send(call)
+                except HeyGenTransientError as error:
+                    answer_lost = answer_lost or error.outcome_unknown
+                    raise
+        raise AssertionError  # tenacity returns or raises; this tells mypy
+
+    def get_overdub(self, overdub_id: str) -> api.Overdub:
+        """Read one overdub. Each look gives a fresh ``video_url``."""
+        return self._call(api.get_overdub(self.settings.resource, overdub_id))
+
+    def list_overdubs(self, limit: int = 10, token: str | None = None) -> api.OverdubPage:
+        """
+        List one page of overdubs.
+
+        :param limit: how many, 1 to 100.
+        :param token: ``next_token`` of the page before.
+        """
+        return self._call(api.list_overdubs(self.settings.resource, limit, token))
+
+    def iter_overdubs(self, page_size: int = api.MAX_PAGE_SIZE) -> Iterator[api.Overdub]:
+        """
+        List all overdubs, each once, page after page as they are consumed.
+
+        :param page_size: how many per request, 1 to 100.
+        """
+        token: str | None = None
+        tokens, ids = set(), set()
+        while True:
+            page = self.list_overdubs(page_size, token)
+            for overdub in page.data:
+                # Pages shift while being read when new jobs arrive; the same row may come again.
+                if overdub.overdub_id not in ids:
+                    ids.add(overdub.overdub_id)
+                    yield overdub
+            token = page.next_token
+            if token is None or token in tokens:
+                return
+            tokens.add(token)
+
+    def find_overdub(self, callback_id: str, *, since: float) -> api.Overdub | None:
+        """
+        Find the overdub that was created with a ``callback_id``.
+
+        HeyGen has no filter, so this reads the list. A server may leave ``callback_id`` out of the list;
+        the rows that may be ours are then looked at one by one.
+
+        :param since: Unix seconds of the first attempt to create it; older rows are not looked at one by one.
+        """
+        clock_skew = 300
+        for row in self.iter_overdubs():
+            found = row
+            if row.callback_id is None and (row.created_at is None or row.created_at >= since - clock_skew):
+                try:
+                    found = self.get_overdub(row.overdub_id)
+                except HeyGenPermanentError:
+                    continue  # deleted meanwhile
+            if found.callback_id == callback_id:
+                return found
+        return None
+
+    def update_overdub(self, overdub_id: str, title: str) -> api.Overdub:
+        """Rename an overdub."""
+        return self._call(api.update_overdub(self.settings.resource, overdub_id, title))
+
+    def delete_overdub(self, overdub_id: str) -> None:
+        """Delete an overdub and its files for good."""
+        self._call(api.delete_overdub(self.settings.resource, overdub_id))
+
+    def upload_asset(self, path: str | PathLike[str] | ObjectStoragePath) -> api.Asset:
+        """
+        Upload one file for use as ``video`` or ``audio``, streamed from where it is.
+
+        :param path: a local path or any URI that Airflow's ObjectStoragePath understands (``file://``,
+            ``s3://conn_id@bucket/key``, ``gs://`` ...), at most 32 MB.
+        """
+        source, size = self._uploadable(path)
+        call = api.upload_asset(str(uuid.uuid4()))
+        content_type = mimetypes.guess_type(source.name)[0] or "application/octet-stream"
+        self.log.info("Uploading %s (%.1f MB).", source.name, size / 1e6)
+        for attempt in self._retrying():
+            with attempt, source.open("rb") as file:  # type: ignore[no-untyped-call]
+                # The encoder reads the file while the socket takes it: never all of it in memory.
+                form = MultipartEncoder({"file": (source.name, file, content_type)})
+                return self._send(call, form=form)
+        raise AssertionError
+
+    def test_connection(self) -> tuple[bool, str]:
+        """Try the connection with a free look at the resource itself, as Airflow's "Test" button does."""
+        try:
+            page = self._send(api.list_overdubs(self.settings.resource, 1, None))
+        except Exception as error:
+            return False, str(error)
+        seen = "there are jobs" if page.data else "no jobs yet"
+        return True, f"HeyGen accepts the {self.settings.auth_type}; {self.settings.resource}: {seen}."
+
+    async def aget_overdub(self, overdub_id: str) -> api.Overdub:
+        """:meth:`get_overdub` for an event loop."""
+        return await self._acall(lambda resource: api.get_overdub(resource, overdub_id))
+
+    async def alist_overdubs(self, limit: int = 10, token: str | None = None) -> api.OverdubPage:
+        """:meth:`list_overdubs` for an event loop."""
+        return await self._acall(lambda resource: api.list_overdubs(resource, limit, token))
+
+    async def adelete_overdub(self, overdub_id: str) -> None:
+        """:meth:`delete_overdub` for an event loop."""
+        await self._acall(lambda resource: api.delete_overdub(resource, overdub_id))
+
+    # --- The worker's transport -----------------------------------------------------------------------
+
+    @property
+    def settings(self) -> HeyGenConnection:
+        """The connection, resolved once per hook."""
+        if self._resolved is None:
+            connection = self.get_connection(self.heygen_conn_id)
+            self._resolved = HeyGenConnection.from_airflow(connection, connection.extra_dejson)
+        return self._resolved
+
+    def __enter__(self) -> HeyGenHook:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the HTTP session; the next call opens another."""
+        self.__dict__.pop("_session", None)
+        self._closing.close()
+
+    def get_conn(
+        self, headers: dict[Any, Any] | None = None, extra_options: dict[str, Any] | None = None
+    ) -> requests.Session:
+        """
+        Make a session with the credential, proxies, TLS settings and keep-alive of the connection.
+
+        Everything inherited from ``HttpHook``, such as ``run``, works with it for HeyGen's other routes.
+        """
+        settings = self.settings
+        session = _new_session(settings)
+        session.auth = _Credential(settings)
+        session.headers["User-Agent"] = USER_AGENT
+        session.headers.update(headers or {})
+        if self.keep_alive_adapter:
+            session.mount("http://", self.keep_alive_adapter)
+            session.mount("https://", self.keep_alive_adapter)
+        self.base_url = settings.base_url
+        self._base_url_initialized = True
+        # Redirects are not followed: the credential would travel along.
+        timeout = (settings.connect_timeout, settings.write_timeout)
+        self.merged_extra = {"timeout": timeout, **(extra_options or {}), "allow_redirects": False}
+        return session
+
+    def check_response(self, response: requests.Response) -> None:
+        """Raise our errors for ``HttpHook.run``, whose own would log the whole body."""
+        if not response.ok or response.is_redirect:
+            path = response.request.path_url.partition("?")[0]
+            call: api.Call[None] = api.Call(
+                what=f"{response.request.method} {path}", method="POST", path=path, read=lambda _: None
+            )
+            call.answer(response.status_code, response.headers, response.content, self.settings)
+
+    @cached_property
+    def _session(self) -> requests.Session:
+        return self._closing.enter_context(self.get_conn())
+
+    def _retrying(self) -> tenacity.Retrying:
+        return tenacity.Retrying(**self._retry_options())
+
+    def _retry_options(self) -> dict[str, Any]:
+        return {
+            "retry": tenacity.retry_if_exception(_worth_repeating),
+            "wait": _pause,
+            "stop": tenacity.stop_after_attempt(self.max_attempts),
+            "before_sleep": self._log_pause,
+            "reraise": True,
+        }
+
+    def _log_pause(self, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        self.log.warning(
+            "%s Trying again in %.0f s (attempt %d of %d).",
+            error,
+            state.upcoming_sleep,
+            state.attempt_number + 1,
+            self.max_attempts,
+        )
+
+    def _call(self, call: api.Call[T]) -> T:
+        result: T = self._retrying()(self._send, call)
+        return result
+
+    def _send(self, call: api.Call[T], *, form: MultipartEncoder | None = None) -> T:
+        """Send one call once."""
+        settings = self.settings
+        read_timeout = _read_timeout(settings, call, upload=form is not None)
+        try:
+            response = self._session.request(
+                call.method,
+                settings.base_url + call.path,
+                params=call.params,
+                json=call.json,
+                data=form,
+                headers={**call.headers, **({"Content-Type": form.content_type} if form else {})},
+                timeout=(settings.connect_timeout, read_timeout),
+                allow_redirects=False,
+            )
+        except RequestException as error:
+            raise _transport_error(call, settings, error, _requests_fault(error)) from None
+        return call.answer(response.status_code, response.headers, response.content, settings)
+
+    def _uploadable(self, path: str | PathLike[str] | ObjectStoragePath) -> tuple[ObjectStoragePath, int]:
+        source = storage_path(path, "the file to upload")
+        try:
+            if source.is_dir():
+                raise HeyGenBadInputError(f"{source} is a directory; name one file.")
+            size = source.stat().st_size
+        except FileNotFoundError:
+            raise HeyGenBadInputError(f"There is no file {source}; nothing was uploaded.") from None
+        if size == 0:
+            raise HeyGenBadInputError(f"{source} is empty; nothing was uploaded.")
+        if size > api.MAX_MULTIPART_BYTES:
+            raise HeyGenBadInputError(
+                f"{source} has {size / 1e6:.1f} MB, HeyGen takes 32 MB per upload. "
+                "Make it smaller, or pass a public https URL as video or audio instead."
+            )
+        return source, size
+
+    # --- The triggerer's transport --------------------------------------------------------------------
+
+    async def asettings(self) -> HeyGenConnection:
+        """:attr:`settings` for an event loop."""
+        if self._resolved is None:
+            from airflow.providers.common.compat.connection import (
+                get_async_connection,
+                get_async_extra_dejson,
+            )
+
+            connection = await get_async_connection(self.heygen_conn_id, hook=self)
+            extra = await get_async_extra_dejson(connection)
+            self._resolved = HeyGenConnection.from_airflow(connection, extra)
+        return self._resolved
+
+    async def __aenter__(self) -> HeyGenHook:
+        self._aclosing = AsyncExitStack()
+        await self._aclosing.enter_async_context(_shared_session(await self.asettings()))
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._aclosing is not None:
+            await self._aclosing.aclose()
+            self._aclosing = None
+
+    async def _acall(self, build: Callable[[str], api.Call[T]]) -> T:
+        call = build((await self.asettings()).resource)
+        result: T = await tenacity.AsyncRetrying(**self._retry_options())(self._asend, call)
+        return result
+
+    async def _asend(self, call: api.Call[T]) -> T:
+        """Send one call once."""
+        settings = await self.asettings()
+        name, value = settings.auth_header
+        timeout = aiohttp.ClientTimeout(
+            total=None,
+            sock_connect=settings.connect_timeout,
+            sock_read=_read_timeout(settings, call),
+        )
+        async with _shared_session(settings) as (session, options):
+            try:
+                async with session.request(
+                    call.method,
+                    settings.base_url + call.path,
+                    params=dict(call.params),
+                    json=call.json,
+                    headers={**call.headers, name: value},
+                    timeout=timeout,
+                    allow_redirects=False,
+                    **options,
+                ) as response:
+                    body = await response.read()
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                raise _transport_error(call, settings, error, _aiohttp_fault(error)) from None
+            return call.answer(response.status, response.headers, body, settings)
+
+
+class _Credential(AuthBase):
+    """The one credential header, set last: a ``~/.netrc`` entry must not add or replace one."""
+
+    def __init__(self, settings: HeyGenConnection) -> None:
+        self.header = settings.auth_header
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        name, value = self.header
+        request.headers[name] = value
+        return request
+
+
+def storage_path(path: str | PathLike[str] | ObjectStoragePath, what: str) -> ObjectStoragePath:
+    """
+    Give an ObjectStoragePath for a local path or a storage URI.
+
+    :param what: how to call it in an error.
+    :raises HeyGenBadInputError: it is empty, or no installed provider knows its scheme.
+    """
+    from airflow.providers.common.compat.sdk import ObjectStoragePath
+
+    text = str(path)
+    if not text.strip():
+        raise HeyGenBadInputError(f"The path of {what} is empty.")
+    try:
+        found = ObjectStoragePath(path)
+        _ = found.fs  # resolves scheme and connection now, where the error can say what is meant
+    except (ImportError, ValueError) as error:
+        raise HeyGenBadInputError(
+            f"{what.capitalize()}, {api.redact_links(text)}, cannot be reached: {error}. "
+            "Is the Airflow provider of that storage installed?"
+        ) from None
+    return found
+
+
+def _read_timeout(settings: HeyGenConnection, call: api.Call[Any], *, upload: bool = False) -> float:
+    if upload:
+        return settings.upload_timeout
+    return settings.read_timeout if call.method == "GET" else settings.write_timeout
+
+
+# How far a request got that met a network fault: this decides what may be repeated.
+_NEVER_SENT, _MAYBE_SENT, _WRONG_SETTING = "never sent", "maybe sent", "wrong setting"
+
+
+def _requests_fault(error: RequestException) -> str:
+    if isinstance(error, (InvalidURL, InvalidHeader, InvalidProxyURL)) or (
+        isinstance(error, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error)
+    ):
+        return _WRONG_SETTING
+    reason = getattr(error.args[0], "reason", None) if error.args else None
+    refused = isinstance(error, ConnectionError) and isinstance(
+        reason, (NewConnectionError, NameResolutionError)
+    )
+    return _NEVER_SENT if isinstance(error, (ConnectTimeout, SSLError)) or refused else _MAYBE_SENT
+
+
+def _aiohttp_fault(error: BaseException) -> str:
+    if isinstance(error, (aiohttp.InvalidURL, aiohttp.ClientConnectorCertificateError)):
+        return _WRONG_SETTING
+    never = isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
+    return _NEVER_SENT if never else _MAYBE_SENT
+
+
+def _transport_error(
+    call: api.Call[Any], settings: HeyGenConnection, error: BaseException, fault: str
+) -> HeyGenError:
+    # The library's text may quote the URL and the proxy's password; its class says what happened.
+    what = f"{type(error).__name__} during {call.what} at {settings.base_url}"
+    if fault == _WRONG_SETTING:
+        return HeyGenPermanentError(
+            f"{what}. Check host, 'verify', 'cert' and 'proxies' of Airflow connection '{settings.conn_id}'."
+        )
+    return HeyGenTransientError(
+        f"{what}, {'nothing was sent' if fault == _NEVER_SENT else 'no answer arrived'}.",
+        outcome_unknown=fault == _MAYBE_SENT and call.method != "GET",
+    )
+
+
+def _new_session(settings: HeyGenConnection) -> requests.Session:
+    """Make a session with the connection's proxies and TLS settings, and no credential."""
+    session = requests.Session()
+    session.proxies = dict(settings.proxies)
+    session.verify = settings.verify
+    session.cert = settings.cert
+    session.trust_env = settings.trust_env
+    return session
+
+
+def _aiohttp_options(settings: HeyGenConnection) -> dict[str, Any]:
+    """
+    Give aiohttp the proxy and TLS settings that requests would use, from connection and environment.
+
+    aiohttp's own ``trust_env`` is left off: it would read ``~/.netrc`` and add a second credential. Reads
+    certificate files, so it is kept off the event loop.
+    """
+    url = settings.base_url
+    found = _new_session(settings).merge_environment_settings(url, {}, None, None, None)
+    options: dict[str, Any] = {"proxy": requests.utils.select_proxy(url, found["proxies"])}
+    verify, cert = found["verify"], found["cert"]
+    if verify is False:
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    else:
+        bundle = requests.certs.where() if verify is True else verify
+        where = "capath" if os.path.isdir(bundle) else "cafile"
+        context = ssl.create_default_context(**{where: bundle})
+    if cert:
+        context.load_cert_chain(*([cert] if isinstance(cert, str) else cert))
+    return {**options, "ssl": context}
+
+
+@dataclass
+class _Shared:
+    """An aiohttp session, the options of its requests, and the number of those who use it."""
+
+    session: aiohttp.ClientSession
+    options: dict[str, Any]
+    users: int = 0
+
+
+# One session for all triggers of an event loop with the same settings, kept while somebody uses it.
+_sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Shared]] = WeakKeyDictionary()
+
+
+@asynccontextmanager
+async def _shared_session(
+    settings: HeyGenConnection,
+) -> AsyncIterator[tuple[aiohttp.ClientSession, dict[str, Any]]]:
+    of_loop = _sessions.setdefault(asyncio.get_running_loop(), {})
+    # The credential goes out with each request, so a rotated key needs no new session.
+    key = settings.model_dump_json(include={"base_url", "proxies", "verify", "cert", "trust_env"})
+    if key not in of_loop:
+        try:
+            options = await asyncio.to_thread(_aiohttp_options, settings)
+        except OSError as error:
+            raise HeyGenBadInputError(
+                f"The 'verify' or 'cert' file of Airflow connection '{settings.conn_id}' cannot be used: {error}."
+            ) from None
+        if key not in of_loop:  # another task may have been quicker
+            session = aiohttp.ClientSession(
+                # Longer than a sensible poll interval: a waiting trigger must not pay for TLS on each look.
+                connector=aiohttp.TCPConnector(limit=20, keepalive_timeout=120),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers={"User-Agent": USER_AGENT},
+            )
+            of_loop[key] = _Shared(session, options)
+    shared = of_loop[key]
+    shared.users += 1
+    try:
+        yield shared.session, shared.options
+    finally:
+        shared.users -= 1
+        if not shared.users:
+            del of_loop[key]
+            await shared.session.close()
