@@ -1,0 +1,219 @@
+"""A HeyGen that runs on your own machine, for trying out and testing pipelines without spending credits.
+
+    with Emulator(Behaviour(job_seconds=0.2), port=0) as heygen:
+        os.environ["AIRFLOW_CONN_HEYGEN_DEFAULT"] = json.dumps(heygen.connection())
+
+or ``python -m airflow_provider_heygen.emulator``. It speaks HTTP like HeyGen (assets, overdubs, lipsyncs,
+batches, presigned links, callbacks) and does a job's work short of the lips: ffmpeg puts the new audio onto
+the video. Input URLs are not fetched unless asked for; a short test clip takes their place. All of it is gone
+at the end.
+"""
+
+from __future__ import annotations
+
+try:
+    import python_multipart  # noqa: F401 - starlette imports it only when the first form arrives
+    import starlette  # noqa: F401
+    import uvicorn
+except ImportError as error:
+    raise ImportError(
+        f"The HeyGen emulator needs {error.name}: pip install 'airflow-provider-heygen[emulator]'",
+        name=error.name,
+    ) from error
+
+import asyncio
+import logging
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from airflow_provider_heygen.emulator.app import HeyGen
+from airflow_provider_heygen.emulator.state import (
+    Behaviour,
+    Fault,
+    Job,
+    RequestRecord,
+    Resource,
+    State,
+    Status,
+)
+from airflow_provider_heygen.emulator.work import Worker
+
+if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import Callable
+
+__all__ = ["Behaviour", "Emulator", "Fault", "Job", "RequestRecord"]
+
+API_KEY = "emulator-api-key"
+OAUTH_TOKEN = "emulator-oauth-token"  # noqa: S105 - of a server that holds nothing
+
+T = TypeVar("T")
+
+
+class Emulator:
+    """The server, running in a thread between ``start`` and ``stop``, or as a context manager.
+
+    ``port`` 0 takes a free port. ``behaviour`` may be changed while it runs. What the members here do, the
+    routes under ``/emulator/`` do for other processes.
+    """
+
+    def __init__(
+        self,
+        behaviour: Behaviour | None = None,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        api_key: str = API_KEY,
+        oauth_token: str = OAUTH_TOKEN,
+    ) -> None:
+        self.api_key = api_key
+        self.oauth_token = oauth_token
+        self._address = host, port
+        self._state = State(behaviour or Behaviour())
+
+    def start(self) -> Self:
+        """Listen, and return when requests are answered. Raises ``OSError`` when the port is taken."""
+        self._socket = socket.create_server(self._address, backlog=2048)
+        self._directory = Path(tempfile.mkdtemp(prefix="heygen-emulator-"))
+        self._worker = Worker(self._state, self._directory)
+        app = HeyGen(
+            self._state,
+            self._worker,
+            self._directory,
+            api_key=self.api_key,
+            oauth_token=self.oauth_token,
+        )
+        config = uvicorn.Config(
+            app,
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            # uvloop cannot watch child processes outside the main thread.
+            loop="asyncio",
+            proxy_headers=False,
+            log_level=logging.WARNING,
+            log_config=None,
+            access_log=False,
+            # Longer than pollers wait between two looks, so that they can keep their connection.
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=1,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._serve, name="heygen-emulator", daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise RuntimeError("The HeyGen emulator did not start; see the log")
+            time.sleep(0.005)
+        return self
+
+    def stop(self) -> None:
+        """Drop what is running, close the port, delete the files."""
+        self._server.should_exit = True
+        self._thread.join()
+        self._worker.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """Base URL, without a slash at the end."""
+        host, port = self._socket_name
+        return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"  # noqa: S104
+
+    def connection(
+        self, resource: Resource | None = None, auth_type: Literal["api_key", "oauth"] = "api_key"
+    ) -> dict[str, Any]:
+        """An Airflow connection to this server; its JSON fits ``AIRFLOW_CONN_HEYGEN_DEFAULT``.
+
+        ``resource`` is by default ``overdubs``, unless only ``lipsyncs`` is served.
+        """
+        if resource is None:
+            resource = "overdubs" if "overdubs" in self.behaviour.resources else "lipsyncs"
+        extra: dict[str, Any] = {"allow_http": True, "allow_private_hosts": True, "resource": resource}
+        if auth_type == "oauth":
+            extra["auth_type"] = "oauth"
+        return {
+            "conn_type": "heygen",
+            "host": self.url,
+            "password": self.api_key if auth_type == "api_key" else self.oauth_token,
+            "extra": extra,
+        }
+
+    @property
+    def behaviour(self) -> Behaviour:
+        """The settings; assigning to one takes effect at once."""
+        return self._state.behaviour
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All jobs ever created, in order, the deleted ones too."""
+        return list(self._state.created)
+
+    @property
+    def requests(self) -> list[RequestRecord]:
+        """The last 10,000 requests, in order of arrival. Those for ``/emulator/`` do not count."""
+        return list(self._state.requests)
+
+    @property
+    def requests_by_route(self) -> Counter[str]:
+        """How often each route was asked, such as ``{"GET /v3/overdubs/{overdub_id}": 7}``."""
+        return self._state.requests_by_route.copy()
+
+    def fail_next(self, **fault: Any) -> Fault:
+        """Let the next matching request fail; the arguments are the fields of ``Fault``."""
+        added = Fault(**fault)
+        self._in_loop(lambda: self._state.faults.append(added))
+        return added
+
+    def clear_faults(self) -> None:
+        """Take back the faults that have not struck yet."""
+        self._in_loop(self._state.faults.clear)
+
+    def force(self, job_id: str, status: Status, failure_message: str | None = None) -> None:
+        """Give a job a status that stays until another is forced. Raises ``ApiError`` for an unknown id."""
+        self._in_loop(lambda: self._state.job(job_id).force(status, failure_message))
+
+    def reset(self) -> None:
+        """Forget jobs, assets, faults, keys and the log, and restore the behaviour it was started with."""
+        self._in_loop(self._state.reset)
+
+    def _serve(self) -> None:
+        async def serve() -> None:
+            self._loop = asyncio.get_running_loop()
+            await self._server.serve(sockets=[self._socket])
+
+        asyncio.run(serve())
+
+    def _in_loop(self, change: Callable[[], T]) -> T:
+        """State belongs to the event loop's thread; let it make the change."""
+
+        async def call() -> T:
+            return change()
+
+        return asyncio.run_coroutine_threadsafe(call(), self._loop).result()
+
+    @property
+    def _socket_name(self) -> tuple[str, int]:
+        host, port = self._socket.getsockname()[:2]
+        return host, port
+
+
+class _Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """uvicorn's protocol with its transport in the scope, so that the application can drop the connection."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.app_state: dict[str, Any] = {**self.app_state, "transport": transport}

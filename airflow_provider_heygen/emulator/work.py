@@ -1,0 +1,200 @@
+"""What happens to a job once it is accepted: fetch the inputs, render, wait for its time, call back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, urlsplit
+
+from airflow_provider_heygen.emulator import media
+from airflow_provider_heygen.emulator.media import MediaError
+from airflow_provider_heygen.emulator.state import new_id
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    from airflow_provider_heygen.emulator.contract import MediaInput
+    from airflow_provider_heygen.emulator.state import Batch, Job, State
+
+log = logging.getLogger(__name__)
+
+SAMPLE_VIDEO_SECONDS = 2.0
+SAMPLE_AUDIO_SECONDS = 2.5
+CALLBACK_ATTEMPTS = 3
+CALLBACK_TIMEOUT = 5.0
+
+
+class Worker:
+    """Runs the jobs. ffmpeg and downloads run in threads, so the event loop stays free to answer."""
+
+    def __init__(self, state: State, directory: Path) -> None:
+        self._state = state
+        self._directory = directory
+        self._pool = ThreadPoolExecutor(os.cpu_count() or 2, thread_name_prefix="heygen-emulator")
+        # Equal inputs give equal outputs, so a thousand jobs on one pair of files cost one run of ffmpeg.
+        self._made: dict[Hashable, Future[tuple[Path, float | None]]] = {}
+        self._batches: set[asyncio.Task[None]] = set()
+        self._has_ffmpeg = media.ffmpeg_exe() is not None
+        if not self._has_ffmpeg:
+            log.warning("No ffmpeg (imageio-ffmpeg): every result is its source video, untouched")
+
+    def start(self, job: Job) -> None:
+        """Begin its work in the background."""
+        job.work = asyncio.create_task(self._run(job))
+
+    def start_batch(self, batch: Batch, callback_url: str | None) -> None:
+        """Start its jobs, and call back when all have ended."""
+        for item in batch.items:
+            if item.job is not None:
+                self.start(item.job)
+        if callback_url is not None:
+            task = asyncio.create_task(self._follow(batch, callback_url))
+            self._batches.add(task)
+            task.add_done_callback(self._batches.discard)
+
+    def close(self) -> None:
+        """Wait for the ffmpeg that is running, and start no other."""
+        self._pool.shutdown(cancel_futures=True)
+
+    async def _run(self, job: Job) -> None:
+        try:
+            job.output, job.duration = await self._render(job)
+        except MediaError as error:
+            job.fail(str(error))
+        job.rendered_at = time.time()
+        while not job.ended:
+            # A forced status wakes us at once, and one that is not final has no end of its own.
+            ends_at = None if job.forced else job.ends_at
+            job.forcing.clear()
+            try:
+                async with asyncio.timeout(None if ends_at is None else max(ends_at - time.time(), 0.001)):
+                    await job.forcing.wait()
+            except TimeoutError:
+                continue
+        if job.request.callback_url is not None:
+            job.callback_delivered = await _call_back(job.request.callback_url, self._event(job))
+
+    def _event(self, job: Job) -> dict[str, Any]:
+        # Modelled on the documented avatar_video events; only the echo of callback_id is promised.
+        word = job.resource.removesuffix("s")
+        data: dict[str, Any] = {
+            f"{word}_id": job.id,
+            "callback_id": job.request.callback_id,
+            "folder_id": job.request.folder_id,
+        }
+        if job.status == "failed":
+            return {"event_type": f"{word}.fail", "event_data": data | {"msg": job.failure_message}}
+        path = f"/files/{job.id}.mp4"
+        url = self._state.presign("GET", job.base_url, path, self._state.behaviour.link_seconds)
+        return {"event_type": f"{word}.success", "event_data": data | {"url": url}}
+
+    async def _follow(self, batch: Batch, callback_url: str) -> None:
+        work = [item.job.work for item in batch.items if item.job is not None and item.job.work is not None]
+        await asyncio.gather(*work, return_exceptions=True)
+        await _call_back(
+            callback_url,
+            {"event_type": "batch.finished", "event_data": {"batch_id": batch.id, "callback_id": None}},
+        )
+
+    async def _render(self, job: Job) -> tuple[Path, float | None]:
+        request = job.request
+        video = await self._source(request.video, "video", job.base_url)
+        audio = await self._source(request.audio, "audio", job.base_url)
+        if not self._has_ffmpeg:
+            return video, None
+        out = self._directory / f"{job.id}.mp4"
+        dynamic = request.enable_dynamic_duration
+        start, end = request.start_time, request.end_time
+
+        def mux() -> tuple[Path, float | None]:
+            made = media.mux(video, audio, out, start_time=start, end_time=end, dynamic_duration=dynamic)
+            return out, made.duration
+
+        return await self._once((video, audio, start, end, dynamic), mux)
+
+    async def _source(self, source: MediaInput, kind: str, base_url: str) -> Path:
+        """The file of an input. Raises ``MediaError`` with HeyGen's text when a link cannot be fetched."""
+        url = source.url
+        if url is None:
+            path = self._state.asset(source.asset_id or "").path
+            assert path is not None, "create checked that it is ready"  # noqa: S101
+            return path
+        unavailable = MediaError(
+            f"Failed to download {kind} from url, please check the url is valid or the {kind} is public"
+        )
+        if url.startswith(f"{base_url}/"):
+            link = urlsplit(url)
+            query = {name: values[-1] for name, values in parse_qs(link.query).items()}
+            signed = self._state.link_works(
+                "GET", link.path, query.get("Expires", ""), query.get("Signature", "")
+            )
+            own = self._state.file(link.path.removeprefix("/files/")) if signed else None
+            if own is None:
+                raise unavailable
+            return own
+        if not self._state.behaviour.fetch_urls:
+            return await self._sample(kind)
+        target = self._directory / new_id("url")
+        try:
+            await asyncio.wrap_future(self._pool.submit(_download, url, target))
+        except (OSError, ValueError) as error:
+            raise unavailable from error
+        return target
+
+    async def _sample(self, kind: str) -> Path:
+        path = self._directory / ("sample.mp4" if kind == "video" else "sample.mp3")
+
+        def make() -> tuple[Path, None]:
+            if not self._has_ffmpeg:
+                path.write_bytes(b"\x00\x00\x00\x14ftypisom\x00\x00\x00\x00isom")
+            elif kind == "video":
+                media.make_video(path, SAMPLE_VIDEO_SECONDS)
+            else:
+                media.make_audio(path, SAMPLE_AUDIO_SECONDS)
+            return path, None
+
+        return (await self._once(path, make))[0]
+
+    async def _once(
+        self, key: Hashable, make: Callable[[], tuple[Path, float | None]]
+    ) -> tuple[Path, float | None]:
+        if key not in self._made:
+            self._made[key] = self._pool.submit(make)
+        # Shielded, because others may be waiting for it when one job is deleted.
+        return await asyncio.shield(asyncio.wrap_future(self._made[key]))
+
+
+def _download(url: str, target: Path) -> None:
+    # Validation let only https through.
+    with urllib.request.urlopen(url, timeout=30) as answer, target.open("wb") as file:  # noqa: S310
+        shutil.copyfileobj(answer, file)
+
+
+async def _call_back(url: str, event: dict[str, Any]) -> bool:
+    """POST it, at most three times."""
+    request = urllib.request.Request(  # noqa: S310 - validation let only http and https through
+        url, json.dumps(event).encode(), {"Content-Type": "application/json", "User-Agent": "heygen-emulator"}
+    )
+
+    def post() -> None:
+        with urllib.request.urlopen(request, timeout=CALLBACK_TIMEOUT):  # noqa: S310
+            pass
+
+    for attempt in range(CALLBACK_ATTEMPTS):
+        try:
+            await asyncio.to_thread(post)
+        except (OSError, ValueError) as error:
+            log.warning("Callback to %s failed (%d of %d): %s", url, attempt + 1, CALLBACK_ATTEMPTS, error)
+            await asyncio.sleep(0.2 * 2**attempt)
+        else:
+            return True
+    return False
