@@ -284,11 +284,6 @@ class Overdub(BaseModel):
         """Whether the status will not change any more. A word we do not know is not final."""
         return self.status in (OverdubStatus.COMPLETED, OverdubStatus.FAILED)
 
-    @property
-    def reason(self) -> str:
-        """Why it failed, fit for a log."""
-        return redact_links(self.failure_message or DEFAULT_FAILURE_MESSAGE)
-
     def details(self) -> dict[str, Any]:
         """Give what may be stored and shown: everything but the presigned links."""
         shown = self.model_dump(mode="json", exclude={"video_url", "caption_url"})
@@ -403,17 +398,17 @@ class Call(Generic[T]):
 
 
 _COLLECTION_404 = (
-    "The whole route is missing there. HeyGen renamed overdubs to lipsyncs in 2026: set the extra 'resource' of"
-    " Airflow connection '{conn_id}' to '{other}' (it is '{resource}'), or check its host."
+    "The whole route is missing there. HeyGen renamed overdubs to lipsyncs in 2026: set the extra 'resource'"
+    " of Airflow connection '{conn_id}' to '{other}' (it is '{resource}'), or check its host."
 )
 
 _NEXT_STEP = {
     400: "Correct the request",
-    401: "Check the password of Airflow connection '{conn_id}' and its extra 'auth_type' (it is '{auth_type}')",
+    401: "Check the password of Airflow connection '{conn_id}' and its extra 'auth_type' ('{auth_type}')",
     402: "Top up: API keys draw on the API wallet, OAuth tokens on the web plan",
     403: "The credential of Airflow connection '{conn_id}' is valid but may not do this",
-    404: "It does not exist, was deleted, or belongs to another account than that of Airflow connection"
-    " '{conn_id}'",
+    404: "It was deleted, never existed or belongs to another account than Airflow connection '{conn_id}';"
+    " or the connection's extra 'resource' ('{resource}') is the wrong name",
     409: "It is in a state that does not allow this",
     413: "HeyGen takes files up to 32 MB here",
     422: "Correct the request",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import aiohttp
+import certifi
 import requests
 import tenacity
 from airflow.providers.http.hooks.http import HttpHook
@@ -36,14 +37,16 @@ from requests.exceptions import (
 from requests_toolbelt import MultipartEncoder
 from urllib3.exceptions import NameResolutionError, NewConnectionError
 
-from airflow_provider_heygen import __version__, api
+from airflow_provider_heygen import __version__, api, media
 from airflow_provider_heygen.connection import HeyGenConnection
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
+    HeyGenOverdubFailedError,
     HeyGenPermanentError,
     HeyGenTransientError,
 )
+from airflow_provider_heygen.waiting import failure
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -124,17 +127,20 @@ class HeyGenHook(HttpHook):
         if request.callback_id is None:
             request = request.model_copy(update={"callback_id": idempotency_key})
         call = api.create_overdub(self.settings.resource, request, idempotency_key)
+        # An author's own callback_id may be on many jobs: adopting by it could adopt a sibling's.
+        can_find = request.callback_id == idempotency_key
         started_at = time.time()
         answer_lost = False
         for attempt in self._retrying():
             with attempt:
-                if answer_lost and (found := self.find_overdub(str(request.callback_id), since=started_at)):
+                found = self.find_overdub(idempotency_key, since=started_at) if answer_lost else None
+                if found is not None:
                     self.log.info("The answer was lost but overdub %s was created.", found.overdub_id)
                     return found.overdub_id
                 try:
                     return self._send(call)
                 except HeyGenTransientError as error:
-                    answer_lost = answer_lost or error.outcome_unknown
+                    answer_lost = answer_lost or (error.outcome_unknown and can_find)
                     raise
         raise AssertionError  # tenacity returns or raises; this tells mypy
 
@@ -207,15 +213,53 @@ class HeyGenHook(HttpHook):
         :param path: a local path or any URI that Airflow's ObjectStoragePath understands (``file://``,
             ``s3://conn_id@bucket/key``, ``gs://`` ...), at most 32 MB.
         """
-        source, size = self._uploadable(path)
+        source = media.uploadable(path)
         call = api.upload_asset(str(uuid.uuid4()))
         content_type = mimetypes.guess_type(source.name)[0] or "application/octet-stream"
-        self.log.info("Uploading %s (%.1f MB).", source.name, size / 1e6)
         for attempt in self._retrying():
             with attempt, source.open("rb") as file:  # type: ignore[no-untyped-call]
                 # The encoder reads the file while the socket takes it: never all of it in memory.
                 form = MultipartEncoder({"file": (source.name, file, content_type)})
                 return self._send(call, form=form)
+        raise AssertionError
+
+    def download_overdub(
+        self,
+        overdub_id: str,
+        destination: str | PathLike[str] | ObjectStoragePath,
+        *,
+        overwrite: bool = False,
+    ) -> int:
+        """
+        Stream the video of a completed overdub to storage; each attempt gets a fresh link.
+
+        :param destination: a local path or any URI that Airflow's ObjectStoragePath understands.
+        :param overwrite: replace what is there; otherwise a file of the same size is kept as it is.
+        :returns: its size in bytes.
+        """
+        path = media.storage_path(destination, "the destination")
+        for attempt in self._retrying():
+            with attempt:
+                overdub = self.get_overdub(overdub_id)
+                if overdub.status == api.OverdubStatus.FAILED:
+                    raise HeyGenOverdubFailedError(failure(overdub))
+                if overdub.status != api.OverdubStatus.COMPLETED:
+                    raise HeyGenError(
+                        f"Overdub {overdub_id} is {overdub.status}, there is no video yet."
+                        " Wait for it first, with HeyGenOverdubSensor or wait_for_completion."
+                    )
+                if overdub.video_url is None:
+                    # Seen for a short time after completion (contract notes, section 7).
+                    raise HeyGenTransientError(f"Overdub {overdub_id} is completed but has no link yet.")
+                with _new_session(self.settings) as session:
+                    session.auth = _no_credential
+                    return media.save(
+                        overdub.video_url,
+                        path,
+                        session=session,
+                        settings=self.settings,
+                        overwrite=overwrite,
+                    )
         raise AssertionError
 
     def test_connection(self) -> tuple[bool, str]:
@@ -341,23 +385,6 @@ class HeyGenHook(HttpHook):
             raise _transport_error(call, settings, error, _requests_fault(error)) from None
         return call.answer(response.status_code, response.headers, response.content, settings)
 
-    def _uploadable(self, path: str | PathLike[str] | ObjectStoragePath) -> tuple[ObjectStoragePath, int]:
-        source = storage_path(path, "the file to upload")
-        try:
-            if source.is_dir():
-                raise HeyGenBadInputError(f"{source} is a directory; name one file.")
-            size = source.stat().st_size
-        except FileNotFoundError:
-            raise HeyGenBadInputError(f"There is no file {source}; nothing was uploaded.") from None
-        if size == 0:
-            raise HeyGenBadInputError(f"{source} is empty; nothing was uploaded.")
-        if size > api.MAX_MULTIPART_BYTES:
-            raise HeyGenBadInputError(
-                f"{source} has {size / 1e6:.1f} MB, HeyGen takes 32 MB per upload. "
-                "Make it smaller, or pass a public https URL as video or audio instead."
-            )
-        return source, size
-
     # --- The triggerer's transport --------------------------------------------------------------------
 
     async def asettings(self) -> HeyGenConnection:
@@ -427,33 +454,15 @@ class _Credential(AuthBase):
         return request
 
 
-def storage_path(path: str | PathLike[str] | ObjectStoragePath, what: str) -> ObjectStoragePath:
-    """
-    Give an ObjectStoragePath for a local path or a storage URI.
-
-    :param what: how to call it in an error.
-    :raises HeyGenBadInputError: it is empty, or no installed provider knows its scheme.
-    """
-    from airflow.providers.common.compat.sdk import ObjectStoragePath
-
-    text = str(path)
-    if not text.strip():
-        raise HeyGenBadInputError(f"The path of {what} is empty.")
-    try:
-        found = ObjectStoragePath(path)
-        _ = found.fs  # resolves scheme and connection now, where the error can say what is meant
-    except (ImportError, ValueError) as error:
-        raise HeyGenBadInputError(
-            f"{what.capitalize()}, {api.redact_links(text)}, cannot be reached: {error}. "
-            "Is the Airflow provider of that storage installed?"
-        ) from None
-    return found
-
-
 def _read_timeout(settings: HeyGenConnection, call: api.Call[Any], *, upload: bool = False) -> float:
     if upload:
         return settings.upload_timeout
     return settings.read_timeout if call.method == "GET" else settings.write_timeout
+
+
+def _no_credential(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """Be the auth of a session that has none: without one, requests would look into ``~/.netrc``."""
+    return request
 
 
 # How far a request got that met a network fault: this decides what may be repeated.
@@ -520,9 +529,10 @@ def _aiohttp_options(settings: HeyGenConnection) -> dict[str, Any]:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     else:
-        bundle = requests.certs.where() if verify is True else verify
-        where = "capath" if os.path.isdir(bundle) else "cafile"
-        context = ssl.create_default_context(**{where: bundle})
+        bundle = certifi.where() if verify is True else str(verify)
+        context = ssl.create_default_context(
+            cafile=None if os.path.isdir(bundle) else bundle, capath=bundle if os.path.isdir(bundle) else None
+        )
     if cert:
         context.load_cert_chain(*([cert] if isinstance(cert, str) else cert))
     return {**options, "ssl": context}
@@ -553,7 +563,7 @@ async def _shared_session(
             options = await asyncio.to_thread(_aiohttp_options, settings)
         except OSError as error:
             raise HeyGenBadInputError(
-                f"The 'verify' or 'cert' file of Airflow connection '{settings.conn_id}' cannot be used: {error}."
+                f"The 'verify' or 'cert' file of Airflow connection '{settings.conn_id}' is unusable: {error}."
             ) from None
         if key not in of_loop:  # another task may have been quicker
             session = aiohttp.ClientSession(

@@ -1,0 +1,188 @@
+"""Files on their way in and out: where they are stored, and how a result link is fetched."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+import uuid
+from typing import TYPE_CHECKING
+from urllib.parse import urljoin, urlsplit
+
+from requests.exceptions import RequestException
+
+from airflow_provider_heygen.api import MAX_MULTIPART_BYTES, redact_links
+from airflow_provider_heygen.connection import HeyGenConnection, is_loopback
+from airflow_provider_heygen.exceptions import (
+    HeyGenBadInputError,
+    HeyGenPermanentError,
+    HeyGenTransientError,
+)
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    import requests
+    from airflow.providers.common.compat.sdk import ObjectStoragePath
+
+CHUNK_BYTES = 1 << 20
+MAX_REDIRECTS = 5
+
+
+def storage_path(path: str | PathLike[str] | ObjectStoragePath, what: str) -> ObjectStoragePath:
+    """
+    Give an ObjectStoragePath for a local path or a storage URI.
+
+    :param what: how to call it in an error.
+    :raises HeyGenBadInputError: it is empty, or no installed provider knows its scheme.
+    """
+    from airflow.providers.common.compat.sdk import ObjectStoragePath
+
+    if not isinstance(path, ObjectStoragePath) and not str(path).strip():
+        raise HeyGenBadInputError(f"The path of {what} is empty.")
+    try:
+        found = ObjectStoragePath(path)
+        _ = found.fs  # resolves the scheme now, where an error can say what is meant
+    except (ImportError, ValueError) as error:
+        raise HeyGenBadInputError(
+            f"The path of {what}, {redact_links(str(path))}, cannot be used: {error}."
+            " Is the Airflow provider of that storage installed?"
+        ) from None
+    return found
+
+
+def uploadable(path: str | PathLike[str] | ObjectStoragePath) -> ObjectStoragePath:
+    """
+    Check that HeyGen could take a file.
+
+    :raises HeyGenBadInputError: it is missing, a directory, empty, or over 32 MB.
+    """
+    source = storage_path(path, "the file to upload")
+    if source.is_dir():
+        raise HeyGenBadInputError(f"{source} is a directory; name one file.")
+    try:
+        size = source.stat().st_size
+    except FileNotFoundError:
+        raise HeyGenBadInputError(f"There is no file {source}; nothing was uploaded.") from None
+    if size == 0:
+        raise HeyGenBadInputError(f"{source} is empty; nothing was uploaded.")
+    if size > MAX_MULTIPART_BYTES:
+        raise HeyGenBadInputError(
+            f"{source} has {size / 2**20:.1f} MiB, HeyGen takes {MAX_MULTIPART_BYTES >> 20} MiB per upload."
+            " Make it smaller, or pass a public https URL as video or audio."
+        )
+    return source
+
+
+def save(
+    link: str,
+    destination: ObjectStoragePath,
+    *,
+    session: requests.Session,
+    settings: HeyGenConnection,
+    overwrite: bool,
+) -> int:
+    """
+    Stream what a presigned link leads to into storage; constant memory, whole or not at all.
+
+    :param session: a session without HeyGen's credential.
+    :param overwrite: replace what is there; otherwise a file of the same size is kept as it is.
+    :returns: its size in bytes.
+    :raises HeyGenTransientError: the link has expired or the download broke off; try a fresh link.
+    :raises HeyGenPermanentError: the link leads where it must not, or the destination is taken.
+    """
+    try:
+        with _open(link, session, settings) as response:
+            length = response.headers.get("Content-Length")
+            size = int(length) if length and length.isdigit() else None
+            if not overwrite and destination.exists():
+                there: int = destination.stat().st_size
+                if there == size:
+                    return there
+                raise HeyGenPermanentError(
+                    f"{destination} exists with {there} bytes, the video has {size or 'unknown'}."
+                    " Choose another destination or set overwrite."
+                )
+            return _publish(response, size, destination)
+    except RequestException as error:
+        # Its text would quote the link.
+        raise HeyGenTransientError(
+            f"{type(error).__name__} while downloading from {urlsplit(link).hostname}."
+        ) from None
+
+
+def _publish(response: requests.Response, size: int | None, destination: ObjectStoragePath) -> int:
+    if destination.protocol in ("", "file"):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+    temporary = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.part"
+    written = 0
+    try:
+        with temporary.open("wb") as file:  # type: ignore[no-untyped-call]
+            for chunk in response.iter_content(CHUNK_BYTES):
+                file.write(chunk)
+                written += len(chunk)
+        if written == 0 or (size is not None and written != size):
+            raise HeyGenTransientError(f"The download ended after {written} of {size} bytes.")
+        temporary.fs.mv(temporary.path, destination.path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    return written
+
+
+def _open(link: str, session: requests.Session, settings: HeyGenConnection) -> requests.Response:
+    for _ in range(MAX_REDIRECTS + 1):
+        host = _check_link(link, settings)
+        response = session.get(
+            link,
+            stream=True,
+            allow_redirects=False,
+            timeout=(settings.connect_timeout, settings.read_timeout),
+            headers={"Accept-Encoding": "identity"},  # Content-Length must be that of the file
+        )
+        if response.is_redirect:
+            link = urljoin(link, response.headers["Location"])
+            response.close()
+            continue
+        kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if response.status_code == 200 and not kind.startswith("text/") and kind not in _NOT_VIDEO:
+            return response
+        response.close()
+        raise HeyGenTransientError(
+            f"The link to the video at {host} answered {response.status_code} ({kind or 'no type'}) instead"
+            " of the video; it may have expired.",
+            status_code=response.status_code,
+        )
+    raise HeyGenPermanentError(f"The link to the video was redirected more than {MAX_REDIRECTS} times.")
+
+
+_NOT_VIDEO = {"application/json", "application/xml", "application/xhtml+xml"}
+
+
+def _check_link(link: str, settings: HeyGenConnection) -> str:
+    """Give the host of a link that may be fetched; a hostile one must not reach our own network."""
+    parts = urlsplit(link)
+    host = parts.hostname or ""
+    secure = parts.scheme == "https" or (
+        parts.scheme == "http" and (settings.allow_http or is_loopback(host))
+    )
+    if not host or not secure:
+        raise HeyGenPermanentError(
+            f"The link to the video leads to {parts.scheme}://{host}, which is not https. If that is meant,"
+            f" set the extra 'allow_http' of Airflow connection '{settings.conn_id}' to true."
+        )
+    if not settings.allow_private_hosts and _is_private(host):
+        raise HeyGenPermanentError(
+            f"The link to the video leads to {host}, a private or loopback address. If that is meant, set the"
+            f" extra 'allow_private_hosts' of Airflow connection '{settings.conn_id}' to true."
+        )
+    return host
+
+
+def _is_private(host: str) -> bool:
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False  # the request itself will fail, or a proxy resolves the name
+    return any(not ipaddress.ip_address(address.partition("%")[0]).is_global for address in found)

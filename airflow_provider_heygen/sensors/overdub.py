@@ -1,0 +1,130 @@
+"""Wait for an overdub that something else has started."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import (
+    AirflowSensorTimeout,
+    AirflowSkipException,
+    BaseSensorOperator,
+    PokeReturnValue,
+    conf,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import timedelta
+
+    from airflow.providers.common.compat.sdk import Context
+
+
+class HeyGenOverdubSensor(BaseSensorOperator):
+    """
+    Wait until an overdub is completed. Returns its details, without links.
+
+    A failed overdub fails the task at once; ``soft_fail`` and ``never_fail`` make that, and a timeout, a skip
+    in every mode. ``mode`` is ``poke`` or ``reschedule`` when ``deferrable`` is off.
+
+    :param overdub_id: the overdub. (templated)
+    :param heygen_conn_id: the Airflow connection. (templated)
+    :param deferrable: wait in the triggerer, not on a worker.
+    :param poke_interval: seconds (or timedelta) between looks.
+    :raises HeyGenOverdubFailedError: HeyGen says it failed; the message carries HeyGen's reason.
+    :raises HeyGenNotFoundError: there is no such overdub.
+    :raises AirflowSensorTimeout: ``timeout`` passed.
+    """
+
+    template_fields: Sequence[str] = ("overdub_id", "heygen_conn_id")
+    ui_color = "#e3d9ff"
+
+    def __init__(
+        self,
+        *,
+        overdub_id: str,
+        heygen_conn_id: str = "heygen_default",
+        deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
+        poke_interval: timedelta | float = 30,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(poke_interval=poke_interval, **kwargs)
+        self.overdub_id = overdub_id
+        self.heygen_conn_id = heygen_conn_id
+        self.deferrable = deferrable
+
+    def poke(self, context: Context) -> PokeReturnValue:
+        """
+        Look once.
+
+        Deferring from here, and not from ``execute``, lets the base class treat what the first look finds as
+        it treats any other: one rule for ``soft_fail`` and ``never_fail`` in all modes.
+        """
+        from airflow_provider_heygen.api import OverdubStatus
+        from airflow_provider_heygen.exceptions import HeyGenOverdubFailedError, HeyGenTransientError
+        from airflow_provider_heygen.hooks.heygen import HeyGenHook
+        from airflow_provider_heygen.waiting import failure
+
+        try:
+            with HeyGenHook(self.heygen_conn_id, max_attempts=1 if self.deferrable else 6) as hook:
+                overdub = hook.get_overdub(self.overdub_id)
+        except HeyGenTransientError as error:
+            if not self.deferrable:
+                raise
+            self.log.warning("%s The triggerer will look again.", error)
+            self._defer(context)
+        self.log.info("Overdub %s is %s.", overdub.overdub_id, overdub.status)
+        if overdub.status == OverdubStatus.FAILED:
+            raise HeyGenOverdubFailedError(failure(overdub))
+        if overdub.status == OverdubStatus.COMPLETED:
+            return PokeReturnValue(is_done=True, xcom_value=overdub.details())
+        if self.deferrable:
+            self._defer(context)
+        return PokeReturnValue(is_done=False)
+
+    def _defer(self, context: Context) -> None:
+        from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
+        from airflow_provider_heygen.waiting import backstop, first_deadline
+
+        deadline = first_deadline(
+            timeout=self.timeout, execution_timeout=self.execution_timeout, context=context
+        )
+        self.defer(
+            trigger=HeyGenOverdubTrigger(
+                heygen_conn_id=self.heygen_conn_id,
+                overdub_id=self.overdub_id,
+                poke_interval=self.poke_interval,
+                deadline=deadline,
+            ),
+            method_name="execute_complete",
+            timeout=backstop(deadline, self.poke_interval),
+        )
+
+    def execute_complete(self, context: Context, event: Any = None) -> dict[str, Any]:  # noqa: ARG002
+        """Go on when the trigger has fired."""
+        from airflow_provider_heygen.exceptions import HeyGenOverdubTimeoutError
+        from airflow_provider_heygen.hooks.heygen import HeyGenHook
+        from airflow_provider_heygen.waiting import check_event, conclude
+
+        try:
+            with HeyGenHook(self.heygen_conn_id) as hook:
+                return conclude(check_event(event, self.overdub_id), hook)
+        except HeyGenOverdubTimeoutError as error:
+            raise AirflowSensorTimeout(str(error)) from None
+
+    def resume_execution(
+        self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context
+    ) -> dict[str, Any]:
+        """Give ``soft_fail`` and ``never_fail`` the meaning they have in poke mode."""
+        from airflow_provider_heygen.exceptions import HeyGenTransientError
+
+        try:
+            details: dict[str, Any] = super().resume_execution(next_method, next_kwargs, context)
+            return details
+        except AirflowSkipException as skip:
+            if self.soft_fail and isinstance(skip.__cause__, HeyGenTransientError):
+                raise skip.__cause__ from None  # worth a retry, not a skip
+            raise
+        except Exception as error:
+            if self.never_fail:
+                raise AirflowSkipException("Skipping due to never_fail is set to True.") from error
+            raise

@@ -1,0 +1,64 @@
+"""Keep the result of an overdub."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import BaseOperator
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from airflow.providers.common.compat.sdk import Context
+
+
+class HeyGenOverdubToObjectStorageOperator(BaseOperator):
+    """
+    Stream the video of a completed overdub to storage. Returns the URI it was written to.
+
+    The link is fetched anew for each run and never stored. Nobody sees half a file: the video is written
+    under a temporary name beside the destination and moved when it is whole.
+
+    :param overdub_id: the overdub; it must be completed. (templated)
+    :param destination: a local path, or any URI Airflow's ObjectStoragePath understands: ``file://``,
+        ``s3://conn_id@bucket/key``, ``gs://`` ... With a slash at its end, the file in there is named
+        ``<overdub_id>.mp4``. (templated)
+    :param overwrite: replace what is there. Without it, a file of the same size is taken for this video and
+        kept, and any other is an error.
+    :param heygen_conn_id: the Airflow connection. (templated)
+    :raises HeyGenBadInputError: id or destination is wrong.
+    :raises HeyGenOverdubFailedError: there is no video, the overdub failed.
+    :raises HeyGenTransientError: the overdub is not completed yet, or the download broke off.
+    """
+
+    template_fields: Sequence[str] = ("overdub_id", "destination", "heygen_conn_id")
+    ui_color = "#e3d9ff"
+
+    def __init__(
+        self,
+        *,
+        overdub_id: str,
+        destination: str,
+        overwrite: bool = False,
+        heygen_conn_id: str = "heygen_default",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.overdub_id = overdub_id
+        self.destination = destination
+        self.overwrite = overwrite
+        self.heygen_conn_id = heygen_conn_id
+
+    def execute(self, context: Context) -> str:  # noqa: ARG002
+        """Fetch and store it."""
+        from airflow_provider_heygen.api import check_id
+        from airflow_provider_heygen.hooks.heygen import HeyGenHook
+
+        destination = str(self.destination)
+        if destination.endswith("/"):
+            destination += f"{check_id(self.overdub_id)}.mp4"
+        with HeyGenHook(self.heygen_conn_id) as hook:
+            size = hook.download_overdub(self.overdub_id, destination, overwrite=self.overwrite)
+        self.log.info("Overdub %s is at %s (%.1f MB).", self.overdub_id, destination, size / 1e6)
+        return destination if "://" in destination else f"file://{os.path.abspath(destination)}"

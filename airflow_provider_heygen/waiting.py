@@ -1,0 +1,236 @@
+"""
+Waiting for an overdub, without I/O: what each look means, when to look again, how a wait ends.
+
+Operator and sensor on the worker and the trigger in the triggerer all wait by these rules, so a wait ends the
+same way wherever it happens.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+
+from airflow_provider_heygen.api import DEFAULT_FAILURE_MESSAGE, Overdub, OverdubStatus, redact_links
+from airflow_provider_heygen.exceptions import (
+    HeyGenBadInputError,
+    HeyGenError,
+    HeyGenNotFoundError,
+    HeyGenOverdubFailedError,
+    HeyGenOverdubTimeoutError,
+    HeyGenPermanentError,
+    HeyGenTransientError,
+    HeyGenTriggerEventError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from airflow_provider_heygen.hooks.heygen import HeyGenHook
+
+FRESH_SECONDS = 30
+"""How long after our own create a 404 means "not readable yet" rather than "gone"."""
+
+LONGEST_BACKOFF = 120.0
+"""Seconds between looks, at most, while they fail (unless HeyGen asks for more)."""
+
+
+class WaitEvent(TypedDict):
+    """
+    How a wait ended. Airflow stores and logs it whole: it holds no link and no secret.
+
+    :param overdub_id: the overdub waited for.
+    :param status: ``completed`` or ``failed`` as HeyGen says; ``timeout`` when the deadline passed; ``error``
+        when looking was given up or refused.
+    :param message: text for people.
+    :param overdub: the details without links, with ``completed``.
+    """
+
+    overdub_id: str
+    status: Literal["completed", "failed", "timeout", "error"]
+    message: str
+    overdub: NotRequired[dict[str, Any]]
+
+
+class Watch:
+    """
+    Follow one overdub: fed with looks, answers each with a pause in seconds or with the end.
+
+    :param overdub_id: the overdub.
+    :param poke_interval: seconds between looks while all is well.
+    :param deadline: Unix seconds at which the wait ends; ``None`` for never.
+    :param max_consecutive_failures: failed looks in a row after which looking is given up.
+    :param not_found_until: Unix seconds before which a 404 is waited out.
+    :param log: gets one line per change of status and per failed look.
+    """
+
+    def __init__(
+        self,
+        overdub_id: str,
+        *,
+        poke_interval: float,
+        deadline: float | None,
+        max_consecutive_failures: int,
+        not_found_until: float,
+        log: Any,
+    ) -> None:
+        self.overdub_id = overdub_id
+        self.poke_interval = poke_interval
+        self.deadline = deadline
+        self.max_consecutive_failures = max_consecutive_failures
+        self.not_found_until = not_found_until
+        self.log = log
+        self.status = "not seen yet"
+        self.failures = 0
+
+    def saw(self, overdub: Overdub) -> float | WaitEvent:
+        """Take a successful look."""
+        self.failures = 0
+        if overdub.status != self.status:
+            self.status = overdub.status
+            known = isinstance(overdub.status, OverdubStatus)
+            self.log.info(
+                "Overdub %s is %s%s.",
+                self.overdub_id,
+                redact_links(self.status)[:100],
+                "" if known else " (a word we do not know; taken as not final)",
+            )
+        if overdub.status == OverdubStatus.COMPLETED:
+            event = self._end("completed", f"Overdub {self.overdub_id} is completed.")
+            event["overdub"] = overdub.details()
+            return event
+        if overdub.status == OverdubStatus.FAILED:
+            return self._end("failed", failure(overdub))
+        return self._pause(self.poke_interval)
+
+    def failed(self, error: Exception) -> float | WaitEvent:
+        """Take a look that failed, for whatever reason."""
+        if isinstance(error, HeyGenNotFoundError) and time.time() < self.not_found_until:
+            self.log.info("Overdub %s is not readable yet; it was created just now.", self.overdub_id)
+            return self._pause(min(self.poke_interval, 2.0))
+        text = redact_links(str(error))
+        if isinstance(error, HeyGenPermanentError):
+            return self._end("error", text)
+        self.failures += 1
+        if self.failures >= self.max_consecutive_failures:
+            return self._end(
+                "error", f"Gave up on overdub {self.overdub_id} after {self.failures} failed looks: {text}"
+            )
+        backoff = min(self.poke_interval * 2 ** (self.failures - 1), max(self.poke_interval, LONGEST_BACKOFF))
+        told = error.retry_after if isinstance(error, HeyGenError) else None
+        # Jitter spreads many waiters that failed together; it never shortens what HeyGen asked for.
+        pause = max(backoff, told or 0.0) * random.uniform(1.0, 1.25)  # noqa: S311
+        self.log.warning("%s Looking again in %.0f s (failure %d in a row).", text, pause, self.failures)
+        return self._pause(pause)
+
+    def _pause(self, seconds: float) -> float | WaitEvent:
+        if self.deadline is None:
+            return seconds
+        left = self.deadline - time.time()
+        if left <= 0:
+            return self._end(
+                "timeout",
+                f"Stopped waiting for overdub {self.overdub_id}, which is {self.status}. It goes on at HeyGen and"
+                " may still complete. To go on waiting, retry this task or point HeyGenOverdubSensor at the id;"
+                " to wait longer, raise 'timeout' (or 'execution_timeout').",
+            )
+        return min(seconds, left)
+
+    def _end(self, status: Literal["completed", "failed", "timeout", "error"], message: str) -> WaitEvent:
+        return {"overdub_id": self.overdub_id, "status": status, "message": message}
+
+
+def failure(overdub: Overdub) -> str:
+    """Say that and why an overdub failed."""
+    reason = redact_links(overdub.failure_message or DEFAULT_FAILURE_MESSAGE)
+    return f"Overdub {overdub.overdub_id} failed: {reason}"
+
+
+def check_event(event: Any, overdub_id: str) -> WaitEvent:
+    """
+    Check the event a deferred task is resumed with.
+
+    :raises HeyGenTriggerEventError: it is missing, malformed or about another overdub. Taking it for success
+        would hand an unfinished video to the rest of the DAG.
+    """
+    if (
+        not isinstance(event, dict)
+        or event.get("status") not in ("completed", "failed", "timeout", "error")
+        or not isinstance(event.get("message"), str)
+        or event.get("overdub_id") != overdub_id
+        or (event["status"] == "completed" and not isinstance(event.get("overdub"), dict))
+    ):
+        shape = sorted(map(str, event)) if isinstance(event, dict) else type(event).__name__
+        raise HeyGenTriggerEventError(
+            f"The wait for overdub {overdub_id} ended with an event that HeyGenOverdubTrigger does not send"
+            f" ({shape}). The overdub itself is not affected; retry the task."
+        )
+    return event  # type: ignore[return-value]
+
+
+def conclude(event: WaitEvent, hook: HeyGenHook) -> dict[str, Any]:
+    """
+    Turn the end of a wait into the overdub's details, or into the right exception.
+
+    :raises HeyGenOverdubFailedError: HeyGen says it failed.
+    :raises HeyGenOverdubTimeoutError: the deadline passed.
+    :raises HeyGenError: looking was given up or refused, and a last look from here says the same.
+    """
+    if event["status"] == "completed":
+        return event["overdub"]
+    if event["status"] == "failed":
+        raise HeyGenOverdubFailedError(event["message"])
+    if event["status"] == "timeout":
+        raise HeyGenOverdubTimeoutError(event["message"])
+    # An event carries no exception class. Asking once more gives the right one, or good news.
+    overdub = hook.get_overdub(event["overdub_id"])
+    if overdub.status == OverdubStatus.COMPLETED:
+        return overdub.details()
+    if overdub.status == OverdubStatus.FAILED:
+        raise HeyGenOverdubFailedError(failure(overdub))
+    raise HeyGenTransientError(event["message"])
+
+
+def seconds(value: Any, name: str) -> float:
+    """
+    Give a duration in seconds from a number, its text (a template renders to text) or a timedelta.
+
+    :raises HeyGenBadInputError: it is not a positive duration.
+    """
+    try:
+        number = value.total_seconds() if isinstance(value, timedelta) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (0 < number < math.inf):
+        raise HeyGenBadInputError(
+            f"{name} must be a positive number of seconds or a timedelta, not {value!r}."
+        )
+    return number
+
+
+def first_deadline(
+    *, timeout: Any, execution_timeout: timedelta | None, context: Mapping[str, Any]
+) -> float | None:
+    """
+    Give the moment, in Unix seconds, at which a wait that begins now must end.
+
+    :param timeout: seconds or timedelta from now; ``None`` for no limit of its own.
+    :param execution_timeout: Airflow's limit, from the start of this try; Airflow does not enforce it while a task
+        is deferred.
+    """
+    ends = []
+    if timeout is not None:
+        ends.append(time.time() + seconds(timeout, "timeout"))
+    if execution_timeout is not None:
+        started = getattr(context["ti"], "start_date", None)
+        ends.append((started.timestamp() if started else time.time()) + execution_timeout.total_seconds())
+    return min(ends, default=None)
+
+
+def backstop(deadline: float | None, poke_interval: float) -> timedelta | None:
+    """Give Airflow's own deferral timeout: a little after ours, for a triggerer that never comes back."""
+    if deadline is None:
+        return None
+    return timedelta(seconds=max(0.0, deadline - time.time()) + poke_interval + 60)
