@@ -112,7 +112,7 @@ class MediaAsset(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     type: Literal["asset_id"]
-    asset_id: Annotated[str, BeforeValidator(_unwrap_asset)] = Field(min_length=1, pattern=r"^\S+$")
+    asset_id: Annotated[str, Field(min_length=1, pattern=r"^\S+$"), BeforeValidator(_unwrap_asset)]
 
 
 def _as_media(value: Any) -> Any:
@@ -233,7 +233,7 @@ def _status_word(value: Any) -> str:
 
 Lenient = WrapValidator(_none_if_odd)
 OptionalText = Annotated[str | None, BeforeValidator(_text), Lenient]
-Id = Annotated[str, BeforeValidator(_text), Field(min_length=1)]
+Id = Annotated[str, Field(min_length=1), BeforeValidator(_text)]
 
 
 class OverdubStatus(StrEnum):
@@ -243,6 +243,9 @@ class OverdubStatus(StrEnum):
     RUNNING = "running"
     COMPLETED = "completed"
     FAILED = "failed"
+
+
+Status = Annotated[OverdubStatus | str, Field(union_mode="left_to_right"), BeforeValidator(_status_word)]
 
 
 class Overdub(BaseModel):
@@ -263,9 +266,7 @@ class Overdub(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
 
     overdub_id: Id = Field(validation_alias=AliasChoices("id", "overdub_id", "lipsync_id"))
-    status: Annotated[
-        OverdubStatus | str, BeforeValidator(_status_word), Field(union_mode="left_to_right")
-    ] = "unknown"
+    status: Status = "unknown"
     title: OptionalText = None
     duration: Annotated[float | None, Lenient] = None
     video_url: Annotated[str | None, Lenient] = Field(default=None, repr=False)

@@ -132,9 +132,9 @@ class Watch:
         if left <= 0:
             return self._end(
                 "timeout",
-                f"Stopped waiting for overdub {self.overdub_id}, which is {self.status}. It goes on at HeyGen and"
-                " may still complete. To go on waiting, retry this task or point HeyGenOverdubSensor at the id;"
-                " to wait longer, raise 'timeout' (or 'execution_timeout').",
+                f"Stopped waiting for overdub {self.overdub_id}, which is {self.status}."
+                " It goes on at HeyGen and may still complete. To go on waiting, retry this task or point"
+                " HeyGenOverdubSensor at the id; to wait longer, raise 'timeout' (or 'execution_timeout').",
             )
         return min(seconds, left)
 
@@ -217,8 +217,8 @@ def first_deadline(
     Give the moment, in Unix seconds, at which a wait that begins now must end.
 
     :param timeout: seconds or timedelta from now; ``None`` for no limit of its own.
-    :param execution_timeout: Airflow's limit, from the start of this try; Airflow does not enforce it while a task
-        is deferred.
+    :param execution_timeout: Airflow's limit, from the start of this try. Airflow itself does not enforce
+        it while a task is deferred.
     """
     ends = []
     if timeout is not None:

@@ -563,7 +563,7 @@ async def _shared_session(
             options = await asyncio.to_thread(_aiohttp_options, settings)
         except OSError as error:
             raise HeyGenBadInputError(
-                f"The 'verify' or 'cert' file of Airflow connection '{settings.conn_id}' is unusable: {error}."
+                f"The 'verify' or 'cert' file of Airflow connection '{settings.conn_id}': {error}."
             ) from None
         if key not in of_loop:  # another task may have been quicker
             session = aiohttp.ClientSession(

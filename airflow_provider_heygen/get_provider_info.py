@@ -1,0 +1,101 @@
+"""What Airflow registers: the connection type with its form, and which modules hold what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_NAME = "HeyGen"
+
+
+def _modules(*names: str) -> list[dict[str, Any]]:
+    return [
+        {"integration-name": _NAME, "python-modules": [f"airflow_provider_heygen.{name}" for name in names]}
+    ]
+
+
+def _seconds(label: str, default: int, description: str) -> dict[str, Any]:
+    return {
+        "label": label,
+        "schema": {"type": ["number", "null"], "minimum": 1},
+        "description": f"{description} Default: {default}.",
+    }
+
+
+def get_provider_info() -> dict[str, Any]:
+    """Give the metadata in the form of Airflow's ``provider_info`` schema."""
+    return {
+        "package-name": "airflow-provider-heygen",
+        "name": _NAME,
+        "description": "Dub videos with HeyGen: put a new audio track on a video, lips re-synced.",
+        "integrations": [
+            {
+                "integration-name": _NAME,
+                "external-doc-url": "https://developers.heygen.com/",
+                "tags": ["service"],
+            }
+        ],
+        "hooks": _modules("hooks.heygen"),
+        "operators": _modules("operators.overdub", "operators.asset"),
+        "sensors": _modules("sensors.overdub"),
+        "triggers": _modules("triggers.overdub"),
+        "transfers": [
+            {
+                "source-integration-name": _NAME,
+                "target-integration-name": "Object Storage",
+                "python-module": "airflow_provider_heygen.transfers.heygen_to_object_storage",
+            }
+        ],
+        "connection-types": [
+            {
+                "connection-type": "heygen",
+                "hook-class-name": "airflow_provider_heygen.hooks.heygen.HeyGenHook",
+                "hook-name": _NAME,
+                "ui-field-behaviour": {
+                    "hidden-fields": ["login", "schema", "port"],
+                    "relabeling": {"host": "Base URL", "password": "API key or OAuth token"},
+                    "placeholders": {"host": "https://api.heygen.com"},
+                },
+                "conn-fields": {
+                    "auth_type": {
+                        "label": "Auth type",
+                        "schema": {
+                            "type": ["string", "null"],
+                            "enum": ["api_key", "oauth"],
+                            "default": "api_key",
+                        },
+                        "description": "What the password is: an API key (billed to the API wallet)"
+                        " or an OAuth access token (billed to the web plan).",
+                    },
+                    "resource": {
+                        "label": "Resource",
+                        "schema": {
+                            "type": ["string", "null"],
+                            "enum": ["overdubs", "lipsyncs"],
+                            "default": "overdubs",
+                        },
+                        "description": "The name of the resource in HeyGen's API: overdubs became lipsyncs"
+                        " in 2026. Change it when HeyGen answers 404 to everything.",
+                    },
+                    "connect_timeout": _seconds("Connect timeout", 10, "Seconds to reach HeyGen."),
+                    "read_timeout": _seconds("Read timeout", 30, "Seconds to wait for an answer to a look."),
+                    "write_timeout": _seconds(
+                        "Write timeout", 120, "Seconds to wait for an answer to a create; HeyGen may take 30."
+                    ),
+                    "upload_timeout": _seconds(
+                        "Upload timeout", 600, "Seconds of silence to bear during an upload."
+                    ),
+                    "allow_http": {
+                        "label": "Allow plain http",
+                        "schema": {"type": ["boolean", "null"], "default": False},
+                        "description": "Send the credential unencrypted to a host that is not this machine.",
+                    },
+                    "allow_private_hosts": {
+                        "label": "Allow private hosts",
+                        "schema": {"type": ["boolean", "null"], "default": False},
+                        "description": "Follow result links into private networks,"
+                        " as with the emulator on this machine.",
+                    },
+                },
+            }
+        ],
+    }
