@@ -391,7 +391,7 @@ class HeyGen:
 
     async def _list_statuses(self, request: Request) -> Response:
         ids, batch_ids = (
-            [word for text in request.query_params.getlist(name) for word in text.split(",") if word]
+            [word for text in request.query_params.getlist(name) if text for word in text.split(",")]
             for name in ("lipsync_ids", "batch_ids")
         )
         if len(ids) > 100:

@@ -146,6 +146,12 @@ class CreateDirectUpload(Body):
     size_bytes: int = Field(ge=1, le=MAX_DIRECT_UPLOAD_BYTES)
     checksum_sha256: str | None = Field(default=None, pattern=r"^[0-9a-fA-F]{64}$")
 
+    @field_validator("size_bytes", mode="before")
+    @classmethod
+    def _whole(cls, size: Any) -> Any:
+        # JSON knows one kind of number: 5.0 is an integer there.
+        return int(size) if isinstance(size, float) and size.is_integer() else size
+
     @field_validator("content_type")
     @classmethod
     def _known(cls, content_type: str) -> str:
@@ -176,7 +182,8 @@ def parse(model: type[AnyBody], content_type: str, body: bytes, base_url: str = 
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         param = ".".join(map(str, first["loc"])) or None
-        raise invalid(f"{param or 'body'}: {first['msg']}", param) from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise invalid(f"{param or 'body'}: {message}", param) from error
 
 
 def _refuse_constant(name: str) -> NoReturn:
