@@ -107,8 +107,8 @@ def mux(
     if sound.audio_codec is None:
         raise MediaError("Your video's audio is missing or corrupted")
     picture_as = ("-c:v", "copy") if picture.video_codec in _PICTURES_OF_MP4 else _X264
+    source: tuple[str, ...] = ()
     length: tuple[str, ...] = ("-t", f"{picture.duration}")
-
     if start_time is not None or end_time is not None:
         begin, end = start_time or 0.0, picture.duration if end_time is None else end_time
         own = "[0:a:0]" if picture.audio_codec else f"anullsrc,atrim=0:{picture.duration},"
@@ -118,25 +118,29 @@ def mux(
             "[own][new]amix=inputs=2:duration=first:normalize=0[mix]"
         )
         sound_as: tuple[str, ...] = ("-filter_complex", mix, "-map", "0:v:0", "-map", "[mix]", "-c:a", "aac")
-        loop: tuple[str, ...] = ()
     else:
-        if sound.audio_codec in _SOUNDS_OF_MP4:
-            codec = "copy"
-        else:
-            codec = "flac" if sound.audio_codec in _SOUNDS_OF_FLAC else "aac"
+        codec = "flac" if sound.audio_codec in _SOUNDS_OF_FLAC else "aac"
+        codec = "copy" if sound.audio_codec in _SOUNDS_OF_MP4 else codec
         sound_as = ("-map", "0:v:0", "-map", "1:a:0", "-c:a", codec)
-        loop = ("-stream_loop", "-1") if dynamic_duration else ()
         if dynamic_duration:
-            # Not -t: durations are known to 0.01 s only, and copied audio would lose its last packet.
-            length = ("-shortest",)
-
-    _ffmpeg(*loop, "-i", video, "-i", audio, *sound_as, *picture_as, *length, "-movflags", "+faststart", out)
+            # The limit is on the picture alone: lengths are known to 0.01 s only, and copied audio would lose
+            # its last packet to it. (-shortest overshoots by seconds now and then.)
+            source, length = ("-stream_loop", "-1", "-t", f"{sound.duration}"), ()
+    _ffmpeg(
+        *source, "-i", video, "-i", audio, *sound_as, *picture_as, *length, "-movflags", "+faststart", out
+    )
     return probe(out)
 
 
 def decode_audio(path: StrPath) -> bytes:
     """The sound of a file as mono signed 16-bit little-endian samples at 16 kHz, for comparing two files."""
     return _ffmpeg("-i", path, "-vn", "-ac", "1", "-ar", "16000", "-f", "s16le", "-").stdout
+
+
+def decode_frames(path: StrPath) -> list[str]:
+    """A digest of each decoded picture of a file, for comparing two files."""
+    report = _ffmpeg("-i", path, "-map", "0:v:0", "-f", "framemd5", "-").stdout.decode()
+    return [line.rpartition(",")[2].strip() for line in report.splitlines() if not line.startswith("#")]
 
 
 def _ffmpeg(*arguments: StrPath, check: bool = True) -> subprocess.CompletedProcess[bytes]:
