@@ -1,0 +1,211 @@
+"""What the tests share: an Airflow of their own, the emulator with a connection to it, a listening server."""
+
+from __future__ import annotations
+
+import atexit
+import http.client
+import json
+import os
+import select
+import shutil
+import socket
+import tempfile
+import threading
+from dataclasses import dataclass
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import pytest
+
+# Airflow reads these when it is imported, so no import of it may stand above.
+_AIRFLOW_HOME = tempfile.mkdtemp(prefix="airflow-home-")
+atexit.register(shutil.rmtree, _AIRFLOW_HOME, ignore_errors=True)
+os.environ.pop("AIRFLOW_CONFIG", None)
+os.environ.update(AIRFLOW_HOME=_AIRFLOW_HOME, AIRFLOW__CORE__LOAD_EXAMPLES="False")
+
+import tenacity  # noqa: E402
+
+from airflow_provider_heygen.emulator import Behaviour, Emulator  # noqa: E402
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable, Iterator
+    from email.message import Message
+
+# What would make the machine's own network settings part of a test.
+_NETWORK = (
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "ALL_PROXY",
+    "NO_PROXY",
+    "NETRC",
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+)
+
+
+@pytest.fixture(scope="session")
+def _emulator() -> Iterator[Emulator]:
+    with Emulator(Behaviour(job_seconds=0.05)) as emulator:
+        yield emulator
+
+
+@pytest.fixture
+def resource() -> str:
+    """The resource of the connection; parametrize a test over it to run under both names."""
+    return "overdubs"
+
+
+@pytest.fixture
+def heygen(_emulator: Emulator, resource: Any, connect: Callable[..., None]) -> Emulator:
+    """A fresh HeyGen whose jobs take 0.05 s; the connection ``heygen_default`` leads to it."""
+    _emulator.reset()
+    connection = _emulator.connection(resource)
+    connect(connection["host"], connection["password"], **connection["extra"])
+    return _emulator
+
+
+@pytest.fixture
+def connect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Give ``heygen_default`` another host, password and extra: ``connect(url, "key", verify=False)``."""
+    for name in _NETWORK:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+    def set_connection(host: str | None, password: str | None = "emulator-api-key", **extra: Any) -> None:
+        fields = {"conn_type": "heygen", "host": host, "password": password, "extra": extra}
+        monkeypatch.setenv("AIRFLOW_CONN_HEYGEN_DEFAULT", json.dumps(fields))
+
+    return set_connection
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses between attempts, in seconds; none of them is slept."""
+    taken: list[float] = []
+
+    async def pause(seconds: float) -> None:
+        taken.append(seconds)
+
+    monkeypatch.setattr(tenacity, "Retrying", partial(tenacity.Retrying, sleep=taken.append))
+    monkeypatch.setattr(tenacity, "AsyncRetrying", partial(tenacity.AsyncRetrying, sleep=pause))
+    return taken
+
+
+@dataclass
+class Seen:
+    """One request as it came over the wire; ``path`` with its query, ``headers`` with repetitions."""
+
+    method: str
+    path: str
+    headers: Message
+    body: bytes
+
+
+class Listener:
+    """An HTTP server on loopback: keeps what it was sent, answers by a function, tunnels what it is asked to.
+
+    The function gives ``(status, headers, body)``, or the raw bytes to send before hanging up.
+    """
+
+    def __init__(
+        self, answer: Callable[[Seen], Any] = lambda _: (200, {}, b"{}"), tls: ssl.SSLContext | None = None
+    ) -> None:
+        self.answer = answer
+        self.seen: list[Seen] = []
+        self.tunnels: list[str] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
+        self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # a client that hung up is no error here
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
+        self.port = self._server.server_port
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.port}"
+        threading.Thread(target=partial(self._server.serve_forever, 0.01), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def __init__(self, listener: Listener, *args: Any) -> None:
+        self.listener = listener
+        super().__init__(*args)
+
+    def _handle(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        seen = Seen(self.command, self.path, self.headers, body)
+        self.listener.seen.append(seen)
+        self.close_connection = True  # unless all goes well
+        answer = self.listener.answer(seen)
+        if isinstance(answer, bytes):
+            socket.socket.sendall(self.connection, answer)  # past TLS, too
+            return
+        status, headers, content = answer
+        self.send_response_only(status)
+        if "content-length" not in map(str.lower, headers):
+            headers = {**headers, "Content-Length": len(content)}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+        self.close_connection = False
+
+    do_GET = do_POST = do_PATCH = do_DELETE = do_PUT = _handle
+
+    def do_CONNECT(self) -> None:
+        self.listener.tunnels.append(self.path)
+        self.close_connection = True
+        host, _, port = self.path.rpartition(":")
+        with socket.create_connection((host, int(port))) as other:
+            self.send_response_only(200)
+            self.end_headers()
+            ways = {self.connection: other, other: self.connection}
+            while True:
+                for source in select.select(list(ways), [], [])[0]:
+                    content = source.recv(65536)
+                    if not content:
+                        return
+                    ways[source].sendall(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def listen() -> Iterator[Callable[..., Listener]]:
+    """Start a :class:`Listener`: ``listen(answer, tls=context)``."""
+    listeners: list[Listener] = []
+
+    def start(*args: Any, **kwargs: Any) -> Listener:
+        listeners.append(Listener(*args, **kwargs))
+        return listeners[-1]
+
+    yield start
+    for listener in listeners:
+        listener.close()
+
+
+def forward(url: str) -> Callable[[Seen], tuple[int, dict[str, str], bytes]]:
+    """Answer of a :class:`Listener` that passes requests on to ``url``; a proxy if it gets whole URLs."""
+
+    def answer(seen: Seen) -> tuple[int, dict[str, str], bytes]:
+        path = seen.path.removeprefix(url)
+        upstream = http.client.HTTPConnection(urlsplit(url).netloc, timeout=30)
+        try:
+            headers = {name: value for name, value in seen.headers.items() if name.lower() != "connection"}
+            upstream.request(seen.method, path, seen.body or None, headers)
+            response = upstream.getresponse()
+            return response.status, dict(response.headers.items()), response.read()
+        finally:
+            upstream.close()
+
+    return answer
