@@ -952,7 +952,7 @@ def test_a_missing_dependency_is_named(monkeypatch):
         importlib.reload(airflow_provider_heygen.emulator)
 
 
-def test_a_fault_needs_no_effect_to_strike_once():
+def test_faults_match_method_and_path():
     state = State(Behaviour())
     state.faults.append(Fault(path="/v3/overdubs", method="GET"))
     assert state.next_fault("POST", "/v3/overdubs") is None

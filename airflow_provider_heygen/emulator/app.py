@@ -200,11 +200,11 @@ class HeyGen:
         except ClientDisconnect:
             return Response(status_code=400)
         except Exception:
-            log.exception("The emulator failed on %s %s", request.method, request.url.path)
+            log.exception("The emulator failed on %s %s", request.method, request.scope["path"])
             return self._error(ApiError(500, "internal_error", "The emulator failed; its log says why."))
 
     async def _dispatch(self, request: Request, route: Route | None) -> Response:
-        path = request.url.path
+        path = request.scope["path"]
         resource = path.split("/")[2] if path.startswith("/v3/") else ""
         missing = {"overdubs", "lipsyncs"} - self.state.behaviour.resources
         if route is None or resource in missing:
@@ -242,7 +242,7 @@ class HeyGen:
         if not re.fullmatch(r"[A-Za-z0-9_\-:.]{1,255}", key):
             raise invalid("Idempotency-Key must match ^[A-Za-z0-9_\\-:.]{1,255}$", "Idempotency-Key")
         answers = self.state.idempotency
-        scope = credential, request.url.path, key
+        scope = credential, request.scope["path"], key
         begun, answer = answers.get(scope, (0.0, None))
         if time.time() < begun + IDEMPOTENCY_SECONDS:
             if answer is None:
@@ -537,7 +537,7 @@ class HeyGen:
         # HEAD goes with GET, as at CloudFront.
         method = "PUT" if request.method == "PUT" else "GET"
         expires, signature = query.get("Expires", ""), query.get("Signature", "")
-        if not self.state.link_works(method, request.url.path, expires, signature):
+        if not self.state.link_works(method, request.scope["path"], expires, signature):
             raise StorageError(403, "AccessDenied", "Request has expired, or its signature is wrong.")
 
     # The caller
@@ -639,13 +639,12 @@ class _Sender:
                 ]
             await self._send({**message, "headers": headers})
             return
-        body, end = message.get("body", b""), self._fault.truncate
-        if end is None:
-            end = self._fault.drop_after_bytes
-        if end is not None:
-            body = body[: max(end - self._sent, 0)]
-        self._sent += len(message.get("body", b""))
-        dropping = self._fault.drop_after_bytes is not None and self._sent >= end  # type: ignore[operator]
+        body, drop_at = message.get("body", b""), self._fault.drop_after_bytes
+        limit = self._fault.truncate if drop_at is None else drop_at
+        if limit is not None:
+            body = body[: max(limit - self._sent, 0)]
+        self._sent += len(body)
+        dropping = drop_at is not None and self._sent >= drop_at
         await self._send({**message, "body": body, "more_body": message.get("more_body", False) or dropping})
         if dropping:
             raise _Dropped
@@ -693,7 +692,7 @@ def _record(request: Request, route: str) -> RequestRecord:
     secret = {"x-api-key", "authorization"}
     return RequestRecord(
         method=request.method,
-        path=request.url.path,
+        path=request.scope["path"],
         route=route,
         query=request.url.query,
         headers={name: "***" if name in secret else value for name, value in request.headers.items()},
@@ -713,7 +712,7 @@ def _content_type(request: Request) -> str:
 
 
 def _resource(request: Request) -> str:
-    return request.url.path.split("/")[2]
+    return str(request.scope["path"]).split("/")[2]
 
 
 def _limit(request: Request, default: int) -> int:

@@ -255,6 +255,7 @@ class Batch:
     title: str | None
     items: list[BatchItem]
     created_at: float = field(default_factory=time.time)
+    work: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
 class State:
@@ -264,17 +265,19 @@ class State:
         self.behaviour = behaviour
         self._initial = behaviour.model_copy()
         self._secret = secrets.token_bytes(16)
+        self.created: list[Job] = []
+        self.batches: dict[str, Batch] = {}
         self.reset()
 
     def reset(self) -> None:
         """Forget everything, and behave as in the beginning again."""
-        for job in getattr(self, "created", ()):
-            if job.work is not None:
-                job.work.cancel()
+        for work in [job.work for job in self.created] + [batch.work for batch in self.batches.values()]:
+            if work is not None:
+                work.cancel()
         self.behaviour.update(self._initial.model_dump())
-        self.created: list[Job] = []
+        self.created = []
         self.assets: dict[str, Asset] = {}
-        self.batches: dict[str, Batch] = {}
+        self.batches = {}
         self.faults: list[Fault] = []
         # (credential, path, key) -> when, and (status, body), or None while the first request is running.
         self.idempotency: dict[tuple[str, str, str], tuple[float, tuple[int, bytes] | None]] = {}

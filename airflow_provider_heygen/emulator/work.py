@@ -42,7 +42,6 @@ class Worker:
         self._pool = ThreadPoolExecutor(os.cpu_count() or 2, thread_name_prefix="heygen-emulator")
         # Equal inputs give equal outputs, so a thousand jobs on one pair of files cost one run of ffmpeg.
         self._made: dict[Hashable, Future[tuple[Path, float | None]]] = {}
-        self._batches: set[asyncio.Task[None]] = set()
         self._has_ffmpeg = media.ffmpeg_exe() is not None
         if not self._has_ffmpeg:
             log.warning("No ffmpeg (imageio-ffmpeg): every result is its source video, untouched")
@@ -57,9 +56,7 @@ class Worker:
             if item.job is not None:
                 self.start(item.job)
         if callback_url is not None:
-            task = asyncio.create_task(self._follow(batch, callback_url))
-            self._batches.add(task)
-            task.add_done_callback(self._batches.discard)
+            batch.work = asyncio.create_task(_follow(batch, callback_url))
 
     def close(self) -> None:
         """Wait for the ffmpeg that is running, and start no other."""
@@ -96,14 +93,6 @@ class Worker:
         path = f"/files/{job.id}.mp4"
         url = self._state.presign("GET", job.base_url, path, self._state.behaviour.link_seconds)
         return {"event_type": f"{word}.success", "event_data": data | {"url": url}}
-
-    async def _follow(self, batch: Batch, callback_url: str) -> None:
-        work = [item.job.work for item in batch.items if item.job is not None and item.job.work is not None]
-        await asyncio.gather(*work, return_exceptions=True)
-        await _call_back(
-            callback_url,
-            {"event_type": "batch.finished", "event_data": {"batch_id": batch.id, "callback_id": None}},
-        )
 
     async def _render(self, job: Job) -> tuple[Path, float | None]:
         request = job.request
@@ -171,6 +160,13 @@ class Worker:
             self._made[key] = self._pool.submit(make)
         # Shielded, because others may be waiting for it when one job is deleted.
         return await asyncio.shield(asyncio.wrap_future(self._made[key]))
+
+
+async def _follow(batch: Batch, callback_url: str) -> None:
+    work = [item.job.work for item in batch.items if item.job is not None and item.job.work is not None]
+    await asyncio.gather(*work, return_exceptions=True)
+    data = {"batch_id": batch.id, "callback_id": None}
+    await _call_back(callback_url, {"event_type": "batch.finished", "event_data": data})
 
 
 def _download(url: str, target: Path) -> None:
