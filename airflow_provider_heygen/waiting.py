@@ -148,10 +148,11 @@ def failure(overdub: Overdub) -> str:
     return f"Overdub {overdub.overdub_id} failed: {reason}"
 
 
-def check_event(event: Any, overdub_id: str) -> WaitEvent:
+def check_event(event: Any, overdub_id: str | None = None) -> WaitEvent:
     """
     Check the event a deferred task is resumed with.
 
+    :param overdub_id: the overdub it must be about, where that is known.
     :raises HeyGenTriggerEventError: it is missing, malformed or about another overdub. Taking it for success
         would hand an unfinished video to the rest of the DAG.
     """
@@ -159,13 +160,14 @@ def check_event(event: Any, overdub_id: str) -> WaitEvent:
         not isinstance(event, dict)
         or event.get("status") not in ("completed", "failed", "timeout", "error")
         or not isinstance(event.get("message"), str)
-        or event.get("overdub_id") != overdub_id
+        or not isinstance(event.get("overdub_id"), str)
+        or event["overdub_id"] != (overdub_id or event["overdub_id"])
         or (event["status"] == "completed" and not isinstance(event.get("overdub"), dict))
     ):
         shape = sorted(map(str, event)) if isinstance(event, dict) else type(event).__name__
         raise HeyGenTriggerEventError(
-            f"The wait for overdub {overdub_id} ended with an event that HeyGenOverdubTrigger does not send"
-            f" ({shape}). The overdub itself is not affected; retry the task."
+            f"The wait for overdub {overdub_id or '(id unknown)'} ended with an event that HeyGenOverdubTrigger"
+            f" does not send ({shape}). The overdub itself is not affected; retry the task."
         )
     return event  # type: ignore[return-value]
 

@@ -194,18 +194,17 @@ class HeyGenCreateOverdubOperator(BaseOperator):
                 **wait,
             ),
             method_name="execute_complete",
-            kwargs={"overdub_id": overdub_id},
             timeout=backstop(deadline, poke_interval),
         )
         raise AssertionError  # defer() raises; this tells mypy
 
-    def execute_complete(self, context: Context, event: Any = None, overdub_id: str = "") -> str:
+    def execute_complete(self, context: Context, event: Any = None) -> str:
         """Go on when the trigger has fired."""
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.waiting import check_event
 
         with HeyGenHook(self.heygen_conn_id) as hook:
-            return self._finish(check_event(event, overdub_id), hook, context)
+            return self._finish(check_event(event), hook, context)
 
     def _finish(self, event: WaitEvent, hook: HeyGenHook, context: Context) -> str:
         from airflow_provider_heygen.waiting import conclude

@@ -1,0 +1,37 @@
+PYTHON ?= python3
+BIN := .venv/bin
+export AIRFLOW_HOME ?= $(CURDIR)/.local/airflow
+export AIRFLOW__CORE__LOAD_EXAMPLES := False
+
+.DELETE_ON_ERROR:
+.PHONY: demo ui test lint format dist clean
+
+demo: .venv/done       ## dub a real video with a real Airflow DAG, on the HeyGen emulator
+	@$(BIN)/python example_dags/run_local.py demo
+
+ui: .venv/done         ## Airflow's web UI with the example DAGs and the emulator
+	@$(BIN)/python example_dags/run_local.py ui
+
+test: lint             ## lint, types, tests
+	$(BIN)/python -m pytest
+
+lint: .venv/done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/done
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+dist: .venv/done       ## wheel and sdist
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf .venv .local dist
+
+.venv/done: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[emulator,dev]'
+	@touch $@

@@ -1,0 +1,192 @@
+"""
+Run the example DAGs on this machine, with a HeyGen emulator in place of HeyGen: `make demo` and `make ui`.
+
+Everything lives in one folder (`.local`), nothing else on the machine is touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from airflow_provider_heygen.emulator import Behaviour, Emulator
+from airflow_provider_heygen.emulator.media import decode_audio, decode_frames, make_audio, make_video, probe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DAGS = Path(__file__).resolve().parent
+HOME = DAGS.parent / ".local"
+MEDIA = HOME / "media"
+DEMO_DAG = "example_heygen_overdub"
+LANGUAGES = {"de": 880, "fr": 990, "es": 1170}  # a tone for each, in Hz
+
+WORTH_TELLING = {
+    "deferred": "waits in the triggerer, no worker is held",
+    "success": "",
+    "up_for_retry": "",
+    "failed": "",
+}
+ENDED = {"success", "failed", "upstream_failed", "skipped"}
+
+
+def environment(heygen: Emulator, port: int) -> dict[str, str]:
+    """Give the settings of an Airflow that lives in the folder and talks to the emulator."""
+    return {
+        **os.environ,
+        # `airflow standalone` starts its parts by the name `airflow`.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "AIRFLOW_HOME": str(HOME / "airflow"),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(DAGS),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
+        "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://127.0.0.1:{port}/execution/",
+        "AIRFLOW__API__HOST": "127.0.0.1",
+        "AIRFLOW__API__PORT": str(port),
+        "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(free_port()),
+        "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(free_port()),
+        "AIRFLOW_CONN_HEYGEN_DEFAULT": json.dumps(heygen.connection()),
+        "HEYGEN_EXAMPLE_MEDIA": str(MEDIA),
+    }
+
+
+def free_port() -> int:
+    """Find a port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def make_inputs() -> None:
+    """Make a video with a tone, and another tone for each language."""
+    MEDIA.mkdir(parents=True, exist_ok=True)
+    make_video(MEDIA / "talk.mp4", seconds=4, hz=440)
+    for language, hz in LANGUAGES.items():
+        make_audio(MEDIA / f"talk.{language}.mp3", seconds=4, hz=hz)
+
+
+def airflow(env: dict[str, str], *arguments: str) -> None:
+    """Run one of Airflow's commands; show its output only if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "airflow", *arguments], env=env, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"airflow {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+
+
+@contextmanager
+def running_airflow(env: dict[str, str], output: IO[bytes] | None) -> Iterator[subprocess.Popen[bytes]]:
+    """Run scheduler, triggerer, DAG processor and API server; leave none of them behind."""
+    command = [sys.executable, "-m", "airflow", "standalone"]
+    standalone = subprocess.Popen(
+        command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        yield standalone
+    finally:
+        standalone.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            standalone.wait(timeout=20)
+        with suppress(ProcessLookupError):
+            os.killpg(standalone.pid, signal.SIGKILL)
+        standalone.wait()
+
+
+def task_states() -> dict[str, str]:
+    """Read how far each task of the newest run is, from Airflow's own database."""
+    query = """
+        SELECT task_id, state FROM task_instance WHERE dag_id = ? AND run_id =
+            (SELECT run_id FROM dag_run WHERE dag_id = ? ORDER BY id DESC LIMIT 1)
+    """
+    with closing(sqlite3.connect(f"file:{HOME / 'airflow' / 'airflow.db'}?mode=ro", uri=True)) as database:
+        return {task: state or "waiting" for task, state in database.execute(query, (DEMO_DAG, DEMO_DAG))}
+
+
+def follow(heygen: Emulator, standalone: subprocess.Popen[bytes]) -> dict[str, str]:
+    """Print what the newest run does until it has ended; give the last states."""
+    began = time.monotonic()
+    shown: dict[str, str] = {}
+    said_last = ""
+    while time.monotonic() - began < 300 and standalone.poll() is None:
+        states = task_states()
+        for task, state in states.items():
+            if state in WORTH_TELLING and shown.get(task) != state:
+                shown[task] = state
+                print(f"\r   {task:<13} {state:<9} {WORTH_TELLING[state]:<40}", flush=True)
+        if states and all(state in ENDED for state in states.values()):
+            return states
+        if sys.stdout.isatty():
+            said = f", HeyGen says: {heygen.jobs[-1].status}" if heygen.jobs else ""
+            print(f"\r   ... {time.monotonic() - began:3.0f} s{said:<30}", end="", flush=True)
+        elif heygen.jobs and heygen.jobs[-1].status != said_last:
+            said_last = heygen.jobs[-1].status
+            print(f"   ... {time.monotonic() - began:3.0f} s, HeyGen says: {said_last}", flush=True)
+        time.sleep(0.5)
+    return {}
+
+
+def demo() -> None:
+    """Dub one video, and check that what comes out is the video with the new audio."""
+    result = MEDIA / "talk.dubbed.mp4"
+    result.unlink(missing_ok=True)
+    log = HOME / "demo.log"
+    with Emulator(Behaviour(pending_seconds=3, running_seconds=7)) as heygen:
+        print("1. Make a test video and a new audio track, with ffmpeg.")
+        make_inputs()
+        print(f"2. A HeyGen emulator listens at {heygen.url}.")
+        env = environment(heygen, free_port())
+        print("3. Prepare Airflow's database and start Airflow: scheduler, triggerer and all.")
+        airflow(env, "db", "migrate")
+        airflow(env, "dags", "reserialize")
+        with log.open("wb") as output, running_airflow(env, output) as standalone:
+            print(f"4. Run the DAG {DEMO_DAG} (Airflow's log: {log}).")
+            airflow(env, "dags", "trigger", DEMO_DAG)
+            states = follow(heygen, standalone)
+        if set(states.values()) != {"success"}:
+            sys.exit(f"The DAG did not succeed; see {log} and {HOME / 'airflow' / 'logs'}")
+
+    made = probe(result)
+    sound, frames = decode_audio(result), decode_frames(result)
+    print("5. What is in the result:")
+    print(f"   {made.duration} s, {made.width}x{made.height}, {made.video_codec} and {made.audio_codec}")
+    new_sound = sound == decode_audio(MEDIA / "talk.de.mp3") and sound != decode_audio(MEDIA / "talk.mp4")
+    original = decode_frames(MEDIA / "talk.mp4")
+    length = min(len(frames), len(original))
+    same_picture = length > 0 and frames[:length] == original[:length]
+    print(f"   audio: {'the uploaded one, sample by sample' if new_sound else 'NOT the uploaded one'}")
+    print(f"   picture: {'that of the video, frame by frame' if same_picture else 'NOT that of the video'}")
+    if not (new_sound and same_picture):
+        sys.exit("The result is not the dubbed video.")
+    print(f"\nDubbed: {result}")
+
+
+def ui(port: int) -> None:
+    """Serve Airflow's web UI with the example DAGs, until Ctrl-C."""
+    with Emulator(Behaviour(pending_seconds=5, running_seconds=15)) as heygen:
+        make_inputs()
+        env = environment(heygen, port)
+        airflow(env, "db", "migrate")
+        airflow(env, "pools", "set", "heygen", "10", "jobs HeyGen runs at a time", "--include-deferred")
+        print(f"HeyGen emulator: {heygen.url}, its state: {heygen.url}/emulator/state")
+        print(f"Airflow: http://127.0.0.1:{port} (no login; ready in about half a minute). Ctrl-C ends both.")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with suppress(KeyboardInterrupt), running_airflow(env, None) as standalone:
+            standalone.wait()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", choices=["demo", "ui"])
+    parser.add_argument("--port", type=int, default=8080, help="of the web UI")
+    arguments = parser.parse_args()
+    demo() if arguments.command == "demo" else ui(arguments.port)
