@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -66,6 +67,12 @@ def redact_links(text: str) -> str:
     A presigned link is a bearer secret while it lives, and HeyGen quotes the links it was given.
     """
     text = re.sub(r"(?i)(https?://)[^\s/@\"'<>]*@", r"\1", text)
+    # A link without a query matches, too: starting again inside of it would take quadratic time.
+    text = re.sub(
+        r"(?i)(https?://[^\s\"'<>?]*)(\?[^\s\"'<>]+)?",
+        lambda link: f"{link[1]}?***" if link[2] else link[1],
+        text,
+    )
     return re.sub(r"\?[^\s\"'<>?]*=[^\s\"'<>]*", "?***", text)
 
 
@@ -224,11 +231,13 @@ def _none_if_odd(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 
 
 def _text(value: Any) -> Any:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    # Half an emoji, where a text was cut, is valid JSON but can be neither stored nor logged.
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def _status_word(value: Any) -> str:
-    return value.strip().lower() if isinstance(value, str) and value.strip() else "unknown"
+    return _text(value).strip().lower() if isinstance(value, str) and value.strip() else "unknown"
 
 
 Lenient = WrapValidator(_none_if_odd)
@@ -268,7 +277,7 @@ class Overdub(BaseModel):
     overdub_id: Id = Field(validation_alias=AliasChoices("id", "overdub_id", "lipsync_id"))
     status: Status = "unknown"
     title: OptionalText = None
-    duration: Annotated[float | None, Lenient] = None
+    duration: Annotated[float | None, Field(allow_inf_nan=False), Lenient] = None
     video_url: Annotated[str | None, Lenient] = Field(default=None, repr=False)
     caption_url: Annotated[str | None, Lenient] = Field(default=None, repr=False)
     callback_id: OptionalText = None
@@ -321,11 +330,10 @@ def _data(answer: Any, kind: type) -> Any:
     return data
 
 
-def _created_id(answer: Any) -> str:
-    data = _data(answer, dict)
-    for name in ("overdub_id", "lipsync_id", "id"):
-        if isinstance(data.get(name), str) and data[name].strip():
-            return str(data[name])
+def _id_of(row: Any) -> str:
+    for name in ("overdub_id", "lipsync_id", "id") if isinstance(row, dict) else ():
+        with suppress(HeyGenBadInputError):
+            return check_id(_text(row.get(name)))
     raise ValueError("there is no overdub_id in it")
 
 
@@ -333,8 +341,9 @@ def _page(answer: Any) -> OverdubPage:
     rows = []
     for row in _data(answer, list):
         try:
-            rows.append(Overdub.model_validate(row))
-        except ValidationError:
+            overdub_id = _id_of(row)
+            rows.append(Overdub.model_validate({**row, "id": overdub_id}))
+        except ValueError:
             continue  # one row we cannot read must not hide the others
     token = answer.get("next_token")
     token = token if isinstance(token, str) and token else None
@@ -380,9 +389,9 @@ class Call(Generic[T]):
         if not 200 <= status < 300:
             raise _error(self, status, headers, decoded, connection)
         if decoded is None and self.body_matters:
+            kind = _shown(headers.get("Content-Type"), connection) or "no content type"
             raise HeyGenTransientError(
-                f"HeyGen answered {status} to {self.what} without JSON"
-                f" ({headers.get('Content-Type', 'no content type')}, {len(body)} bytes)."
+                f"HeyGen answered {status} to {self.what} without JSON ({kind}, {len(body)} bytes)."
                 f" If this goes on, check the host of Airflow connection '{connection.conn_id}'.",
                 status_code=status,
                 outcome_unknown=self.method != "GET",
@@ -426,18 +435,21 @@ _NEXT_STEP_BY_CODE = {
 _WAITING_CODES = {"request_in_progress", "resource_not_ready", "asset_not_available"}
 
 
+def _shown(value: Any, connection: HeyGenConnection) -> str | None:
+    """Give what came back from the network without secrets and not endless, for a message."""
+    return connection.redact(redact_links(_text(value)))[:1000] if isinstance(value, str) and value else None
+
+
 def _error(
     call: Call[Any], status: int, headers: Mapping[str, str], decoded: Any, connection: HeyGenConnection
 ) -> HeyGenError:
     envelope = decoded.get("error") if isinstance(decoded, dict) else None
     envelope = envelope if isinstance(envelope, dict) else {}
 
-    def said(name: str) -> str | None:
-        value = envelope.get(name)
-        return connection.redact(redact_links(value))[:1000] if isinstance(value, str) and value else None
-
-    code, param, doc_url = said("code"), said("param"), said("doc_url")
-    request_id = headers.get("X-Request-Id")
+    code, said, param, doc_url = (
+        _shown(envelope.get(name), connection) for name in ("code", "message", "param", "doc_url")
+    )
+    request_id = _shown(headers.get("X-Request-Id"), connection)
     details: dict[str, Any] = {
         "status_code": status,
         "code": code,
@@ -447,7 +459,7 @@ def _error(
         "retry_after": _retry_after(headers.get("Retry-After")),
     }
     message = f"HeyGen answered {status}{f' {code}' if code else ''} to {call.what}"
-    message += f": {said('message')}" if said("message") else "."
+    message += f": {said}" if said else "."
     message = message if message.endswith((".", "!", "?")) else f"{message}."
     trace = f" (request {request_id})" if request_id else ""
 
@@ -465,7 +477,7 @@ def _error(
             "Redirects are not followed, the credential would travel along:"
             " put the final base URL into the host of Airflow connection '{conn_id}'"
         )
-    elif status == 404 and code != "asset_not_found" and call.path.count("/") == 2:
+    elif status == 404 and code != "asset_not_found" and call.path == f"/v3/{connection.resource}":
         step = _COLLECTION_404
     else:
         step = _NEXT_STEP_BY_CODE.get(code or "", _NEXT_STEP.get(status, "Correct the request"))
@@ -491,7 +503,8 @@ def _retry_after(value: str | None) -> float | None:
         return None
     try:
         if value.strip().isdigit():
-            return float(value)
+            # More digits are no wait but nonsense, which a timedelta could not hold.
+            return float(value) if len(value) < 10 else None
         moment = parsedate_to_datetime(value)
         moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
         return max(0.0, (moment - datetime.now(UTC)).total_seconds())
@@ -507,9 +520,9 @@ def check_id(overdub_id: Any, name: str = "overdub_id") -> str:
     """
     if not isinstance(overdub_id, str) or not overdub_id.strip():
         raise HeyGenBadInputError(f"{name} is empty or not text; pass the id that a create returned.")
-    if overdub_id in (".", "..") or re.search(r"[\s/\\?#%\x00-\x1f\x7f]", overdub_id):
+    if overdub_id in (".", "..") or re.search(r"[\s/\\?#%]", overdub_id) or not overdub_id.isprintable():
         raise HeyGenBadInputError(
-            f"{name} {overdub_id!r} is not an id: it has characters of a path or query."
+            f"{name} {redact_links(overdub_id)!r} is not an id: it has characters of a path or query."
         )
     return overdub_id
 
@@ -529,9 +542,9 @@ def create_overdub(resource: str, request: CreateOverdubRequest, idempotency_key
         what="the create",
         method="POST",
         path=f"/v3/{resource}",
-        json=request.body(),
         headers={"Idempotency-Key": _check_key(idempotency_key)},
-        read=_created_id,
+        json=request.body(),
+        read=lambda answer: _id_of(_data(answer, dict)),
     )
 
 

@@ -62,7 +62,7 @@ def uploadable(path: str | PathLike[str] | ObjectStoragePath) -> ObjectStoragePa
         raise HeyGenBadInputError(f"{source} is a directory; name one file.")
     try:
         size = source.stat().st_size
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise HeyGenBadInputError(f"There is no file {source}; nothing was uploaded.") from None
     if size == 0:
         raise HeyGenBadInputError(f"{source} is empty; nothing was uploaded.")

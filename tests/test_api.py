@@ -1,0 +1,680 @@
+"""The protocol: what is refused before anything is sent, and what is made of every possible answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import traceback
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import pytest
+from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from requests.structures import CaseInsensitiveDict
+
+from airflow_provider_heygen import api
+from airflow_provider_heygen.connection import HeyGenConnection
+from airflow_provider_heygen.exceptions import (
+    HeyGenBadInputError,
+    HeyGenError,
+    HeyGenNotFoundError,
+    HeyGenPermanentError,
+    HeyGenTransientError,
+)
+from airflow_provider_heygen.hooks.heygen import HeyGenHook
+
+SECRET = "QUERY-SECRET"
+LINK = f"https://files.heygen.ai/v.mp4?Expires=1&Signature={SECRET}"
+VIDEO = f"https://example.com/v.mp4?Signature={SECRET}"
+REQUEST = {"video": VIDEO, "audio": "https://example.com/a.mp3"}
+OTHER = {"overdubs": "lipsyncs", "lipsyncs": "overdubs"}
+
+both_resources = pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
+
+
+def refused(heygen, call, named):
+    """The call is refused with the name of what is wrong, nothing is sent and no query is shown."""
+    with pytest.raises(HeyGenBadInputError, match=rf"\b{named}\b") as raised:
+        call()
+    assert heygen.requests == []
+    assert isinstance(raised.value, AirflowFailException)
+    assert raised.value.status_code is None
+    shown = "".join(traceback.format_exception(raised.value)) + repr(raised.value) + repr(raised.value.args)
+    assert SECRET not in shown
+
+
+# --- Refused before anything is sent ------------------------------------------------------------------
+
+BAD_MEDIA = {
+    "neither": {"type": "url"},
+    "neither, null": {"type": "asset_id", "asset_id": None},
+    "both": {"type": "url", "url": VIDEO, "asset_id": "a"},
+    "the other": {"type": "asset_id", "url": VIDEO},
+    "the other way round": {"type": "url", "asset_id": "a"},
+    "no type": {"url": VIDEO},
+    "unknown type": {"type": "base64", "url": VIDEO},
+    "unhashable type": {"type": ["url"], "url": VIDEO},
+    "unknown member": {"type": "url", "url": VIDEO, "language": "de"},
+    "http": VIDEO.replace("https", "http"),
+    "http in an object": {"type": "url", "url": VIDEO.replace("https", "http")},
+    "a path": f"/v.mp4?x={SECRET}",
+    "storage": f"s3://bucket/v.mp4?x={SECRET}",
+    "no host": f"https:///v.mp4?x={SECRET}",
+    "bad host": f"https://[v.mp4?x={SECRET}",
+    "space": f"https://example.com/v 1.mp4?x={SECRET}",
+    "newline": f"{VIDEO}\n",
+    "blank": " ",
+    "empty": "",
+    "empty asset_id": {"type": "asset_id", "asset_id": ""},
+    "asset_id with a space": {"type": "asset_id", "asset_id": "a b"},
+    "asset without id": {"type": "asset_id", "asset_id": {"url": VIDEO}},
+    "None": None,
+    "number": 5,
+    "list": [VIDEO],
+    "None, rendered": "None",
+}
+
+
+@pytest.mark.parametrize("media", BAD_MEDIA.values(), ids=BAD_MEDIA)
+@pytest.mark.parametrize("name", ["video", "audio"])
+def test_bad_media(heygen, name, media):
+    refused(heygen, lambda: HeyGenHook().create_overdub({**REQUEST, name: media}), name)
+
+
+BAD_FIELDS = [
+    ("title", ""),
+    ("title", " \n"),
+    ("title", 5),
+    ("mode", "fast"),
+    ("mode", "Speed"),
+    ("mode", ""),
+    ("fps_mode", "60"),
+    ("fps_mode", ""),
+    ("enable_caption", "maybe"),
+    ("enable_caption", 2),
+    ("start_time", -1),
+    ("start_time", -0.001),
+    ("start_time", float("nan")),
+    ("start_time", float("inf")),
+    ("start_time", "nan"),
+    ("start_time", "soon"),
+    ("end_time", -1),
+    ("end_time", 0),
+    ("end_time", float("nan")),
+    ("end_time", float("inf")),
+    ("callback_url", f"ftp://example.com/?x={SECRET}"),
+    ("callback_url", f"example.com/?x={SECRET}"),
+    ("callback_id", ""),
+    ("folder_id", ""),
+    ("language", "de"),
+    ("Title", "x"),
+    ("type", "url"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_FIELDS)
+def test_bad_field(heygen, name, value):
+    refused(heygen, lambda: HeyGenHook().create_overdub({**REQUEST, name: value}), name)
+
+
+@pytest.mark.parametrize(("start", "end"), [(5, 5), (5, 4.999), (0, 0), (None, 0)])
+def test_end_before_start(heygen, start, end):
+    request = {**REQUEST, "start_time": start, "end_time": end}
+    refused(heygen, lambda: HeyGenHook().create_overdub(request), "end_time")
+
+
+@pytest.mark.parametrize("name", ["video", "audio"])
+def test_missing_media(heygen, name):
+    request = {key: value for key, value in REQUEST.items() if key != name}
+    refused(heygen, lambda: HeyGenHook().create_overdub(request), name)
+
+
+def test_every_wrong_field_is_named(heygen):
+    with pytest.raises(HeyGenBadInputError) as raised:
+        HeyGenHook().create_overdub({"video": "x", "mode": "fast", "end_time": -1, "colour": "red"})
+    for name in ("video", "audio", "mode", "end_time", "colour"):
+        assert f"{name}: " in str(raised.value)
+
+
+BAD_IDS = [
+    *(None, 5, "", " ", ".", "..", "a/b", "/", "../users/me", "a?b", "a#b", "%2f", "a%2fb", "a\\b"),
+    *(LINK, "a b", "a\n", "\ta", "a\x00", "a\x7f", "a\u2028b", "\ud800"),
+]
+
+
+@pytest.mark.parametrize("overdub_id", BAD_IDS, ids=ascii)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda hook, overdub_id: hook.get_overdub(overdub_id),
+        lambda hook, overdub_id: hook.update_overdub(overdub_id, "title"),
+        lambda hook, overdub_id: hook.delete_overdub(overdub_id),
+        lambda hook, overdub_id: hook.download_overdub(overdub_id, "/tmp/never-written.mp4"),
+        lambda hook, overdub_id: asyncio.run(hook.aget_overdub(overdub_id)),
+        lambda hook, overdub_id: asyncio.run(hook.adelete_overdub(overdub_id)),
+    ],
+    ids=["get", "update", "delete", "download", "aget", "adelete"],
+)
+def test_bad_id(heygen, call, overdub_id):
+    refused(heygen, lambda: call(HeyGenHook(), overdub_id), "overdub_id")
+
+
+@pytest.mark.parametrize(
+    "overdub_id", ["a:b", "a@b", "a+b", "a,b;c=d&e", "a'b", "\u00e9", "a.b", "~", "*"], ids=ascii
+)
+def test_odd_but_possible_id(heygen, overdub_id):
+    for call in (HeyGenHook().get_overdub, lambda odd: asyncio.run(HeyGenHook().aget_overdub(odd))):
+        with pytest.raises(HeyGenNotFoundError):
+            call(overdub_id)
+        assert heygen.requests[-1].path == f"/v3/overdubs/{overdub_id}"
+        assert heygen.requests[-1].query == ""
+
+
+@pytest.mark.parametrize("title", ["", "  ", "\n", None, 5])
+def test_bad_new_title(heygen, title):
+    refused(heygen, lambda: HeyGenHook().update_overdub("od_1", title), "title")
+
+
+@pytest.mark.parametrize("limit", [0, -1, 101, True, "x", "10", 1.5, None])
+def test_bad_limit(heygen, limit):
+    refused(heygen, lambda: HeyGenHook().list_overdubs(limit), "limit")
+    refused(heygen, lambda: list(HeyGenHook().iter_overdubs(limit)), "limit")
+    refused(heygen, lambda: asyncio.run(HeyGenHook().alist_overdubs(limit)), "limit")
+
+
+@pytest.mark.parametrize(
+    "key", ["", " ", "a b", "key\n", "k\u00e9y", "a/b", "x" * 256, 5, b"key", object], ids=ascii
+)
+@pytest.mark.filterwarnings("error")
+def test_bad_idempotency_key(heygen, key):
+    refused(heygen, lambda: HeyGenHook().create_overdub(REQUEST, idempotency_key=key), "idempotency_key")
+
+
+BAD_FILES = {
+    "missing": ("There is no file", lambda path: path / "nothing.mp4"),
+    "missing directory": ("There is no file", lambda path: path / "nowhere" / "nothing.mp4"),
+    "file as directory": ("There is no file", lambda path: sparse(path, 1) / "v.mp4"),
+    "empty": ("is empty", lambda path: sparse(path, 0)),
+    "directory": ("is a directory", lambda path: path),
+    "too large": ("32.0 MiB, HeyGen takes 32 MiB", lambda path: sparse(path, 32 * 2**20 + 1)),
+    "unknown scheme": ("provider of that storage", lambda _: f"warehouse://bucket/v.mp4?x={SECRET}"),
+    "no path": ("is empty", lambda _: ""),
+    "blank path": ("is empty", lambda _: "  "),
+}
+
+
+def sparse(directory, size):
+    path = directory / "v.mp4"
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
+
+
+@pytest.mark.parametrize(("text", "make"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_upload(heygen, tmp_path, text, make):
+    path = make(tmp_path)
+    refused(heygen, lambda: HeyGenHook().upload_asset(path), text)
+    if "://" not in str(path) and str(path).strip():
+        refused(heygen, lambda: HeyGenHook().upload_asset(f"file://{path}"), text)
+
+
+# --- Answers ------------------------------------------------------------------------------------------
+
+KEY = "sk_V2_hgu_CREDENTIAL"
+CONNECTION = HeyGenConnection(conn_id="dubbing", base_url="https://api.heygen.com", credential=KEY)
+
+CALLS = {
+    "create": api.create_overdub("overdubs", api.CreateOverdubRequest.of(REQUEST), "key"),
+    "get": api.get_overdub("overdubs", "od_1"),
+    "list": api.list_overdubs("overdubs", 10, None),
+    "update": api.update_overdub("overdubs", "od_1", "title"),
+    "delete": api.delete_overdub("overdubs", "od_1"),
+    "upload": api.upload_asset("key"),
+}
+
+
+def answer(call, body, status=200, headers=None):
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return CALLS[call].answer(status, CaseInsensitiveDict(headers or {}), body, CONNECTION)
+
+
+@pytest.mark.parametrize("member", ["overdub_id", "lipsync_id", "id"])
+def test_id_by_any_name(member):
+    assert answer("create", {"data": {member: "od_1"}}) == "od_1"
+    assert answer("list", {"data": [{member: "od_1"}]}).data[0].overdub_id == "od_1"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"overdub_id": None, "lipsync_id": "od_1"},
+        {"overdub_id": "", "id": "od_1"},
+        {"id": None, "overdub_id": "od_1", "lipsync_id": ["x"]},
+    ],
+)
+def test_id_beside_unusable_ones(data):
+    assert answer("create", {"data": data}) == "od_1"
+    assert answer("list", {"data": [data]}).data[0].overdub_id == "od_1"
+
+
+def test_id_as_a_number():
+    assert answer("create", {"data": {"overdub_id": 17}}) == "17"
+    assert answer("list", {"data": [{"id": 17}]}).data[0].overdub_id == "17"
+
+
+FULL = {
+    "id": "od_1",
+    "title": "Title",
+    "status": "completed",
+    "duration": 42.5,
+    "video_url": LINK,
+    "caption_url": LINK,
+    "callback_id": "mine",
+    "created_at": 1717000000,
+    "failure_message": None,
+}
+
+
+def test_everything_given():
+    overdub = answer("get", {"data": FULL})
+    assert {name: getattr(overdub, name) for name in FULL} == FULL
+    assert overdub.status is api.OverdubStatus.COMPLETED
+    assert overdub.is_final
+    assert SECRET not in repr(overdub)
+    assert overdub.details() == {
+        "overdub_id": "od_1",
+        "title": "Title",
+        "status": "completed",
+        "duration": 42.5,
+        "callback_id": "mine",
+        "created_at": 1717000000,
+        "failure_message": None,
+    }
+
+
+@pytest.mark.parametrize("call", ["get", "update"])
+def test_nothing_given(call):
+    overdub = answer(call, {"data": {}})
+    assert overdub.overdub_id == "od_1"
+    assert overdub.status == "unknown"
+    assert not overdub.is_final
+    assert set(overdub.details().values()) == {"od_1", "unknown", None}
+
+
+ODD = [True, 1.5, 10**400, float("nan"), float("inf"), [], {}, [{}], {"a": 1}, "\ud800", "x" * 10_000]
+
+
+@pytest.mark.parametrize("name", [name for name in FULL if name != "id"])
+@pytest.mark.parametrize("value", [None, *ODD], ids=lambda value: ascii(value)[:20])
+def test_odd_and_unknown_members(name, value):
+    given = {**FULL, name: value, "new_member": {"deep": [value]}}
+    overdub = answer("get", {"data": given})
+    assert overdub == answer("list", {"data": [given]}).data[0]
+    assert overdub.overdub_id == "od_1"
+    others = [other for other in FULL if other != name]
+    assert [getattr(overdub, other) for other in others] == [FULL[other] for other in others]
+    # Goes into an XCom and an event: JSON without NaN, text without half characters.
+    json.dumps(overdub.details(), allow_nan=False, ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("asked", ["od_1", None, "another", 5, ["x"]])
+def test_the_id_asked_for_counts(asked):
+    assert answer("get", {"data": {"id": asked, "status": "failed"}}).overdub_id == "od_1"
+
+
+@pytest.mark.parametrize(
+    ("word", "status", "final"),
+    [
+        ("pending", "pending", False),
+        ("running", "running", False),
+        ("completed", "completed", True),
+        ("failed", "failed", True),
+        (" Completed\n", "completed", True),
+        ("succeeded", "succeeded", False),
+        ("", "unknown", False),
+        (None, "unknown", False),
+        (5, "unknown", False),
+    ],
+)
+def test_status_words(word, status, final):
+    overdub = answer("get", {"data": {"status": word}})
+    assert overdub.status == status
+    assert overdub.is_final is final
+    assert isinstance(overdub.status, api.OverdubStatus) == (status in list(api.OverdubStatus))
+
+
+def test_list_keeps_the_rows_it_can_read():
+    rows = [None, 5, "x", [], {}, {"id": None}, {"id": ""}, {"id": "od_1"}, {"id": True}, {"id": "od_2"}]
+    assert [row.overdub_id for row in answer("list", {"data": rows}).data] == ["od_1", "od_2"]
+
+
+@pytest.mark.parametrize(
+    ("members", "more"),
+    [
+        ({"has_more": True, "next_token": "t"}, "t"),
+        ({"next_token": "t"}, "t"),
+        ({"has_more": None, "next_token": "t"}, "t"),
+        ({"has_more": False, "next_token": "t"}, None),
+        ({"has_more": True, "next_token": None}, None),
+        ({"has_more": True, "next_token": ""}, None),
+        ({"has_more": True, "next_token": 5}, None),
+        ({"has_more": True}, None),
+        ({}, None),
+    ],
+)
+def test_next_page(members, more):
+    page = answer("list", {"data": [], **members})
+    assert (page.next_token, page.has_more) == (more, more is not None)
+
+
+def test_asset():
+    data = {"asset_id": "a", "url": LINK, "mime_type": "video/mp4", "size_bytes": 5}
+    asset = answer("upload", {"data": data})
+    assert asset.model_dump() == data
+    assert SECRET not in repr(asset)
+    assert answer("upload", {"data": {"id": 17, "url": 5, "size_bytes": "?"}}).asset_id == "17"
+
+
+UNREADABLE = {
+    "empty": b"",
+    "HTML": b"<html>Bad gateway</html>",
+    "cut": b'{"data": {"overdub_id"',
+    "not UTF-8": b'{"data": "\xff\xfe"}',
+    "deep": b"[" * 100_000,
+    "deep objects": b'{"data":' * 100_000,
+    "huge number": b'{"data": ' + b"9" * 10_000 + b"}",
+    "null": b"null",
+}
+UNUSABLE = {
+    "number": b"5",
+    "text": b'"completed"',
+    "list": b"[]",
+    "no data": b"{}",
+    "null data": b'{"data": null}',
+    "wrong data": b'{"data": 5}',
+    "error with 200": b'{"error": {"code": "x"}}',
+}
+
+
+@pytest.mark.parametrize("body", [*UNREADABLE.values(), *UNUSABLE.values()], ids=[*UNREADABLE, *UNUSABLE])
+@pytest.mark.parametrize("call", CALLS)
+def test_useless_body(call, body):
+    if call == "delete":
+        assert answer(call, body) is None
+        return
+    with pytest.raises(HeyGenTransientError) as raised:
+        answer(call, body, headers={"Content-Type": "text/html"})
+    assert raised.value.status_code == 200
+    assert raised.value.outcome_unknown == (call not in ("get", "list"))
+    if body in UNREADABLE.values():
+        assert "'dubbing'" in str(raised.value)
+        assert "text/html" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "data", [{}, {"overdub_id": ""}, {"overdub_id": " "}, {"overdub_id": {}}, {"overdub_id": "\ud800"}]
+)
+def test_create_without_id(data):
+    with pytest.raises(HeyGenTransientError, match="no overdub_id") as raised:
+        answer("create", {"data": data})
+    assert raised.value.outcome_unknown
+
+
+words = st.text() | st.builds(
+    "{}{}{}".format, st.text(), st.sampled_from([KEY, LINK, f"{KEY}{LINK}"]), st.text()
+)
+names = st.sampled_from(
+    [*("data", "error", "code", "message", "param", "doc_url", "has_more", "next_token", "asset_id"), *FULL]
+)
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | words
+    | st.sampled_from(["completed", "failed"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names | st.text(), inner, max_size=5),
+    max_leaves=15,
+)
+envelopes = st.fixed_dictionaries(
+    {}, optional={"data": anything, "error": st.dictionaries(names, words) | anything, "next_token": words}
+)
+bodies = st.binary() | (anything | envelopes).map(lambda value: json.dumps(value).encode())
+header_sets = st.fixed_dictionaries(
+    {},
+    optional={
+        "Retry-After": st.text() | st.integers().map(str),
+        "Content-Type": words,
+        "X-Request-Id": words,
+    },
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(call=st.sampled_from([*CALLS]), status=st.integers(100, 599), headers=header_sets, body=bodies)
+@example(call="get", status=429, headers={"Retry-After": "9" * 400}, body=b"")
+@example(call="get", status=429, headers={"Retry-After": "\u00b2"}, body=b"")
+@example(call="get", status=429, headers={"Retry-After": "Mon, 1 Jan 0000 00:00:00 +9999"}, body=b"")
+def test_any_answer(call, status, headers, body):
+    check_any_answer(call, status, headers, body)
+
+
+@settings(max_examples=300, deadline=None)
+@given(call=st.sampled_from([*CALLS]), body=bodies)
+def test_any_good_answer(call, body):
+    check_any_answer(call, 200, {"Content-Type": "application/json"}, body)
+
+
+def check_any_answer(call, status, headers, body):
+    try:
+        result, error = answer(call, body, status, headers), None
+    except HeyGenError as raised:
+        result, error = None, raised
+    if error is None:
+        assert 200 <= status < 300
+        kinds = {"create": str, "list": api.OverdubPage, "upload": api.Asset, "delete": type(None)}
+        assert isinstance(result, kinds.get(call, api.Overdub))
+        if call == "create":
+            assert api.check_id(result) == result
+        return
+    assert isinstance(error, HeyGenTransientError) != isinstance(error, HeyGenPermanentError)
+    assert error.status_code == status
+    assert error.retry_after is None or 0 <= error.retry_after < float("inf")
+    shown = "".join(traceback.format_exception(error)) + repr(error) + repr(vars(error))
+    assert KEY not in shown
+    assert SECRET not in shown
+    str(error).encode()
+
+
+# --- Errors -------------------------------------------------------------------------------------------
+
+TRANSIENT, PERMANENT, NOT_FOUND = HeyGenTransientError, HeyGenPermanentError, HeyGenNotFoundError
+ERRORS = [
+    (400, "invalid_parameter", PERMANENT, "Correct the request"),
+    (400, "download_failed", PERMANENT, "public https straight to the file"),
+    (400, "resource_not_ready", TRANSIENT, ""),
+    (400, "asset_not_available", TRANSIENT, ""),
+    (401, "authentication_failed", PERMANENT, "password of Airflow connection 'heygen_default'"),
+    (401, "unauthorized", PERMANENT, "'auth_type' ('api_key')"),
+    (402, "insufficient_credit", PERMANENT, "Top up"),
+    (402, "trial_limit_exceeded", PERMANENT, "Top up"),
+    (403, "forbidden", PERMANENT, "Airflow connection 'heygen_default'"),
+    (404, "not_found", NOT_FOUND, "extra 'resource' ('overdubs')"),
+    (404, "asset_not_found", NOT_FOUND, "Upload the file"),
+    (408, "timeout", TRANSIENT, ""),
+    (409, "request_in_progress", TRANSIENT, ""),
+    (409, "resource_not_ready", TRANSIENT, ""),
+    (409, "conflict", PERMANENT, "a state that does not allow this"),
+    (413, "payload_too_large", PERMANENT, "32 MB"),
+    (418, "teapot", PERMANENT, "Correct the request"),
+    (422, "invalid_parameter", PERMANENT, "Correct the request"),
+    (425, "too_early", TRANSIENT, ""),
+    (429, "rate_limit_exceeded", TRANSIENT, ""),
+    (429, "something_new", TRANSIENT, ""),
+    (429, "quota_exceeded", PERMANENT, "quota is used up"),
+    (429, "trial_video_limit_exceeded", PERMANENT, "quota is used up"),
+    (500, "internal_error", TRANSIENT, ""),
+    (502, "bad_gateway", TRANSIENT, ""),
+    (503, "service_unavailable", TRANSIENT, ""),
+    (504, "gateway_timeout", TRANSIENT, ""),
+    (520, "unknown", TRANSIENT, ""),
+]
+
+
+@pytest.mark.parametrize(("status", "code", "kind", "step"), ERRORS)
+def test_errors(heygen, status, code, kind, step):
+    detail = {"code": code, "message": "It is so.", "param": "video", "doc_url": "https://heygen.example/doc"}
+    hook = HeyGenHook(max_attempts=1)
+    for call in (lambda: hook.get_overdub("od_1"), lambda: asyncio.run(hook.aget_overdub("od_1"))):
+        for fault in ({"code": code, "message": "It is so."}, {"body": json.dumps({"error": detail})}):
+            heygen.fail_next(status=status, **fault)
+            with pytest.raises(kind) as raised:
+                call()
+            error = raised.value
+            assert isinstance(error, AirflowException)
+            assert isinstance(error, AirflowFailException) == (kind is not TRANSIENT)
+            assert isinstance(error, NOT_FOUND) == (status == 404)
+            assert (error.status_code, error.code) == (status, code)
+            assert error.request_id.startswith("req_")
+            assert error.request_id in str(error)
+            assert f"HeyGen answered {status} {code} to the look at overdub 'od_1': It is so." in str(error)
+            assert step in str(error)
+            if "body" in fault:
+                assert (error.param, error.doc_url) == ("video", "https://heygen.example/doc")
+                assert kind is TRANSIENT or "(field 'video'); see https://heygen.example/doc." in str(error)
+
+
+@pytest.mark.parametrize(
+    "body", [{"error": {"message": "M"}}, {"error": {"code": "c"}}, {"error": "M"}, {}, [], None]
+)
+@pytest.mark.parametrize(
+    ("status", "kind"), [(400, PERMANENT), (401, PERMANENT), (429, TRANSIENT), (500, TRANSIENT)]
+)
+def test_half_an_envelope(body, status, kind):
+    with pytest.raises(kind, match=f"HeyGen answered {status}"):
+        answer("create", body, status)
+
+
+@both_resources
+def test_missing_route_names_the_setting(heygen, resource):
+    heygen.behaviour.resources = {OTHER[resource]}
+    hook = HeyGenHook(max_attempts=1)
+    for call in (
+        lambda: hook.create_overdub(REQUEST),
+        hook.list_overdubs,
+        lambda: asyncio.run(hook.alist_overdubs()),
+    ):
+        with pytest.raises(NOT_FOUND) as raised:
+            call()
+        wanted = f"extra 'resource' of Airflow connection 'heygen_default' to '{OTHER[resource]}'"
+        assert wanted in str(raised.value)
+
+
+def test_another_missing_route_does_not_blame_the_resource():
+    with pytest.raises(NOT_FOUND) as raised:
+        answer("upload", b"", 404)
+    assert "renamed" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("0", 0),
+        ("7", 7),
+        (" 120 ", 120),
+        ("999999", 999999),
+        ("", None),
+        ("soon", None),
+        ("-5", None),
+        ("1.5", None),
+        ("inf", None),
+        ("nan", None),
+        ("\u00b2", None),
+        ("9" * 400, None),
+        ("Wed, 99 Foo 2026", None),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+        ("Wed, 21 Oct 2015 07:28:00", 0),
+    ],
+    ids=lambda value: ascii(value)[:20],
+)
+def test_retry_after(value, seconds):
+    with pytest.raises(TRANSIENT) as raised:
+        answer("create", b"", 429, {"retry-after": value})
+    assert raised.value.retry_after == seconds
+
+
+def test_retry_after_as_a_date():
+    in_an_hour = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
+    with pytest.raises(TRANSIENT) as raised:
+        answer("get", b"", 503, {"Retry-After": in_an_hour})
+    assert 3500 < raised.value.retry_after <= 3600
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "unknown"),
+    [
+        ("create", 500, True),
+        ("create", 408, True),
+        ("create", 429, False),
+        ("create", 425, False),
+        ("delete", 502, True),
+        ("get", 500, False),
+        ("list", 503, False),
+    ],
+)
+def test_whether_it_may_have_taken_effect(call, status, unknown):
+    with pytest.raises(TRANSIENT) as raised:
+        answer(call, b"", status)
+    assert raised.value.outcome_unknown is unknown
+
+
+def test_long_texts_are_cut():
+    with pytest.raises(PERMANENT) as raised:
+        answer("get", {"error": dict.fromkeys(("code", "message", "param", "doc_url"), "x" * 10**6)}, 400)
+    assert len(str(raised.value)) < 10_000
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_are_not_followed(heygen, listen, status):
+    other = listen()
+    heygen.fail_next(status=status, headers={"Location": f"{other.url}/v3/overdubs/od_1"}, count=100)
+    hook = HeyGenHook()
+    for call in (
+        lambda: hook.create_overdub(REQUEST),
+        lambda: hook.get_overdub("od_1"),
+        hook.list_overdubs,
+        lambda: hook.update_overdub("od_1", "title"),
+        lambda: hook.delete_overdub("od_1"),
+        lambda: hook.run("/v3/users/me"),
+        lambda: asyncio.run(hook.aget_overdub("od_1")),
+        lambda: asyncio.run(hook.alist_overdubs()),
+        lambda: asyncio.run(hook.adelete_overdub("od_1")),
+    ):
+        with pytest.raises(PERMANENT, match=r"Redirects are not followed.*'heygen_default'"):
+            call()
+    assert len(heygen.requests) == 9
+    assert other.seen == []
+    assert hook.test_connection()[0] is False
+    assert other.seen == []
+
+
+# --- Texts --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("see https://h/v.mp4?a=b&c=d.", "see https://h/v.mp4?***"),
+        ('{"url":"https://h/v.mp4?a=b&c=d"}', '{"url":"https://h/v.mp4?***"}'),
+        ("HTTPS://h/v?a=b?c=d now", "HTTPS://h/v?*** now"),
+        ("https://user:pw@h/v", "https://h/v"),
+        ("https://h/v?token", "https://h/v?***"),
+        ("https://h/v?token?a=b", "https://h/v?***"),
+        ("Is it so? Yes = no", "Is it so? Yes = no"),
+        ("at https://h/v? Why?", "at https://h/v? Why?"),
+    ],
+)
+def test_redact_links(text, shown):
+    assert api.redact_links(text) == shown
