@@ -111,7 +111,8 @@ class HeyGenConnection(BaseModel):
             host, _ = url.hostname, url.port
         except ValueError:
             raise refuse("host and port do not make a URL; leave both empty for HeyGen's own API.") from None
-        if url.scheme not in ("http", "https") or not host:
+        usable = self.base_url.isprintable() and " " not in self.base_url
+        if url.scheme not in ("http", "https") or not host or not usable:
             raise refuse(f"host must be an https URL such as {DEFAULT_HOST}, or empty.")
         if url.username is not None or url.query or url.fragment:
             raise refuse("host must be a plain base URL; the credential belongs in the password.")
@@ -133,8 +134,11 @@ class HeyGenConnection(BaseModel):
 
 
 def _base_url(connection: Connection) -> str:
-    host = (connection.host or "").strip().rstrip("/") or DEFAULT_HOST
+    host = (connection.host or "").strip() or DEFAULT_HOST
     if "://" not in host:
         # Unlike Airflow's HTTP connection, whose default is http: there is a key on board.
         host = f"{connection.schema or 'https'}://{host}"
-    return f"{host}:{connection.port}" if connection.port else host
+    scheme, _, rest = host.partition("://")
+    authority, slash, path = rest.partition("/")
+    port = f":{connection.port}" if connection.port else ""
+    return f"{scheme}://{authority}{port}{slash}{path}".rstrip("/")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import mimetypes
 import os
+import re
 import ssl
 import time
 import uuid
@@ -17,6 +18,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 import aiohttp
@@ -30,6 +32,7 @@ from requests.exceptions import (
     ConnectTimeout,
     InvalidHeader,
     InvalidProxyURL,
+    InvalidSchema,
     InvalidURL,
     RequestException,
     SSLError,
@@ -381,7 +384,7 @@ class HeyGenHook(HttpHook):
                 timeout=(settings.connect_timeout, read_timeout),
                 allow_redirects=False,
             )
-        except RequestException as error:
+        except OSError as error:  # RequestException is one; requests throws bare ones for certificate files
             raise _transport_error(call, settings, error, _requests_fault(error)) from None
         return call.answer(response.status_code, response.headers, response.content, settings)
 
@@ -469,9 +472,11 @@ def _no_credential(request: requests.PreparedRequest) -> requests.PreparedReques
 _NEVER_SENT, _MAYBE_SENT, _WRONG_SETTING = "never sent", "maybe sent", "wrong setting"
 
 
-def _requests_fault(error: RequestException) -> str:
-    if isinstance(error, (InvalidURL, InvalidHeader, InvalidProxyURL)) or (
-        isinstance(error, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error)
+def _requests_fault(error: OSError) -> str:
+    if (
+        not isinstance(error, RequestException)
+        or isinstance(error, (InvalidURL, InvalidHeader, InvalidProxyURL, InvalidSchema))
+        or (isinstance(error, SSLError) and re.search("CERTIFICATE_VERIFY_FAILED|X509|PEM lib", str(error)))
     ):
         return _WRONG_SETTING
     reason = getattr(error.args[0], "reason", None) if error.args else None
@@ -503,9 +508,18 @@ def _transport_error(
     )
 
 
+class _Session(requests.Session):
+    """A session whose own proxies and TLS settings win over the environment's; with requests they do not."""
+
+    def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
+        proxies = {**self.proxies, **(proxies or {})}
+        verify = self.verify if verify is None else verify
+        return super().merge_environment_settings(url, proxies, stream, verify, cert)
+
+
 def _new_session(settings: HeyGenConnection) -> requests.Session:
     """Make a session with the connection's proxies and TLS settings, and no credential."""
-    session = requests.Session()
+    session = _Session()
     session.proxies = dict(settings.proxies)
     session.verify = settings.verify
     session.cert = settings.cert
@@ -522,7 +536,18 @@ def _aiohttp_options(settings: HeyGenConnection) -> dict[str, Any]:
     """
     url = settings.base_url
     found = _new_session(settings).merge_environment_settings(url, {}, None, None, None)
-    options: dict[str, Any] = {"proxy": requests.utils.select_proxy(url, found["proxies"])}
+    proxy = requests.utils.select_proxy(url, found["proxies"])
+    if proxy:
+        try:
+            proxy = requests.utils.prepend_scheme_if_needed(proxy, "http")  # type: ignore[no-untyped-call]
+            usable = urlsplit(proxy).scheme in ("http", "https") and urlsplit(proxy).hostname
+        except ValueError:
+            usable = False
+        if not usable:  # aiohttp would pass by some of them
+            raise HeyGenBadInputError(
+                f"The 'proxies' of Airflow connection '{settings.conn_id}' (or of the environment) must be"
+                " http or https URLs: a triggerer can use no others."
+            )
     verify, cert = found["verify"], found["cert"]
     if verify is False:
         context = ssl.create_default_context()
@@ -535,7 +560,7 @@ def _aiohttp_options(settings: HeyGenConnection) -> dict[str, Any]:
         )
     if cert:
         context.load_cert_chain(*([cert] if isinstance(cert, str) else cert))
-    return {**options, "ssl": context}
+    return {"proxy": proxy or None, "ssl": context}
 
 
 @dataclass
