@@ -105,8 +105,6 @@ class Emulator:
             http=_Protocol,
             ws="none",
             lifespan="off",
-            # uvloop cannot watch child processes outside the main thread.
-            loop="asyncio",
             proxy_headers=False,
             log_level=logging.WARNING,
             log_config=None,
