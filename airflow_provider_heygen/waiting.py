@@ -94,7 +94,7 @@ class Watch:
             self.log.info(
                 "Overdub %s is %s%s.",
                 self.overdub_id,
-                redact_links(self.status)[:100],
+                self.status,
                 "" if known else " (a word we do not know; taken as not final)",
             )
         if overdub.status == OverdubStatus.COMPLETED:
@@ -118,7 +118,8 @@ class Watch:
             return self._end(
                 "error", f"Gave up on overdub {self.overdub_id} after {self.failures} failed looks: {text}"
             )
-        backoff = min(self.poke_interval * 2 ** (self.failures - 1), max(self.poke_interval, LONGEST_BACKOFF))
+        doubled = self.poke_interval * 2.0 ** min(self.failures - 1, 30)  # more would overflow some day
+        backoff = min(doubled, max(self.poke_interval, LONGEST_BACKOFF))
         told = error.retry_after if isinstance(error, HeyGenError) else None
         # Jitter spreads many waiters that failed together; it never shortens what HeyGen asked for.
         pause = max(backoff, told or 0.0) * random.uniform(1.0, 1.25)  # noqa: S311
@@ -166,8 +167,8 @@ def check_event(event: Any, overdub_id: str | None = None) -> WaitEvent:
     ):
         shape = sorted(map(str, event)) if isinstance(event, dict) else type(event).__name__
         raise HeyGenTriggerEventError(
-            f"The wait for overdub {overdub_id or '(id unknown)'} ended with an event that HeyGenOverdubTrigger"
-            f" does not send ({shape}). The overdub itself is not affected; retry the task."
+            f"The wait for overdub {overdub_id or '(id unknown)'} ended with an event that"
+            f" HeyGenOverdubTrigger does not send ({shape}). The overdub itself is not affected; retry the task."
         )
     return event  # type: ignore[return-value]
 
@@ -203,7 +204,7 @@ def seconds(value: Any, name: str) -> float:
     """
     try:
         number = value.total_seconds() if isinstance(value, timedelta) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not (0 < number < math.inf):
         raise HeyGenBadInputError(

@@ -86,7 +86,8 @@ def test_bad_media(heygen, name, media):
 BAD_FIELDS = [
     ("title", ""),
     ("title", " \n"),
-    ("title", 5),
+    ("title", True),
+    ("title", 5.5),
     ("mode", "fast"),
     ("mode", "Speed"),
     ("mode", ""),
@@ -139,7 +140,24 @@ def test_every_wrong_field_is_named(heygen):
 
 
 BAD_IDS = [
-    *(None, 5, "", " ", ".", "..", "a/b", "/", "../users/me", "a?b", "a#b", "%2f", "a%2fb", "a\\b"),
+    *(
+        None,
+        "None",
+        True,
+        5.5,
+        "",
+        " ",
+        ".",
+        "..",
+        "a/b",
+        "/",
+        "../users/me",
+        "a?b",
+        "a#b",
+        "%2f",
+        "a%2fb",
+        "a\\b",
+    ),
     *(LINK, "a b", "a\n", "\ta", "a\x00", "a\x7f", "a\u2028b", "\ud800"),
 ]
 
@@ -172,7 +190,7 @@ def test_odd_but_possible_id(heygen, overdub_id):
         assert heygen.requests[-1].query == ""
 
 
-@pytest.mark.parametrize("title", ["", "  ", "\n", None, 5])
+@pytest.mark.parametrize("title", ["", "  ", "\n", None, True, 5.5])
 def test_bad_new_title(heygen, title):
     refused(heygen, lambda: HeyGenHook().update_overdub("od_1", title), "title")
 

@@ -1,0 +1,448 @@
+"""The rules of waiting, on a clock that we turn ourselves."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from airflow_provider_heygen import waiting
+from airflow_provider_heygen.api import DEFAULT_FAILURE_MESSAGE, Overdub
+from airflow_provider_heygen.exceptions import (
+    HeyGenBadInputError,
+    HeyGenError,
+    HeyGenNotFoundError,
+    HeyGenOverdubFailedError,
+    HeyGenOverdubTimeoutError,
+    HeyGenPermanentError,
+    HeyGenTransientError,
+    HeyGenTriggerEventError,
+)
+from airflow_provider_heygen.hooks.heygen import HeyGenHook
+
+NOW = 1_800_000_000.0
+SECRET = "QUERY-SECRET"
+LINK = f"https://files.heygen.ai/v.mp4?Signature={SECRET}"
+
+
+class Log:
+    def __init__(self):
+        self.lines = []
+
+    def info(self, text, *values):
+        self.lines.append(text % values)
+
+    warning = info
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """The time that the rules see, to be set forward; and a jitter that is always the greatest."""
+    clock = SimpleNamespace(now=NOW)
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(time=lambda: clock.now))
+    monkeypatch.setattr(waiting, "random", SimpleNamespace(uniform=lambda _, greatest: greatest))
+    return clock
+
+
+def watching(**changes):
+    settings = {
+        "poke_interval": 10.0,
+        "deadline": None,
+        "max_consecutive_failures": 5,
+        "not_found_until": 0.0,
+        "log": Log(),
+    }
+    return waiting.Watch("od_1", **settings | changes)
+
+
+def overdub(status, **members):
+    return Overdub(id="od_1", status=status, **members)
+
+
+# --- Looks --------------------------------------------------------------------------------------------
+
+
+def test_the_usual_course():
+    watch = watching()
+    assert [watch.saw(overdub(word)) for word in ("pending", "pending", "running", "running")] == [10] * 4
+    end = watch.saw(overdub("completed", title="T", duration=4.2, video_url=LINK, caption_url=LINK))
+    assert end["status"] == "completed"
+    assert end["overdub_id"] == "od_1"
+    assert end["overdub"] == overdub("completed", title="T", duration=4.2).details()
+    assert SECRET not in json.dumps(end)
+    assert watch.log.lines == [
+        "Overdub od_1 is pending.",
+        "Overdub od_1 is running.",
+        "Overdub od_1 is completed.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("No speaker detected", "Overdub od_1 failed: No speaker detected"),
+        (None, f"Overdub od_1 failed: {DEFAULT_FAILURE_MESSAGE}"),
+        ("", f"Overdub od_1 failed: {DEFAULT_FAILURE_MESSAGE}"),
+        (f"Cannot fetch {LINK}", "Overdub od_1 failed: Cannot fetch https://files.heygen.ai/v.mp4?***"),
+    ],
+)
+def test_failed(reason, shown):
+    end = watching().saw(overdub("failed", failure_message=reason))
+    assert end == {"overdub_id": "od_1", "status": "failed", "message": shown}
+
+
+def test_unknown_word_is_not_final_and_logged_once():
+    watch = watching()
+    assert [watch.saw(overdub("rendering")) for _ in range(3)] == [10] * 3
+    assert watch.log.lines == ["Overdub od_1 is rendering (a word we do not know; taken as not final)."]
+
+
+def test_a_status_is_not_trusted_to_be_a_word(clock):
+    watch = watching(deadline=NOW + 15)
+    assert watch.saw(overdub(f"see {LINK} {'x' * 9999}")) == 10
+    clock.now += 20
+    end = watch.saw(overdub(f"see {LINK} {'x' * 9999}"))
+    assert end["status"] == "timeout"
+    assert len(watch.log.lines) == 1
+    for text in (watch.log.lines[0], end["message"]):
+        assert SECRET.lower() not in text.lower()
+        assert len(text) < 1000
+
+
+# --- The deadline -------------------------------------------------------------------------------------
+
+
+def test_pauses_are_clipped_to_the_deadline(clock):
+    watch = watching(deadline=NOW + 25)
+    pauses = []
+    while isinstance(step := watch.saw(overdub("running")), float):
+        pauses.append(step)
+        clock.now += step
+    assert pauses == [10, 10, 5]
+    assert step["status"] == "timeout"
+    for text in ("od_1", "running", "HeyGenOverdubSensor", "'timeout'", "'execution_timeout'"):
+        assert text in step["message"]
+
+
+def test_failed_looks_are_clipped_too(clock):
+    watch = watching(deadline=NOW + 25)
+    assert watch.failed(HeyGenTransientError("busy", retry_after=500)) == 25
+    clock.now += 25
+    end = watch.failed(HeyGenTransientError("busy"))
+    assert end["status"] == "timeout"
+    assert "not seen yet" in end["message"]
+
+
+@pytest.mark.parametrize("late", [0, 1000])
+def test_what_the_last_look_says_counts_more_than_the_deadline(clock, late):
+    clock.now += 100 + late
+    watch = watching(deadline=NOW + 100)
+    assert watch.saw(overdub("completed"))["status"] == "completed"
+    assert watch.saw(overdub("failed"))["status"] == "failed"
+    assert watch.failed(HeyGenPermanentError("no"))["status"] == "error"
+    assert watch.saw(overdub("pending"))["status"] == "timeout"
+
+
+# --- Looks that fail ----------------------------------------------------------------------------------
+
+
+def test_404_is_waited_out_while_the_overdub_is_fresh(clock):
+    watch = watching(not_found_until=NOW + 30, max_consecutive_failures=1)
+    for _ in range(15):
+        assert watch.failed(HeyGenNotFoundError("gone")) == 2
+        clock.now += 2
+    assert watch.failed(HeyGenNotFoundError("gone")) == {
+        "overdub_id": "od_1",
+        "status": "error",
+        "message": "gone",
+    }
+
+
+def test_fresh_404_with_a_short_interval_or_deadline():
+    assert watching(not_found_until=NOW + 30, poke_interval=0.5).failed(HeyGenNotFoundError("gone")) == 0.5
+    assert watching(not_found_until=NOW + 30, deadline=NOW + 1).failed(HeyGenNotFoundError("gone")) == 1
+
+
+def test_other_permanent_errors_end_even_a_fresh_wait():
+    end = watching(not_found_until=NOW + 30).failed(HeyGenPermanentError(f"no, see {LINK}"))
+    assert end["status"] == "error"
+    assert SECRET not in end["message"]
+
+
+@pytest.mark.parametrize(
+    "error", [HeyGenTransientError("busy"), HeyGenError("odd"), KeyError("x"), OSError("net")]
+)
+def test_failures_in_a_row_are_counted(error):
+    watch = watching(max_consecutive_failures=3)
+    assert [type(watch.failed(error)) for _ in range(2)] == [float] * 2
+    assert isinstance(watch.saw(overdub("running")), float)
+    assert [type(watch.failed(error)) for _ in range(2)] == [float] * 2
+    end = watch.failed(error)
+    assert end["status"] == "error"
+    assert end["message"] == f"Gave up on overdub od_1 after 3 failed looks: {error}"
+
+
+def test_links_in_errors_are_not_shown():
+    watch = watching(max_consecutive_failures=2)
+    watch.failed(RuntimeError(f"at {LINK}"))
+    end = watch.failed(RuntimeError(f"at {LINK}"))
+    assert SECRET not in end["message"] + watch.log.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("poke_interval", "pauses"),
+    [(10, [10, 20, 40, 80, 120, 120, 120]), (300, [300, 300, 300]), (0.5, [0.5, 1, 2, 4])],
+)
+def test_backoff(poke_interval, pauses):
+    watch = watching(poke_interval=poke_interval, max_consecutive_failures=100)
+    seen = [watch.failed(HeyGenTransientError("busy")) for _ in pauses]
+    assert seen == [1.25 * pause for pause in pauses]
+    watch.saw(overdub("running"))
+    assert watch.failed(HeyGenTransientError("busy")) == 1.25 * pauses[0]
+
+
+def test_jitter_never_shortens(monkeypatch):
+    monkeypatch.setattr(waiting, "random", SimpleNamespace(uniform=lambda least, _: least))
+    assert watching().failed(HeyGenTransientError("busy")) == 10
+    assert watching().failed(HeyGenTransientError("busy", retry_after=77)) == 77
+
+
+@pytest.mark.parametrize(("told", "least"), [(None, 10), (0, 10), (3, 10), (77, 77), (7200, 7200)])
+def test_retry_after_is_not_cut_short(told, least):
+    pause = watching(deadline=NOW + 10_000).failed(HeyGenTransientError("busy", retry_after=told))
+    assert least <= pause <= 1.25 * least
+
+
+def test_failing_for_weeks():
+    watch = watching(max_consecutive_failures=10**9)
+    for _ in range(2000):
+        pause = watch.failed(HeyGenTransientError("busy"))
+    assert pause == 1.25 * waiting.LONGEST_BACKOFF
+
+
+LOOKS = st.lists(
+    st.sampled_from(["pending", "running", "completed", "failed", "rendering"])
+    | st.sampled_from([HeyGenNotFoundError("gone"), HeyGenPermanentError("no"), ValueError("odd")])
+    | st.builds(lambda told: HeyGenTransientError("busy", retry_after=told), st.none() | st.floats(0, 1e6)),
+    min_size=1,
+    max_size=60,
+)
+
+
+@given(
+    looks=LOOKS,
+    poke_interval=st.floats(0.1, 1e4),
+    left=st.none() | st.floats(-10, 1e5),
+    fresh=st.floats(0, 100),
+    most=st.integers(1, 8),
+)
+def test_any_course(looks, poke_interval, left, fresh, most):
+    # hypothesis runs this many times within one use of the clock fixture.
+    waiting.time = SimpleNamespace(time=lambda: now)
+    now = NOW
+    deadline = None if left is None else NOW + left
+    watch = watching(
+        poke_interval=poke_interval,
+        deadline=deadline,
+        not_found_until=NOW + fresh,
+        max_consecutive_failures=most,
+    )
+    in_a_row = 0
+    for look in looks:
+        in_grace = isinstance(look, HeyGenNotFoundError) and now < NOW + fresh
+        step = watch.saw(overdub(look)) if isinstance(look, str) else watch.failed(look)
+        if isinstance(look, str):
+            in_a_row = 0
+        elif not in_grace:
+            in_a_row += 1
+        if isinstance(step, dict):
+            ends = {"completed": "completed", "failed": "failed"}
+            if isinstance(look, str) and look in ends:
+                assert step["status"] == ends[look]
+            elif isinstance(look, HeyGenPermanentError) and not in_grace:
+                assert step["status"] == "error"
+            else:
+                assert step["status"] == ("error" if in_a_row >= most else "timeout")
+                assert step["status"] == "error" or now >= deadline
+            assert waiting.check_event(json.loads(json.dumps(step)), "od_1") == step
+            return
+        assert look not in ("completed", "failed")
+        assert in_a_row < most
+        assert 0 < step < math.inf
+        told = getattr(look, "retry_after", None) or 0
+        assert step >= told or now + step == pytest.approx(deadline)
+        assert deadline is None or now + step <= deadline + 1e-3
+        now += step
+
+
+# --- Events -------------------------------------------------------------------------------------------
+
+DONE = {"overdub_id": "od_1", "status": "completed", "message": "Done.", "overdub": {"overdub_id": "od_1"}}
+EVENTS = [
+    DONE,
+    {"overdub_id": "od_1", "status": "failed", "message": ""},
+    {"overdub_id": "od_1", "status": "timeout", "message": "m", "new_member": 1},
+    {"overdub_id": "od_1", "status": "error", "message": "m"},
+]
+BAD_EVENTS = [
+    *(None, "completed", [], 5, {}, [DONE]),
+    {**DONE, "status": "success"},
+    {**DONE, "status": None},
+    {**DONE, "status": "running"},
+    {**DONE, "message": None},
+    {**DONE, "overdub_id": None},
+    {**DONE, "overdub": None},
+    {**DONE, "overdub": "od_1"},
+    {name: value for name, value in DONE.items() if name != "overdub"},
+    {name: value for name, value in DONE.items() if name != "overdub_id"},
+    {"status": "completed", "message": SECRET},
+]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=str)
+def test_good_event(event):
+    assert waiting.check_event(event, "od_1") == event
+
+
+@pytest.mark.parametrize("event", BAD_EVENTS, ids=str)
+def test_bad_event(event):
+    with pytest.raises(HeyGenTriggerEventError, match="overdub od_1") as raised:
+        waiting.check_event(event, "od_1")
+    assert SECRET not in str(raised.value)
+    with pytest.raises(HeyGenTriggerEventError):
+        waiting.check_event(event)
+
+
+def test_event_of_another_overdub():
+    with pytest.raises(HeyGenTriggerEventError, match="overdub od_2"):
+        waiting.check_event(DONE, "od_2")
+    assert waiting.check_event(DONE) == DONE
+
+
+def event(status, **members):
+    return {"overdub_id": "od_1", "status": status, "message": "The message.", **members}
+
+
+def test_conclusions_from_the_event_alone(heygen):
+    hook = HeyGenHook()
+    assert waiting.conclude(DONE, hook) == DONE["overdub"]
+    with pytest.raises(HeyGenOverdubFailedError, match=r"^The message\.$"):
+        waiting.conclude(event("failed"), hook)
+    with pytest.raises(HeyGenOverdubTimeoutError, match=r"^The message\.$") as raised:
+        waiting.conclude(event("timeout"), hook)
+    assert not isinstance(raised.value, HeyGenPermanentError)
+    assert heygen.requests == []
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "text"),
+    [
+        ("running", HeyGenTransientError, r"^The message\.$"),
+        ("failed", HeyGenOverdubFailedError, "Too dark"),
+        (None, HeyGenNotFoundError, "404"),
+    ],
+)
+def test_after_an_error_a_last_look_decides(heygen, status, kind, text):
+    overdub_id = "nowhere"
+    if status:
+        media = {"video": "https://example.com/v.mp4", "audio": "https://example.com/a.mp3"}
+        overdub_id = HeyGenHook().create_overdub(media)
+        heygen.force(overdub_id, status, "Too dark")
+    with pytest.raises(kind, match=text):
+        waiting.conclude({**event("error"), "overdub_id": overdub_id}, HeyGenHook())
+
+
+def test_after_an_error_the_last_look_may_be_good_news(heygen):
+    media = {"video": "https://example.com/v.mp4", "audio": "https://example.com/a.mp3"}
+    overdub_id = HeyGenHook().create_overdub(media)
+    heygen.force(overdub_id, "completed")
+    details = waiting.conclude({**event("error"), "overdub_id": overdub_id}, HeyGenHook())
+    assert (details["overdub_id"], details["status"]) == (overdub_id, "completed")
+    assert "Signature" not in json.dumps(details)
+
+
+# --- Durations and deadlines --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (5, 5),
+        (0.5, 0.5),
+        ("90", 90),
+        (" 1e3 ", 1000),
+        (timedelta(minutes=2), 120),
+        (timedelta(milliseconds=1), 0.001),
+    ],
+)
+def test_seconds(value, number):
+    assert waiting.seconds(value, "timeout") == number
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        0,
+        -1,
+        "0",
+        "-5",
+        "soon",
+        "",
+        None,
+        "None",
+        "nan",
+        "inf",
+        math.nan,
+        math.inf,
+        10**400,
+        [],
+        timedelta(0),
+        timedelta(-1),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_not_seconds(value):
+    with pytest.raises(HeyGenBadInputError, match=r"^poke_interval must be a positive number"):
+        waiting.seconds(value, "poke_interval")
+
+
+STARTED = datetime.fromtimestamp(NOW - 100, UTC)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "execution_timeout", "started", "deadline"),
+    [
+        (None, None, STARTED, None),
+        (60, None, STARTED, NOW + 60),
+        ("60", None, None, NOW + 60),
+        (timedelta(hours=1), None, None, NOW + 3600),
+        # Airflow counts from the start of the try.
+        (None, timedelta(seconds=500), STARTED, NOW + 400),
+        (None, timedelta(seconds=500), None, NOW + 500),
+        (60, timedelta(seconds=500), STARTED, NOW + 60),
+        (3600, timedelta(seconds=500), STARTED, NOW + 400),
+        (3600, timedelta(seconds=50), STARTED, NOW - 50),
+    ],
+)
+def test_first_deadline(timeout, execution_timeout, started, deadline):
+    context = {"ti": SimpleNamespace(start_date=started)}
+    found = waiting.first_deadline(timeout=timeout, execution_timeout=execution_timeout, context=context)
+    assert found == deadline
+
+
+def test_first_deadline_of_a_bad_timeout():
+    with pytest.raises(HeyGenBadInputError, match=r"^timeout "):
+        waiting.first_deadline(timeout=0, execution_timeout=None, context={"ti": SimpleNamespace()})
+
+
+@pytest.mark.parametrize(
+    ("deadline", "seconds"), [(None, None), (NOW + 100, 170), (NOW, 70), (NOW - 1000, 70)]
+)
+def test_backstop_is_later_than_the_deadline(deadline, seconds):
+    found = waiting.backstop(deadline, 10)
+    assert found == (None if seconds is None else timedelta(seconds=seconds))
