@@ -126,6 +126,19 @@ class Watch:
         self.log.warning("%s Looking again in %.0f s (failure %d in a row).", text, pause, self.failures)
         return self._pause(pause)
 
+    def follow(self, hook: HeyGenHook, *, once: bool = False) -> WaitEvent | None:
+        """Look with a synchronous hook until the end; or once, and give ``None`` if that is not the end."""
+        while True:
+            try:
+                step = self.saw(hook.get_overdub(self.overdub_id))
+            except Exception as error:
+                step = self.failed(error)
+            if isinstance(step, dict):
+                return step
+            if once:
+                return None
+            time.sleep(step)
+
     def _pause(self, seconds: float) -> float | WaitEvent:
         if self.deadline is None:
             return seconds
@@ -155,7 +168,8 @@ def check_event(event: Any, overdub_id: str | None = None) -> WaitEvent:
 
     :param overdub_id: the overdub it must be about, where that is known.
     :raises HeyGenTriggerEventError: it is missing, malformed or about another overdub. Taking it for success
-        would hand an unfinished video to the rest of the DAG.
+            f" HeyGenOverdubTrigger does not send ({shape}). The overdub itself is not affected; retry the"
+            " task."
     """
     if (
         not isinstance(event, dict)
@@ -173,13 +187,15 @@ def check_event(event: Any, overdub_id: str | None = None) -> WaitEvent:
     return event  # type: ignore[return-value]
 
 
-def conclude(event: WaitEvent, hook: HeyGenHook) -> dict[str, Any]:
+def conclude(event: WaitEvent, hook: HeyGenHook) -> dict[str, Any] | None:
     """
     Turn the end of a wait into the overdub's details, or into the right exception.
 
+    :returns: the details; ``None`` when looking was given up but a last look from here finds the overdub
+        well and not ended, so that the wait may go on (the key was changed, a network came back).
     :raises HeyGenOverdubFailedError: HeyGen says it failed.
     :raises HeyGenOverdubTimeoutError: the deadline passed.
-    :raises HeyGenError: looking was given up or refused, and a last look from here says the same.
+    :raises HeyGenError: looking was given up or refused, and a last look from here fares no better.
     """
     if event["status"] == "completed":
         return event["overdub"]
@@ -188,12 +204,11 @@ def conclude(event: WaitEvent, hook: HeyGenHook) -> dict[str, Any]:
     if event["status"] == "timeout":
         raise HeyGenOverdubTimeoutError(event["message"])
     # An event carries no exception class. Asking once more gives the right one, or good news.
+    hook.log.warning("%s", event["message"])
     overdub = hook.get_overdub(event["overdub_id"])
-    if overdub.status == OverdubStatus.COMPLETED:
-        return overdub.details()
     if overdub.status == OverdubStatus.FAILED:
         raise HeyGenOverdubFailedError(failure(overdub))
-    raise HeyGenTransientError(event["message"])
+    return overdub.details() if overdub.status == OverdubStatus.COMPLETED else None
 
 
 def seconds(value: Any, name: str) -> float:
@@ -214,7 +229,7 @@ def seconds(value: Any, name: str) -> float:
 
 
 def first_deadline(
-    *, timeout: Any, execution_timeout: timedelta | None, context: Mapping[str, Any]
+    timeout: Any, execution_timeout: timedelta | None, context: Mapping[str, Any]
 ) -> float | None:
     """
     Give the moment, in Unix seconds, at which a wait that begins now must end.
