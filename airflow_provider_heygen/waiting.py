@@ -168,8 +168,7 @@ def check_event(event: Any, overdub_id: str | None = None) -> WaitEvent:
 
     :param overdub_id: the overdub it must be about, where that is known.
     :raises HeyGenTriggerEventError: it is missing, malformed or about another overdub. Taking it for success
-            f" HeyGenOverdubTrigger does not send ({shape}). The overdub itself is not affected; retry the"
-            " task."
+        would hand an unfinished video to the rest of the DAG.
     """
     if (
         not isinstance(event, dict)
@@ -182,7 +181,8 @@ def check_event(event: Any, overdub_id: str | None = None) -> WaitEvent:
         shape = sorted(map(str, event)) if isinstance(event, dict) else type(event).__name__
         raise HeyGenTriggerEventError(
             f"The wait for overdub {overdub_id or '(id unknown)'} ended with an event that"
-            f" HeyGenOverdubTrigger does not send ({shape}). The overdub itself is not affected; retry the task."
+            f" HeyGenOverdubTrigger does not send ({shape}). The overdub itself is not affected; retry the"
+            " task."
         )
     return event  # type: ignore[return-value]
 
