@@ -76,6 +76,13 @@ def redact_links(text: str) -> str:
     return re.sub(r"\?[^\s\"'<>?]*=[^\s\"'<>]*", "?***", text)
 
 
+def _text(value: Any) -> Any:
+    # A native template renders "2026" to a number, and an id of digits may come as one.
+    value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    # Half an emoji, where a text was cut, is valid JSON but can be neither stored nor logged.
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
+
+
 # --- What is sent -------------------------------------------------------------------------------------
 
 
@@ -141,7 +148,7 @@ MediaInput = Annotated[
 ]
 """An https URL, or ``{"type": "url", "url": ...}``, or ``{"type": "asset_id", "asset_id": ...}``."""
 
-Title = Annotated[str, Field(min_length=1, pattern=r"\S")]
+Text = Annotated[str, Field(min_length=1, pattern=r"\S"), BeforeValidator(_text)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -173,7 +180,7 @@ class CreateOverdubRequest(BaseModel):
 
     video: MediaInput
     audio: MediaInput
-    title: Title | None = None
+    title: Text | None = None
     mode: Literal["speed", "precision"] | None = None
     enable_caption: bool | None = None
     enable_dynamic_duration: bool | None = None
@@ -185,8 +192,8 @@ class CreateOverdubRequest(BaseModel):
     keep_the_same_format: bool | None = None
     fps_mode: Literal["vfr", "cfr", "passthrough"] | None = None
     callback_url: Annotated[str, AfterValidator(_http_or_https)] | None = Field(default=None, repr=False)
-    callback_id: str | None = Field(default=None, min_length=1)
-    folder_id: str | None = Field(default=None, min_length=1)
+    callback_id: Text | None = None
+    folder_id: Text | None = None
 
     @model_validator(mode="after")
     def _end_after_start(self) -> CreateOverdubRequest:
@@ -230,14 +237,10 @@ def _none_if_odd(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         return None
 
 
-def _text(value: Any) -> Any:
-    value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    # Half an emoji, where a text was cut, is valid JSON but can be neither stored nor logged.
-    return value.encode(errors="replace").decode() if isinstance(value, str) else value
-
-
 def _status_word(value: Any) -> str:
-    return _text(value).strip().lower() if isinstance(value, str) and value.strip() else "unknown"
+    # Goes into logs and messages, so it must be no more than a word.
+    word = redact_links(_text(value)).strip().lower()[:100] if isinstance(value, str) else ""
+    return word or "unknown"
 
 
 Lenient = WrapValidator(_none_if_odd)
@@ -464,6 +467,9 @@ def _error(
     trace = f" (request {request_id})" if request_id else ""
 
     spent = status == 429 and re.search("trial|quota", code or "")
+    # A second request under a key that is still being worked on; bodies without a code were seen.
+    if status == 409 and code is None and "Idempotency-Key" in call.headers:
+        code = "request_in_progress"
     if code in _WAITING_CODES or status in (408, 425) or status >= 500 or (status == 429 and not spent):
         # 429 and the waiting codes say that nothing was done; a gateway's 5xx says nothing at all.
         return HeyGenTransientError(
@@ -518,8 +524,14 @@ def check_id(overdub_id: Any, name: str = "overdub_id") -> str:
 
     :raises HeyGenBadInputError: empty, not text, or with a character that would lead to another path.
     """
+    overdub_id = _text(overdub_id)
     if not isinstance(overdub_id, str) or not overdub_id.strip():
         raise HeyGenBadInputError(f"{name} is empty or not text; pass the id that a create returned.")
+    if overdub_id == "None":
+        # What a template makes of an XCom that is not there.
+        raise HeyGenBadInputError(
+            f"{name} is the text 'None'; the task it should come from returned nothing."
+        )
     if overdub_id in (".", "..") or re.search(r"[\s/\\?#%]", overdub_id) or not overdub_id.isprintable():
         raise HeyGenBadInputError(
             f"{name} {redact_links(overdub_id)!r} is not an id: it has characters of a path or query."
@@ -573,6 +585,7 @@ def list_overdubs(resource: str, limit: int, token: str | None) -> Call[OverdubP
 
 def update_overdub(resource: str, overdub_id: str, title: str) -> Call[Overdub]:
     """Rename an overdub: ``title`` is all that HeyGen lets us change."""
+    title = _text(title)
     if not isinstance(title, str) or not title.strip():
         raise HeyGenBadInputError("title is empty; an overdub cannot be renamed to nothing.")
     return Call(

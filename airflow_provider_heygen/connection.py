@@ -58,7 +58,7 @@ class HeyGenConnection(BaseModel):
     write_timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     upload_timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     # As in Airflow's HTTP connection, by the names its users know.
-    proxies: dict[str, str] = Field(default_factory=dict)
+    proxies: dict[str, str] = Field(default_factory=dict, repr=False)
     verify: Annotated[bool | str, BeforeValidator(_bool_word)] = True
     cert: str | tuple[str, str] | None = None
     trust_env: bool = True

@@ -74,6 +74,10 @@ class HeyGenNotFoundError(HeyGenPermanentError):
     """HTTP 404: no such overdub or asset under this credential."""
 
 
+class HeyGenOutcomeUnknownError(HeyGenPermanentError):
+    """A create may or may not have started an overdub, and sending it again could start a second one."""
+
+
 class HeyGenOverdubFailedError(HeyGenPermanentError):
     """The overdub ended with status ``failed``; the message carries HeyGen's ``failure_message``."""
 

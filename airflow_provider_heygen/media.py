@@ -6,7 +6,7 @@ import contextlib
 import ipaddress
 import socket
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 from requests.exceptions import RequestException
@@ -27,6 +27,24 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 1 << 20
 MAX_REDIRECTS = 5
+
+
+def mask_links(*values: Any) -> None:
+    """
+    Have Airflow mask what is secret in links: the query, and a user's password.
+
+    :param values: links, media inputs that hold one, or anything else, which is passed over.
+    """
+    from airflow.providers.common.compat.sdk import mask_secret
+
+    for value in values:
+        url = value.get("url") if isinstance(value, dict) else value
+        if not isinstance(url, str) or "://" not in url:
+            continue
+        authority = url.partition("://")[2].partition("/")[0]
+        for secret in (url.partition("?")[2], authority.rpartition("@")[0]):
+            if secret:
+                mask_secret(secret)
 
 
 def storage_path(path: str | PathLike[str] | ObjectStoragePath, what: str) -> ObjectStoragePath:
@@ -88,9 +106,14 @@ def save(
     :param session: a session without HeyGen's credential.
     :param overwrite: replace what is there; otherwise a file of the same size is kept as it is.
     :returns: its size in bytes.
+    :raises HeyGenBadInputError: the destination is a directory.
     :raises HeyGenTransientError: the link has expired or the download broke off; try a fresh link.
     :raises HeyGenPermanentError: the link leads where it must not, or the destination is taken.
     """
+    if destination.is_dir():
+        raise HeyGenBadInputError(f"{destination} is a directory; name a file, or end it with a slash.")
+    # At log level DEBUG urllib3 writes down each URL it asks for.
+    mask_links(link)
     try:
         with _open(link, session, settings) as response:
             length = response.headers.get("Content-Length")

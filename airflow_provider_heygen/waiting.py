@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 FRESH_SECONDS = 30
 """How long after our own create a 404 means "not readable yet" rather than "gone"."""
 
+MAX_CONSECUTIVE_FAILURES = 10
+"""Failed looks in a row after which a wait is given up."""
+
+MAX_TIMES_GIVEN_UP = 3
+"""How often a wait that was given up is taken up again, because the worker finds the overdub well."""
+
 LONGEST_BACKOFF = 120.0
 """Seconds between looks, at most, while they fail (unless HeyGen asks for more)."""
 
@@ -187,10 +193,11 @@ def check_event(event: Any, overdub_id: str | None = None) -> WaitEvent:
     return event  # type: ignore[return-value]
 
 
-def conclude(event: WaitEvent, hook: HeyGenHook) -> dict[str, Any] | None:
+def conclude(event: WaitEvent, hook: HeyGenHook, given_up: int) -> dict[str, Any] | None:
     """
     Turn the end of a wait into the overdub's details, or into the right exception.
 
+    :param given_up: how often the wait was given up before.
     :returns: the details; ``None`` when looking was given up but a last look from here finds the overdub
         well and not ended, so that the wait may go on (the key was changed, a network came back).
     :raises HeyGenOverdubFailedError: HeyGen says it failed.
@@ -208,7 +215,14 @@ def conclude(event: WaitEvent, hook: HeyGenHook) -> dict[str, Any] | None:
     overdub = hook.get_overdub(event["overdub_id"])
     if overdub.status == OverdubStatus.FAILED:
         raise HeyGenOverdubFailedError(failure(overdub))
-    return overdub.details() if overdub.status == OverdubStatus.COMPLETED else None
+    if overdub.status == OverdubStatus.COMPLETED:
+        return overdub.details()
+    if given_up >= MAX_TIMES_GIVEN_UP:
+        raise HeyGenTransientError(
+            f"{event['message']} A look from the worker succeeded each time; do worker and triggerer have the"
+            " same Airflow connection and network?"
+        )
+    return None
 
 
 def seconds(value: Any, name: str) -> float:

@@ -8,6 +8,7 @@ timeouts and retries.
 from __future__ import annotations
 
 import asyncio
+import math
 import mimetypes
 import os
 import re
@@ -45,6 +46,8 @@ from airflow_provider_heygen.connection import HeyGenConnection
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
+    HeyGenNotFoundError,
+    HeyGenOutcomeUnknownError,
     HeyGenOverdubFailedError,
     HeyGenPermanentError,
     HeyGenTransientError,
@@ -62,14 +65,13 @@ T = TypeVar("T")
 # HeyGen's gateway is known to refuse the default agents of HTTP libraries (contract notes, section 2).
 USER_AGENT = f"airflow-provider-heygen/{__version__}"
 
-LONGEST_SLEEP = 60.0
-"""Seconds. A longer wait is not slept through on a worker: the error is raised, for the caller to defer."""
+CLOCK_SKEW = 300
+"""Seconds by which HeyGen's clock may be behind ours."""
+
+MAX_LOOKS = 100
+"""Overdubs without ``callback_id`` in the list that are looked at one by one, at most."""
 
 _backoff = tenacity.wait_exponential_jitter(initial=1, max=30, jitter=1)
-
-
-def _worth_repeating(error: BaseException) -> bool:
-    return isinstance(error, HeyGenTransientError) and (error.retry_after or 0) <= LONGEST_SLEEP
 
 
 def _pause(state: tenacity.RetryCallState) -> float:
@@ -91,7 +93,9 @@ class HeyGenHook(HttpHook):
 
     :param heygen_conn_id: the Airflow connection.
     :param max_attempts: how often a call is tried while the failure is transient. Pauses double from 1 to
-        30 s, or last as long as HeyGen's ``Retry-After`` says; if that is over a minute, the error is raised.
+        30 s, or last as long as HeyGen's ``Retry-After`` says.
+    :param longest_pause: seconds; when ``Retry-After`` says more, the error is raised instead, for the caller
+        to defer.
     """
 
     conn_name_attr = "heygen_conn_id"
@@ -99,10 +103,13 @@ class HeyGenHook(HttpHook):
     conn_type = "heygen"
     hook_name = "HeyGen"
 
-    def __init__(self, heygen_conn_id: str = default_conn_name, *, max_attempts: int = 6) -> None:
+    def __init__(
+        self, heygen_conn_id: str = default_conn_name, *, max_attempts: int = 6, longest_pause: float = 60.0
+    ) -> None:
         super().__init__(http_conn_id=heygen_conn_id)
         self.heygen_conn_id = heygen_conn_id
         self.max_attempts = max_attempts
+        self.longest_pause = longest_pause
         self._resolved: HeyGenConnection | None = None
         self._closing = ExitStack()
         self._aclosing: AsyncExitStack | None = None
@@ -130,20 +137,18 @@ class HeyGenHook(HttpHook):
         if request.callback_id is None:
             request = request.model_copy(update={"callback_id": idempotency_key})
         call = api.create_overdub(self.settings.resource, request, idempotency_key)
-        # An author's own callback_id may be on many jobs: adopting by it could adopt a sibling's.
-        can_find = request.callback_id == idempotency_key
         started_at = time.time()
         answer_lost = False
         for attempt in self._retrying():
             with attempt:
-                found = self.find_overdub(idempotency_key, since=started_at) if answer_lost else None
+                found = self.find_created(request, idempotency_key, since=started_at) if answer_lost else None
                 if found is not None:
                     self.log.info("The answer was lost but overdub %s was created.", found.overdub_id)
                     return found.overdub_id
                 try:
                     return self._send(call)
                 except HeyGenTransientError as error:
-                    answer_lost = answer_lost or (error.outcome_unknown and can_find)
+                    answer_lost = error.outcome_unknown = answer_lost or error.outcome_unknown
                     raise
         raise AssertionError  # tenacity returns or raises; this tells mypy
 
@@ -180,26 +185,69 @@ class HeyGenHook(HttpHook):
                 return
             tokens.add(token)
 
-    def find_overdub(self, callback_id: str, *, since: float) -> api.Overdub | None:
+    def find_created(
+        self, request: api.CreateOverdubRequest, idempotency_key: str, *, since: float
+    ) -> api.Overdub | None:
         """
-        Find the overdub that was created with a ``callback_id``.
+        Find the overdub that a create whose answer was lost has started, if it has.
 
-        HeyGen has no filter, so this reads the list. A server may leave ``callback_id`` out of the list;
-        the rows that may be ours are then looked at one by one.
+        HeyGen's list has no filter, so it is read until its rows are too old; rows without a ``callback_id``
+        are looked at one by one. What is certain is adopted. Where it cannot be told whether a job is ours,
+        ``lipsyncs`` is asked again under the same key, which is documented there; on ``overdubs`` that might
+        start a second job.
 
-        :param since: Unix seconds of the first attempt to create it; older rows are not looked at one by one.
+        :param request: the create; an author's own ``callback_id`` may be on many jobs and proves nothing.
+        :param idempotency_key: its key, sent as ``callback_id`` unless the request has one.
+        :param since: Unix seconds of the first attempt.
+        :raises HeyGenOutcomeUnknownError: it cannot be told, and the server may not know the key.
         """
-        clock_skew = 300
-        for row in self.iter_overdubs():
-            found = row
-            if row.callback_id is None and (row.created_at is None or row.created_at >= since - clock_skew):
-                try:
-                    found = self.get_overdub(row.overdub_id)
-                except HeyGenPermanentError:
-                    continue  # deleted meanwhile
-            if found.callback_id == callback_id:
-                return found
+        marker = request.callback_id or idempotency_key
+        try:
+            for attempt in self._retrying():
+                with attempt:
+                    found, doubtful = self._search(marker, request.title, since)
+        except HeyGenPermanentError as error:
+            found, doubtful = [], [f"the list cannot be read: {error}"]
+        if len(found) == 1 and marker == idempotency_key:
+            return found[0]
+        doubtful += [overdub.overdub_id for overdub in found]
+        if doubtful and self.settings.resource == "overdubs":
+            raise HeyGenOutcomeUnknownError(
+                f"A create was sent, its answer was lost, and it cannot be told whether it started an overdub"
+                f" (candidates: {', '.join(doubtful[:5])}). Nothing more was sent. If none of them is this"
+                " task's, delete them or wait some minutes, then clear the task. Leave callback_id unset to"
+                " have a unique one sent, by which an overdub can be found."
+            )
         return None
+
+    def _search(self, marker: str, title: str | None, since: float) -> tuple[list[api.Overdub], list[str]]:
+        """List overdubs created since then: those with the marker, and the ids of those that could be it."""
+        oldest = since - CLOCK_SKEW
+        found: list[api.Overdub] = []
+        doubtful: list[str] = []
+        looks = 0
+        newest_first, last = True, math.inf
+        for count, row in enumerate(self.iter_overdubs(), start=1):
+            newest_first = newest_first and row.created_at is not None and row.created_at <= last
+            last = row.created_at or last
+            if row.created_at is not None and row.created_at < oldest:
+                # The order of the list is not documented; a whole page of falling times is proof enough.
+                if newest_first and count >= api.MAX_PAGE_SIZE:
+                    break
+                continue
+            overdub = row
+            if row.callback_id is None and looks < MAX_LOOKS:
+                looks += 1
+                try:
+                    overdub = self.get_overdub(row.overdub_id)
+                except HeyGenNotFoundError as error:
+                    # Just listed and not readable: too fresh, or deleted. The next attempt will know.
+                    raise HeyGenTransientError(str(error)) from None
+            if overdub.callback_id == marker:
+                found.append(overdub)
+            elif overdub.callback_id is None and overdub.title == title:
+                doubtful.append(overdub.overdub_id)
+        return found, doubtful
 
     def update_overdub(self, overdub_id: str, title: str) -> api.Overdub:
         """Rename an overdub."""
@@ -348,12 +396,15 @@ class HeyGenHook(HttpHook):
 
     def _retry_options(self) -> dict[str, Any]:
         return {
-            "retry": tenacity.retry_if_exception(_worth_repeating),
+            "retry": tenacity.retry_if_exception(self._worth_repeating),
             "wait": _pause,
             "stop": tenacity.stop_after_attempt(self.max_attempts),
             "before_sleep": self._log_pause,
             "reraise": True,
         }
+
+    def _worth_repeating(self, error: BaseException) -> bool:
+        return isinstance(error, HeyGenTransientError) and (error.retry_after or 0) <= self.longest_pause
 
     def _log_pause(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -483,7 +534,8 @@ def _requests_fault(error: OSError) -> str:
     refused = isinstance(error, ConnectionError) and isinstance(
         reason, (NewConnectionError, NameResolutionError)
     )
-    return _NEVER_SENT if isinstance(error, (ConnectTimeout, SSLError)) or refused else _MAYBE_SENT
+    # TLS also breaks while an answer is read, so any other SSLError proves nothing.
+    return _NEVER_SENT if isinstance(error, ConnectTimeout) or refused else _MAYBE_SENT
 
 
 def _aiohttp_fault(error: BaseException) -> str:
@@ -509,7 +561,7 @@ def _transport_error(
 
 
 class _Session(requests.Session):
-    """A session whose own proxies and TLS settings win over the environment's; with requests they do not."""
+    """A session whose own proxies and TLS settings win over the environment's, as in Airflow's HTTP hook."""
 
     def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
         proxies = {**self.proxies, **(proxies or {})}

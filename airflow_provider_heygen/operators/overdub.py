@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import random
 import time
 import uuid
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import BaseOperator, conf
@@ -13,16 +13,13 @@ from airflow.providers.common.compat.sdk import BaseOperator, conf
 # Whatever needs requests, aiohttp or pydantic is imported where a task runs, not where a DAG is parsed.
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from datetime import timedelta
 
     import jinja2
     from airflow.providers.common.compat.sdk import Context
 
     from airflow_provider_heygen.api import CreateOverdubRequest
     from airflow_provider_heygen.hooks.heygen import HeyGenHook
-    from airflow_provider_heygen.waiting import WaitEvent
-
-_NAMESPACE = uuid.UUID("6f0c8a2e-41d5-5b7c-9d0e-8f1f6a3b2c4d")
+    from airflow_provider_heygen.submission import Seen, Submission
 
 REQUEST_FIELDS = (
     "video",
@@ -80,6 +77,9 @@ class HeyGenCreateOverdubOperator(BaseOperator):
     :param poke_interval: seconds (or timedelta) between looks.
     :param timeout: seconds (or timedelta) to wait, ``None`` for no limit. The overdub itself goes on.
     :param delete_on_kill: delete the overdub when the task is killed while it has not ended.
+    :param durable: start one overdub over all retries, whatever dies in between: an earlier one that has not
+        failed is gone on with. A task cleared after success starts a new one. Airflow before 3.3 has no
+        task state store; there a retry searches HeyGen's list, and a clear starts a new overdub.
     :raises HeyGenBadInputError: an argument is wrong; nothing was sent.
     :raises HeyGenPermanentError: HeyGen refused, or the overdub failed: the task fails without retry.
     :raises HeyGenTransientError: HeyGen could not be reached for long; worth a retry.
@@ -115,6 +115,7 @@ class HeyGenCreateOverdubOperator(BaseOperator):
         poke_interval: timedelta | float = 30,
         timeout: timedelta | float | None = 2 * 60 * 60,
         delete_on_kill: bool = False,
+        durable: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -140,6 +141,8 @@ class HeyGenCreateOverdubOperator(BaseOperator):
         self.poke_interval = poke_interval
         self.timeout = timeout
         self.delete_on_kill = delete_on_kill
+        self.durable = durable
+        self._again = False
         self._overdub_id: str | None = None
         self._hook: HeyGenHook | None = None
 
@@ -153,100 +156,231 @@ class HeyGenCreateOverdubOperator(BaseOperator):
     ) -> None:
         # The one place that mapped and plain tasks both pass before Airflow stores the rendered fields.
         super()._do_render_template_fields(parent, template_fields, context, jinja_env, seen_oids)
-        _mask_links(self.video, self.audio, self.callback_url)
+        from airflow_provider_heygen.media import mask_links
+
+        mask_links(self.video, self.audio, self.callback_url)
 
     def execute(self, context: Context) -> str:
         """Start the overdub, then wait for it here or in the triggerer."""
+        return self._create(context, deadline=None)
+
+    def execute_again(self, context: Context, event: Any = None, deadline: float | None = None) -> str:  # noqa: ARG002
+        """Go on when HeyGen's ``Retry-After`` has passed: send the same create again."""
+        self._again = True
+        return self._create(context, deadline=deadline)
+
+    def execute_complete(
+        self, context: Context, event: Any = None, deadline: float | None = None, given_up: int = 0
+    ) -> str:
+        """Go on when the trigger has fired."""
+        from airflow_provider_heygen.hooks.heygen import HeyGenHook
+        from airflow_provider_heygen.waiting import check_event, conclude
+
+        checked = check_event(event)
+        with HeyGenHook(self.heygen_conn_id) as self._hook:
+            self._overdub_id = checked["overdub_id"]
+            details = conclude(checked, self._hook, given_up)
+            if details is None:
+                return self._await(context, deadline, given_up=given_up + 1)
+            return self._deliver(context, details)
+
+    def _create(self, context: Context, deadline: float | None) -> str:
         from airflow_provider_heygen.api import CreateOverdubRequest
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
-        from airflow_provider_heygen.waiting import FRESH_SECONDS, backstop, first_deadline, seconds
+        from airflow_provider_heygen.waiting import first_deadline, seconds
 
         fields = {name: getattr(self, name) for name in REQUEST_FIELDS}
         request = CreateOverdubRequest.of(
             {name: value for name, value in fields.items() if value is not None}
         )
-        poke_interval = seconds(self.poke_interval, "poke_interval")
-        deadline = first_deadline(
-            timeout=self.timeout, execution_timeout=self.execution_timeout, context=context
-        )
-        with HeyGenHook(self.heygen_conn_id) as self._hook:
-            overdub_id = self._overdub_id = self._submit(self._hook, request, context)
-            context["ti"].xcom_push(key="overdub_id", value=overdub_id)
+        seconds(self.poke_interval, "poke_interval")
+        if deadline is None:
+            deadline = first_deadline(self.timeout, self.execution_timeout, context)
+        # A deferrable task does not sit through a Retry-After.
+        longest_pause = 5 if self.deferrable else 60
+        with HeyGenHook(self.heygen_conn_id, longest_pause=longest_pause) as self._hook:
+            self._overdub_id = self._submit_in_time(self._hook, request, context, deadline)
+            context["ti"].xcom_push(key="overdub_id", value=self._overdub_id)
             if not self.wait_for_completion:
-                return overdub_id
-            wait: dict[str, Any] = {
-                "poke_interval": poke_interval,
-                "deadline": deadline,
-                "max_consecutive_failures": 10,
-                "not_found_until": time.time() + FRESH_SECONDS,
-            }
-            event = self._wait(overdub_id, wait, once=self.deferrable)
-            if event is not None:
-                return self._finish(event, self._hook, context)
+                self._remember(context, delivered=True)
+                return self._overdub_id
+            return self._await(context, deadline, created_at=time.time())
 
-        from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
+    def _submit_in_time(
+        self, hook: HeyGenHook, request: CreateOverdubRequest, context: Context, deadline: float | None
+    ) -> str:
+        """Submit, however often HeyGen says that it is too busy: that is waiting, not failing."""
+        from airflow_provider_heygen.exceptions import HeyGenOverdubTimeoutError, HeyGenTransientError
+
+        while True:
+            try:
+                return self._submit(hook, request, context)
+            except HeyGenTransientError as error:
+                if error.status_code != 429 and error.retry_after is None:
+                    raise
+                # Jitter, or all that were turned away together come back together.
+                pause = (error.retry_after or 30.0) * random.uniform(1.0, 1.2)  # noqa: S311
+                if deadline is not None and time.time() + pause > deadline:
+                    raise HeyGenOverdubTimeoutError(
+                        f"HeyGen asks to wait longer than 'timeout' allows; no overdub was started. {error}"
+                    ) from None
+                self.log.info("%s Sending it again in %.0f s.", error, pause)
+            if self.deferrable:
+                self._defer_for(pause, deadline)
+            time.sleep(pause)
+
+    def _defer_for(self, pause: float, deadline: float | None) -> None:
+        from airflow.providers.standard.triggers.temporal import DateTimeTrigger
 
         self.defer(
-            trigger=HeyGenOverdubTrigger(
-                heygen_conn_id=self.heygen_conn_id,
-                overdub_id=overdub_id,
-                delete_on_kill=self.delete_on_kill,
-                **wait,
-            ),
-            method_name="execute_complete",
-            timeout=backstop(deadline, poke_interval),
+            trigger=DateTimeTrigger(moment=datetime.now(UTC) + timedelta(seconds=pause)),
+            method_name="execute_again",
+            kwargs={"deadline": deadline},
         )
-        raise AssertionError  # defer() raises; this tells mypy
-
-    def execute_complete(self, context: Context, event: Any = None) -> str:
-        """Go on when the trigger has fired."""
-        from airflow_provider_heygen.hooks.heygen import HeyGenHook
-        from airflow_provider_heygen.waiting import check_event
-
-        with HeyGenHook(self.heygen_conn_id) as hook:
-            return self._finish(check_event(event), hook, context)
-
-    def _finish(self, event: WaitEvent, hook: HeyGenHook, context: Context) -> str:
-        from airflow_provider_heygen.waiting import conclude
-
-        details = conclude(event, hook)
-        self.log.info("Overdub %s gave %s s of video.", event["overdub_id"], details.get("duration"))
-        context["ti"].xcom_push(key="overdub", value=details)
-        return event["overdub_id"]
 
     def _submit(self, hook: HeyGenHook, request: CreateOverdubRequest, context: Context) -> str:
-        """Start the overdub, or find the one that an earlier try of this task has started."""
+        """Start the overdub, or go on with the one that an earlier run of this task has started."""
+        from airflow_provider_heygen.exceptions import HeyGenError
+        from airflow_provider_heygen.submission import Step, Submission, digest, next_step
+
         ti = context["ti"]
-        generation = _clear_generation(self, context)
-        key = _idempotency_key(ti, generation, request)
-        if ti.try_number > generation + 1 and request.callback_id is None:
-            # An earlier try may have died after HeyGen created the overdub.
-            began = context["dag_run"].start_date
-            found = hook.find_overdub(key, since=began.timestamp() if began else 0.0)
-            if found is not None:
-                self.log.info("An earlier try started overdub %s; going on with it.", found.overdub_id)
-                return found.overdub_id
-        overdub_id = hook.create_overdub(request, idempotency_key=key)
-        self.log.info("Started overdub %s (mode %s, key %s).", overdub_id, request.mode or "default", key)
+        body_digest = digest(request)
+        record = self._recall(context, request)
+        step = next_step(record, body_digest, ti.max_tries)
+        if record is not None and step in (Step.LOOK, Step.SEARCH):
+            overdub_id, seen = self._see(hook, record, request)
+            step = next_step(record, body_digest, ti.max_tries, seen)
+            if step is Step.ATTACH:
+                self.log.info(
+                    "Going on with overdub %s, which an earlier run of this task started.", overdub_id
+                )
+                self._remember(context, record, overdub_id=overdub_id)
+                return overdub_id
+        if record is None or step is Step.POST_NEW:
+            if record is not None and record.overdub_id and not record.delivered:
+                self.log.info("Overdub %s of an earlier run is not gone on with.", record.overdub_id)
+            record = Submission.new(ti, body_digest, record, now=time.time())
+            if not self.durable:
+                record = record.model_copy(update={"key": str(uuid.uuid4())})
+        # Before the request: whoever comes after us must know that it may have been sent.
+        self._remember(context, record, sent=True)
+        try:
+            overdub_id = hook.create_overdub(request, idempotency_key=record.key)
+        except HeyGenError as error:
+            if not getattr(error, "outcome_unknown", False):
+                self._remember(context, record, sent=False)
+            raise
+        self._remember(context, record, sent=True, overdub_id=overdub_id)
+        self.log.info(
+            "Started overdub %s (mode %s, key %s).", overdub_id, request.mode or "default", record.key
+        )
         return overdub_id
 
-    def _wait(self, overdub_id: str, wait: dict[str, Any], *, once: bool) -> WaitEvent | None:
-        """Look until the end, or once: ``None`` if it has not ended by then."""
-        from airflow_provider_heygen.hooks.heygen import HeyGenHook
-        from airflow_provider_heygen.waiting import Watch
+    def _see(self, hook: HeyGenHook, record: Submission, request: CreateOverdubRequest) -> tuple[str, Seen]:
+        """Find out what HeyGen has of an earlier submission; give its id, if there is one."""
+        from airflow_provider_heygen.api import OverdubStatus
+        from airflow_provider_heygen.exceptions import HeyGenNotFoundError, HeyGenTransientError
+        from airflow_provider_heygen.submission import Seen
+        from airflow_provider_heygen.waiting import FRESH_SECONDS
 
-        watch = Watch(overdub_id, log=self.log, **wait)
-        with HeyGenHook(self.heygen_conn_id, max_attempts=1) as hook:
-            while True:
-                try:
-                    step = watch.saw(hook.get_overdub(overdub_id))
-                except Exception as error:
-                    step = watch.failed(error)
-                if isinstance(step, dict):
-                    return step
-                if once:
-                    return None
-                time.sleep(step)
+        if record.overdub_id is None:
+            found = hook.find_created(request, record.key, since=record.began)
+            if found is None:
+                return "", Seen.MISSING
+            return found.overdub_id, Seen.FAILED if found.status == OverdubStatus.FAILED else Seen.ALIVE
+        try:
+            overdub = hook.get_overdub(record.overdub_id)
+        except HeyGenNotFoundError:
+            fresh = time.time() < record.began + FRESH_SECONDS
+            return record.overdub_id, Seen.ALIVE if fresh else Seen.MISSING
+        except HeyGenTransientError as error:
+            # The wait copes with an outage; what is known to exist is not submitted again because of one.
+            self.log.warning("%s", error)
+            return record.overdub_id, Seen.ALIVE
+        return record.overdub_id, Seen.FAILED if overdub.status == OverdubStatus.FAILED else Seen.ALIVE
+
+    def _recall(self, context: Context, request: CreateOverdubRequest) -> Submission | None:
+        """Give what an earlier run of this task instance has left behind."""
+        from airflow_provider_heygen.submission import STATE_KEY, Submission, digest
+
+        if not self.durable:
+            return None
+        store = context.get("task_state_store")
+        if store is not None:
+            return Submission.load(store.get(STATE_KEY))
+        if context["ti"].try_number == 1 and not self._again:
+            return None
+        # Airflow before 3.3: an earlier try would have used the key that is derived from the same facts.
+        began = context["dag_run"].start_date
+        submission = Submission.new(
+            context["ti"], digest(request), None, now=began.timestamp() if began else time.time()
+        )
+        return submission.model_copy(update={"sent": True})
+
+    def _remember(self, context: Context, record: Submission | None = None, **changes: Any) -> None:
+        """Write the record of this submission, changed, for whoever runs this task instance next."""
+        from airflow_provider_heygen.submission import STATE_KEY, Submission
+
+        store = context.get("task_state_store")
+        if not self.durable or store is None:
+            return
+        record = record or Submission.load(store.get(STATE_KEY))
+        if record is not None:
+            changes["max_tries"] = context["ti"].max_tries
+            store.set(STATE_KEY, record.model_copy(update=changes).model_dump(mode="json"))
+
+    def _await(
+        self, context: Context, deadline: float | None, *, created_at: float = 0.0, given_up: int = 0
+    ) -> str:
+        """Wait for the end: here, or after one look in the triggerer."""
+        from airflow_provider_heygen.hooks.heygen import HeyGenHook
+        from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
+        from airflow_provider_heygen.waiting import (
+            FRESH_SECONDS,
+            MAX_CONSECUTIVE_FAILURES,
+            Watch,
+            backstop,
+            conclude,
+            seconds,
+        )
+
+        overdub_id = str(self._overdub_id)
+        poke_interval = seconds(self.poke_interval, "poke_interval")
+        rules: dict[str, Any] = {
+            "poke_interval": poke_interval,
+            "deadline": deadline,
+            "max_consecutive_failures": MAX_CONSECUTIVE_FAILURES,
+            "not_found_until": created_at + FRESH_SECONDS,
+        }
+        while True:
+            # A hook of its own for each wait: it takes the connection as it is now.
+            with HeyGenHook(self.heygen_conn_id, max_attempts=1) as looking:
+                event = Watch(overdub_id, log=self.log, **rules).follow(looking, once=self.deferrable)
+            if event is not None:
+                with HeyGenHook(self.heygen_conn_id) as hook:
+                    details = conclude(event, hook, given_up)
+                if details is not None:
+                    return self._deliver(context, details)
+                given_up += 1
+            if self.deferrable:
+                self.defer(
+                    trigger=HeyGenOverdubTrigger(
+                        heygen_conn_id=self.heygen_conn_id,
+                        overdub_id=overdub_id,
+                        delete_on_kill=self.delete_on_kill,
+                        **rules,
+                    ),
+                    method_name="execute_complete",
+                    kwargs={"deadline": deadline, "given_up": given_up},
+                    timeout=backstop(deadline, poke_interval),
+                )
+            time.sleep(poke_interval)
+
+    def _deliver(self, context: Context, details: dict[str, Any]) -> str:
+        self.log.info("Overdub %s gave %s s of video.", self._overdub_id, details.get("duration"))
+        context["ti"].xcom_push(key="overdub", value=details)
+        self._remember(context, delivered=True)
+        return str(self._overdub_id)
 
     def on_kill(self) -> None:
         """Delete the overdub, if asked to and if it has not ended. Airflow calls this on the worker."""
@@ -258,34 +392,6 @@ class HeyGenCreateOverdubOperator(BaseOperator):
             return
         self._hook.delete_overdub(self._overdub_id)
         self.log.info("The task was killed: deleted overdub %s.", self._overdub_id)
-
-
-def _mask_links(*values: Any) -> None:
-    """Have Airflow mask the query of each link: an input may be presigned, and rendered fields are stored."""
-    from airflow.providers.common.compat.sdk import mask_secret
-
-    for value in values:
-        url = value.get("url") if isinstance(value, dict) else value
-        if isinstance(url, str) and "://" in url and (query := url.partition("?")[2]):
-            mask_secret(query)
-
-
-def _clear_generation(task: BaseOperator, context: Context) -> int:
-    """Count up whenever somebody clears the task; stay the same over its retries."""
-    return int(context["ti"].max_tries) - int(task.retries or 0)
-
-
-def _idempotency_key(ti: Any, generation: int, request: CreateOverdubRequest) -> str:
-    """
-    Give the key under which this task starts this overdub: same over retries, new after a clear or a change.
-
-    It never holds the try number, or a retry would start a second overdub. The digest is in it because
-    HeyGen answers a known key with the old overdub even when the request differs.
-    """
-    digest = hashlib.sha256(json.dumps(request.body(), sort_keys=True).encode()).hexdigest()
-    submission = 1
-    parts = (ti.dag_id, ti.run_id, ti.task_id, ti.map_index, generation, digest, submission)
-    return str(uuid.uuid5(_NAMESPACE, json.dumps(parts)))
 
 
 class HeyGenUpdateOverdubOperator(BaseOperator):

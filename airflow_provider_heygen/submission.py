@@ -1,0 +1,126 @@
+"""
+Exactly once: what a task has submitted so far, and what to do about it when it starts again.
+
+HeyGen bills each job that completes, so a crash, a retry or a lost answer must not start a second one; a job
+that failed, a changed request and a clear after success must. The record below is written to Airflow's task
+state store (3.3+) *before* the request is sent, so whoever comes next knows that something may be out there.
+This module decides, it does no I/O.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+if TYPE_CHECKING:
+    from airflow_provider_heygen.api import CreateOverdubRequest
+
+STATE_KEY = "heygen_overdub"
+"""The key in the task state store; frozen, retries of an older release must find it."""
+
+_NAMESPACE = uuid.UUID("6f0c8a2e-41d5-5b7c-9d0e-8f1f6a3b2c4d")
+
+
+class Submission(BaseModel):
+    """
+    One submission of one task.
+
+    :param digest: of the request, to tell a changed one.
+    :param number: counts the submissions of this task; a new one gets a new key.
+    :param key: idempotency key, and ``callback_id`` unless the author set one.
+    :param began: Unix seconds of the first attempt.
+    :param max_tries: the task's ``max_tries`` then. Airflow raises it when somebody clears the task and
+        leaves it alone over retries, whatever happens to ``retries`` in the DAG.
+    :param sent: a request may have reached HeyGen.
+    :param overdub_id: what HeyGen answered, once it has.
+    :param delivered: the task has handed on the result.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    digest: str
+    number: int
+    key: str
+    began: float
+    max_tries: int
+    sent: bool = False
+    overdub_id: str | None = None
+    delivered: bool = False
+
+    @classmethod
+    def load(cls, stored: Any) -> Submission | None:
+        """Read what the state store holds; what no release has written counts as nothing."""
+        try:
+            return cls.model_validate(stored)
+        except ValidationError:
+            return None
+
+    @classmethod
+    def new(cls, ti: Any, digest: str, before: Submission | None, *, now: float) -> Submission:
+        """
+        Begin the next submission of a task instance.
+
+        Its key is derived, not random: where there is no state store, a retry still comes to the same one.
+        """
+        number = before.number + 1 if before else 1
+        parts = (ti.dag_id, ti.run_id, ti.task_id, ti.map_index, ti.max_tries, digest, number)
+        key = str(uuid.uuid5(_NAMESPACE, json.dumps(parts)))
+        return cls(digest=digest, number=number, key=key, began=now, max_tries=ti.max_tries)
+
+
+def digest(request: CreateOverdubRequest) -> str:
+    """Give the digest of a request's canonical body."""
+    return hashlib.sha256(json.dumps(request.body(), sort_keys=True).encode()).hexdigest()
+
+
+class Seen(StrEnum):
+    """What HeyGen has of a submission."""
+
+    NOT_LOOKED = "not looked"
+    ALIVE = "alive"
+    """It is not final, or completed."""
+    FAILED = "failed"
+    MISSING = "missing"
+
+
+class Step(StrEnum):
+    """What to do next."""
+
+    LOOK = "look at the overdub whose id is known"
+    SEARCH = "search for the overdub whose id is not known"
+    ATTACH = "go on with the overdub that exists"
+    POST_AGAIN = "send the same submission again, under its key"
+    POST_NEW = "begin a new submission"
+
+
+def next_step(record: Submission | None, digest: str, max_tries: int, seen: Seen = Seen.NOT_LOOKED) -> Step:
+    """
+    Decide what a starting task does.
+
+    :param record: what an earlier run of this task instance left behind.
+    :param digest: of the request it would send now.
+    :param max_tries: the task's ``max_tries`` now.
+    :param seen: what HeyGen has; first ask without, then again with what :attr:`Step.LOOK` or
+        :attr:`Step.SEARCH` found.
+    """
+    if record is None or record.digest != digest:
+        return Step.POST_NEW
+    if record.delivered and record.max_tries != max_tries:
+        # Cleared after success: "do it again". Without a clear in between, the worker died after it had
+        # noted the delivery and before Airflow knew.
+        return Step.POST_NEW
+    if record.overdub_id is None and not record.sent:
+        return Step.POST_AGAIN
+    if seen is Seen.NOT_LOOKED:
+        return Step.LOOK if record.overdub_id else Step.SEARCH
+    if seen is Seen.FAILED:
+        return Step.POST_NEW
+    if seen is Seen.MISSING:
+        # An id that is gone was deleted. One we never learnt may not have come to be.
+        return Step.POST_NEW if record.overdub_id else Step.POST_AGAIN
+    return Step.ATTACH
