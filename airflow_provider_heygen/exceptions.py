@@ -7,8 +7,6 @@ instead of burning its retries. Which HTTP answer becomes which is decided in :m
 
 from __future__ import annotations
 
-from typing import Any
-
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
 
@@ -26,6 +24,8 @@ class HeyGenError(AirflowException):
     :param doc_url: HeyGen's page about the code.
     :param request_id: the ``X-Request-Id`` to quote to HeyGen's support.
     :param retry_after: seconds HeyGen asked to wait.
+    :param outcome_unknown: the request may have taken effect although its answer never arrived or was
+        unreadable. Repeating a create is then only safe after a look whether the overdub exists.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class HeyGenError(AirflowException):
         doc_url: str | None = None,
         request_id: str | None = None,
         retry_after: float | None = None,
+        outcome_unknown: bool = False,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -47,19 +48,11 @@ class HeyGenError(AirflowException):
         self.doc_url = doc_url
         self.request_id = request_id
         self.retry_after = retry_after
+        self.outcome_unknown = outcome_unknown
 
 
 class HeyGenTransientError(HeyGenError):
-    """
-    Likely to pass: 429, 5xx, a network fault, an unreadable answer, 409 ``request_in_progress``.
-
-    :param outcome_unknown: the request may have taken effect although its answer never arrived or was
-        unreadable. Repeating a create is then only safe after a look whether the overdub exists.
-    """
-
-    def __init__(self, message: str, *, outcome_unknown: bool = False, **details: Any) -> None:
-        super().__init__(message, **details)
-        self.outcome_unknown = outcome_unknown
+    """Likely to pass: 429, 5xx, a network fault, an unreadable answer, 409 ``request_in_progress``."""
 
 
 class HeyGenPermanentError(HeyGenError, AirflowFailException):

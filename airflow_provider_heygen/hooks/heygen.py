@@ -141,13 +141,17 @@ class HeyGenHook(HttpHook):
         answer_lost = False
         for attempt in self._retrying():
             with attempt:
-                found = self.find_created(request, idempotency_key, since=started_at) if answer_lost else None
-                if found is not None:
-                    self.log.info("The answer was lost but overdub %s was created.", found.overdub_id)
-                    return found.overdub_id
                 try:
+                    if answer_lost:
+                        found = self.find_created(request, idempotency_key, since=started_at)
+                        if found is not None:
+                            self.log.info(
+                                "Its answer was lost, but overdub %s was created.", found.overdub_id
+                            )
+                            return found.overdub_id
                     return self._send(call)
-                except HeyGenTransientError as error:
+                except HeyGenError as error:
+                    # Once an answer was lost, no later error makes that undone.
                     answer_lost = error.outcome_unknown = answer_lost or error.outcome_unknown
                     raise
         raise AssertionError  # tenacity returns or raises; this tells mypy
@@ -216,7 +220,8 @@ class HeyGenHook(HttpHook):
                 f"A create was sent, its answer was lost, and it cannot be told whether it started an overdub"
                 f" (candidates: {', '.join(doubtful[:5])}). Nothing more was sent. If none of them is this"
                 " task's, delete them or wait some minutes, then clear the task. Leave callback_id unset to"
-                " have a unique one sent, by which an overdub can be found."
+                " have a unique one sent, by which an overdub can be found.",
+                outcome_unknown=True,
             )
         return None
 

@@ -267,7 +267,7 @@ class HeyGenCreateOverdubOperator(BaseOperator):
         try:
             overdub_id = hook.create_overdub(request, idempotency_key=record.key)
         except HeyGenError as error:
-            if not getattr(error, "outcome_unknown", False):
+            if not error.outcome_unknown:
                 self._remember(context, record, sent=False)
             raise
         self._remember(context, record, sent=True, overdub_id=overdub_id)

@@ -1,0 +1,386 @@
+"""One overdub per wish, whatever dies and whenever; the emulator's count of jobs is the judge."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from airflow.sdk.exceptions import TaskDeferred
+from airflow_task import StateStore, Task
+
+from airflow_provider_heygen.exceptions import (
+    HeyGenBadInputError,
+    HeyGenOutcomeUnknownError,
+    HeyGenOverdubFailedError,
+    HeyGenOverdubTimeoutError,
+    HeyGenPermanentError,
+    HeyGenTransientError,
+)
+from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
+
+RESOURCES = pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
+SERVERS = pytest.mark.parametrize("idempotency", [True, False], ids=["honours the key", "ignores the key"])
+MODES = pytest.mark.parametrize("deferrable", [True, False], ids=["deferrable", "sync"])
+
+
+def dub(**changes):
+    arguments = {"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3", "poke_interval": 0.02}
+    return lambda: HeyGenCreateOverdubOperator(task_id="dub", **arguments | changes)
+
+
+def finish(task, outcome):
+    """Do what the triggerer does until the task has ended."""
+    while isinstance(outcome, TaskDeferred):
+        event = asyncio.run(anext(outcome.trigger.run()))
+        outcome = task.resume(outcome, event.payload)
+    return outcome
+
+
+class Killed(BaseException):
+    """A worker that dies; nothing may catch it."""
+
+
+@pytest.fixture
+def reaper(monkeypatch):
+    """Kill the worker at the n-th thing it does to the world, just before or just after it took effect."""
+
+    class Reaper:
+        left, after = -1, False
+
+        def around(self, call):
+            def watched(*args, **kwargs):
+                self.left -= 1
+                if self.left == 0 and not self.after:
+                    raise Killed
+                result = call(*args, **kwargs)
+                if self.left == 0:
+                    raise Killed
+                return result
+
+            return watched
+
+    reaper = Reaper()
+    monkeypatch.setattr(HeyGenHook, "_send", reaper.around(HeyGenHook._send))
+    monkeypatch.setattr(StateStore, "set", reaper.around(StateStore.set))
+    monkeypatch.setattr(StateStore, "get", reaper.around(StateStore.get))
+    return reaper
+
+
+@SERVERS
+@MODES
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
+def test_killed_at_any_step_and_retried(heygen, reaper, pauses, idempotency, deferrable, after, store):
+    heygen.behaviour.idempotency = idempotency
+    died, step = True, 0
+    while died:
+        heygen.reset()
+        heygen.behaviour.idempotency = idempotency
+        step += 1
+        task = Task(dub(deferrable=deferrable), store=StateStore() if store else None)
+        reaper.left, reaper.after, died = step, after, False
+        outcome = None
+        try:
+            outcome = finish(task, task.start())
+        except Killed:
+            died = True
+            outcome = finish(task, task.start())
+        assert len(heygen.jobs) == 1, f"killed at step {step}"
+        assert outcome == heygen.jobs[0].id
+        assert task.xcoms["overdub"]["status"] == "completed"
+        assert task.xcoms["overdub_id"] == outcome
+    assert step >= 3  # it did die on the way, more than once
+
+
+@SERVERS
+@RESOURCES
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"drop": "before"},
+        {"drop": "after"},
+        {"status": 500},
+        {"status": 502, "html": True},
+        {"status": 503, "headers": {"Retry-After": "1"}},
+        {"status": 504},
+        {"truncate": True},
+        {"status": 409, "code": "request_in_progress"},
+    ],
+    ids=str,
+)
+def test_a_lost_answer(heygen, pauses, idempotency, fault):
+    heygen.behaviour.idempotency = idempotency
+    heygen.fail_next(method="POST", count=2, **fault)
+    task = Task(dub(), store=StateStore())
+    assert task.start() == heygen.jobs[0].id
+    assert len(heygen.jobs) == 1
+
+
+@SERVERS
+def test_all_answers_of_a_try_are_lost(heygen, pauses, idempotency):
+    heygen.behaviour.idempotency = idempotency
+    heygen.behaviour.list_lag = 0
+    # HeyGen creates the job, and then neither answers the create nor any look at the list.
+    heygen.fail_next(method="POST", drop="after")
+    heygen.fail_next(method="GET", count=1000, status=500)
+    task = Task(dub(), store=StateStore())
+    with pytest.raises(HeyGenTransientError):
+        task.start()
+    heygen.clear_faults()
+    assert task.start() == heygen.jobs[0].id
+    assert len(heygen.jobs) == 1
+
+
+@MODES
+def test_timeout_then_retry_goes_on_with_the_same_overdub(heygen, deferrable):
+    heygen.behaviour.job_seconds = 60
+    task = Task(dub(deferrable=deferrable, timeout=0.2), store=StateStore())
+    with pytest.raises(HeyGenOverdubTimeoutError, match="still complete"):
+        finish(task, task.start())
+    heygen.force(heygen.jobs[0].id, "completed")
+    assert finish(task, task.start()) == heygen.jobs[0].id
+    assert len(heygen.jobs) == 1
+
+
+def test_a_clear_after_a_timeout_goes_on_with_it_too(heygen):
+    heygen.behaviour.job_seconds = 60
+    task = Task(dub(timeout=0.1), retries=0, store=StateStore())
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        task.start()
+    task.clear()
+    heygen.force(heygen.jobs[0].id, "completed")
+    assert task.start() == heygen.jobs[0].id
+    assert len(heygen.jobs) == 1
+
+
+@MODES
+def test_a_clear_after_success_starts_another(heygen, deferrable):
+    task = Task(dub(deferrable=deferrable), store=StateStore())
+    first = finish(task, task.start())
+    task.clear()
+    second = finish(task, task.start())
+    assert [job.id for job in heygen.jobs] == [first, second]
+    task.clear()
+    assert finish(task, task.start()) not in (first, second)
+
+
+def test_a_clear_after_success_without_waiting_starts_another(heygen):
+    task = Task(dub(wait_for_completion=False), store=StateStore())
+    task.start()
+    task.clear()
+    task.start()
+    assert len(heygen.jobs) == 2
+
+
+@MODES
+def test_a_failed_overdub_fails_the_task_for_good_and_a_clear_starts_another(heygen, deferrable):
+    heygen.behaviour.fail_jobs = 1
+    heygen.behaviour.failure_message = "No face in https://x.y/v.mp4?X-Amz-Signature=SECRET1"
+    task = Task(dub(deferrable=deferrable), store=StateStore())
+    with pytest.raises(HeyGenOverdubFailedError, match="No face") as caught:
+        finish(task, task.start())
+    assert "SECRET1" not in str(caught.value)
+    task.clear()
+    assert finish(task, task.start()) == heygen.jobs[1].id
+    assert len(heygen.jobs) == 2
+
+
+def test_an_overdub_deleted_meanwhile_is_started_anew(heygen, monkeypatch):
+    heygen.behaviour.job_seconds = 60
+    task = Task(dub(timeout=0.1), store=StateStore())
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        task.start()
+    with HeyGenHook() as hook:
+        hook.delete_overdub(heygen.jobs[0].id)
+    # Just created and not found would be "not readable yet".
+    monkeypatch.setattr("airflow_provider_heygen.waiting.FRESH_SECONDS", 0)
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        task.start()
+    assert len(heygen.jobs) == 2
+
+
+def test_a_changed_request_is_a_new_overdub(heygen):
+    heygen.behaviour.job_seconds = 60
+    task = Task(dub(timeout=0.1), store=StateStore())
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        task.start()
+    task.make = dub(timeout=0.1, title="another")
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        task.start()
+    assert [job.title for job in heygen.jobs] == [None, "another"]
+
+
+@SERVERS
+def test_without_durable_a_retry_starts_another(heygen, idempotency):
+    heygen.behaviour.idempotency = idempotency
+    heygen.behaviour.job_seconds = 60
+    task = Task(dub(durable=False, timeout=0.1), store=StateStore())
+    for _ in range(2):
+        with pytest.raises(HeyGenOverdubTimeoutError):
+            task.start()
+    assert len(heygen.jobs) == 2
+    assert not task.store
+
+
+def test_reattachment_gives_the_xcoms_of_an_undisturbed_run(heygen):
+    undisturbed = Task(dub(), store=StateStore())
+    undisturbed.start()
+    heygen.behaviour.job_seconds = 60
+    task = Task(dub(timeout=0.1), store=StateStore())
+    task.ti.run_id = "another run"
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        task.start()
+    heygen.force(heygen.jobs[1].id, "completed")
+    task.start()
+    varying = {"overdub_id", "callback_id", "created_at", "duration"}
+
+    def steady(xcoms):
+        return {name: value for name, value in xcoms["overdub"].items() if name not in varying}
+
+    assert task.xcoms.keys() == undisturbed.xcoms.keys()
+    assert steady(task.xcoms) == steady(undisturbed.xcoms)
+    assert task.xcoms["overdub"]["overdub_id"] == task.xcoms["overdub_id"] == heygen.jobs[1].id
+
+
+# --- Being told to wait ---------------------------------------------------------------------------------
+
+
+def test_429_defers_a_deferrable_create_until_it_may_come_again(heygen, pauses):
+    heygen.fail_next(method="POST", status=429, headers={"Retry-After": "40"}, code="rate_limit_exceeded")
+    task = Task(dub(deferrable=True), store=StateStore())
+    deferred = task.start()
+    assert isinstance(deferred, TaskDeferred)
+    assert deferred.method_name == "execute_again"
+    wait = (deferred.trigger.moment - task.ti.start_date).total_seconds()
+    assert 40 <= wait <= 60
+    assert pauses == []  # no worker sleeps
+    assert heygen.jobs == []
+    outcome = finish(task, task.resume(deferred, None))
+    assert outcome == heygen.jobs[0].id
+    posts = [request for request in heygen.requests if request.method == "POST"]
+    assert len({request.idempotency_key for request in posts}) == 1
+    # A plain refusal needs no search.
+    assert not [
+        request
+        for request in heygen.requests
+        if request.route.endswith("overdubs") and request.method == "GET"
+    ]
+
+
+def test_429_is_waited_out_in_place_when_sync(heygen, pauses, monkeypatch):
+    slept = []
+    monkeypatch.setattr("airflow_provider_heygen.operators.overdub.time.sleep", slept.append)
+    heygen.fail_next(method="POST", status=429, headers={"Retry-After": "90"}, code="rate_limit_exceeded")
+    task = Task(dub(), store=StateStore())
+    assert task.start() == heygen.jobs[0].id
+    assert slept[0] >= 90
+
+
+def test_429_beyond_the_deadline_ends_the_wait(heygen):
+    heygen.fail_next(method="POST", status=429, headers={"Retry-After": "500"}, code="rate_limit_exceeded")
+    task = Task(dub(deferrable=True, timeout=100), store=StateStore())
+    with pytest.raises(HeyGenOverdubTimeoutError, match="no overdub was started"):
+        task.start()
+
+
+@pytest.mark.parametrize("deferrable", [True, False])
+def test_a_spent_quota_is_not_waited_for(heygen, deferrable):
+    heygen.fail_next(method="POST", status=429, code="quota_exceeded")
+    task = Task(dub(deferrable=deferrable), store=StateStore())
+    with pytest.raises(HeyGenPermanentError, match="quota"):
+        task.start()
+
+
+# --- What cannot be told --------------------------------------------------------------------------------
+
+
+def test_an_authors_callback_id_on_many_jobs_adopts_none_of_them(heygen, pauses):
+    heygen.behaviour.idempotency = False
+    sibling = Task(dub(callback_id="nightly"), store=StateStore())
+    sibling.ti.map_index = 7
+    sibling.start()
+    heygen.fail_next(method="POST", status=500)
+    task = Task(dub(callback_id="nightly"), store=StateStore())
+    with pytest.raises(HeyGenOutcomeUnknownError, match="Leave callback_id unset"):
+        task.start()
+    assert len(heygen.jobs) == 1
+
+
+@pytest.mark.parametrize("resource", ["lipsyncs"])
+def test_where_the_key_is_documented_it_is_trusted(heygen, pauses):
+    heygen.fail_next(method="POST", drop="after")
+    task = Task(dub(callback_id="nightly"), store=StateStore())
+    assert task.start() == heygen.jobs[0].id
+    assert len(heygen.jobs) == 1
+
+
+def test_bad_input_sends_nothing_and_records_nothing(heygen):
+    task = Task(dub(mode="fast"), store=StateStore())
+    with pytest.raises(HeyGenBadInputError, match="mode"):
+        task.start()
+    assert heygen.requests == []
+    assert not task.store
+
+
+def test_no_secret_is_in_the_record_or_the_trigger(heygen):
+    heygen.behaviour.job_seconds = 60
+    task = Task(dub(deferrable=True, video="https://x.y/v.mp4?X-Amz-Signature=SECRET1"), store=StateStore())
+    deferred = task.start()
+    stored = json.dumps(task.store) + json.dumps(deferred.trigger.serialize()) + json.dumps(deferred.kwargs)
+    assert "SECRET1" not in stored
+    assert heygen.api_key not in stored
+
+
+# --- Kill -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("delete_on_kill", "kept"), [(True, False), (False, True)])
+def test_on_kill(heygen, delete_on_kill, kept):
+    heygen.behaviour.job_seconds = 60
+    operator = dub(delete_on_kill=delete_on_kill)()
+
+    def stop(*_, **__):
+        raise Killed
+
+    operator._await = stop
+    task = Task(lambda: operator, store=StateStore())
+    with pytest.raises(Killed):
+        task.start()
+    operator.on_kill()
+    assert heygen.jobs[0].deleted is not kept
+
+
+def test_on_kill_keeps_what_has_ended(heygen):
+    operator = dub(delete_on_kill=True)()
+    Task(lambda: operator, store=StateStore()).start()
+    operator.on_kill()
+    assert not heygen.jobs[0].deleted
+
+
+@pytest.mark.parametrize(
+    ("delete_on_kill", "running_seconds", "kept"), [(True, 60, False), (False, 60, True), (True, 0, True)]
+)
+def test_trigger_on_kill(heygen, delete_on_kill, running_seconds, kept):
+    heygen.behaviour.job_seconds = 60
+    deferred = Task(dub(deferrable=True, delete_on_kill=delete_on_kill), store=StateStore()).start()
+    if not running_seconds:
+        heygen.force(heygen.jobs[0].id, "completed")
+    asyncio.run(deferred.trigger.on_kill())
+    assert heygen.jobs[0].deleted is not kept
+
+
+def test_a_cancelled_trigger_deletes_nothing(heygen):
+    heygen.behaviour.job_seconds = 60
+    deferred = Task(dub(deferrable=True, delete_on_kill=True), store=StateStore()).start()
+
+    async def restart():
+        waiting = asyncio.create_task(anext(deferred.trigger.run()))
+        await asyncio.sleep(0.1)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await deferred.trigger.cleanup()
+
+    asyncio.run(restart())
+    assert not heygen.jobs[0].deleted

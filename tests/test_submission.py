@@ -1,0 +1,128 @@
+"""The decision table of a starting task: every record x every remote state x retry or clear."""
+
+from __future__ import annotations
+
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+
+from airflow_provider_heygen.api import CreateOverdubRequest
+from airflow_provider_heygen.submission import Seen, Step, Submission, digest, next_step
+
+TI = SimpleNamespace(dag_id="d", run_id="r", task_id="t", map_index=-1, max_tries=2)
+
+
+def submission(**changes):
+    fields = {"digest": "same", "number": 1, "key": "k", "began": 0.0, "max_tries": 2}
+    return Submission(**fields | changes)
+
+
+RECORDS = {
+    "nothing": None,
+    "not sent": submission(),
+    "sent": submission(sent=True),
+    "answered": submission(sent=True, overdub_id="od_1"),
+    "delivered": submission(sent=True, overdub_id="od_1", delivered=True),
+}
+
+# What must come out while the request is the same. Where the second column is None, it holds for all.
+TABLE = [
+    ("nothing", None, "retry", Step.POST_NEW),
+    ("nothing", None, "clear", Step.POST_NEW),
+    # Nothing reached HeyGen: the same submission, as if for the first time.
+    ("not sent", None, "retry", Step.POST_AGAIN),
+    ("not sent", None, "clear", Step.POST_AGAIN),
+    # Something may have: look for it before anything else.
+    ("sent", Seen.NOT_LOOKED, "retry", Step.SEARCH),
+    ("sent", Seen.ALIVE, "retry", Step.ATTACH),
+    ("sent", Seen.FAILED, "retry", Step.POST_NEW),
+    ("sent", Seen.MISSING, "retry", Step.POST_AGAIN),
+    ("sent", Seen.NOT_LOOKED, "clear", Step.SEARCH),
+    ("sent", Seen.ALIVE, "clear", Step.ATTACH),
+    ("sent", Seen.FAILED, "clear", Step.POST_NEW),
+    ("sent", Seen.MISSING, "clear", Step.POST_AGAIN),
+    # The id is known. Gone means deleted: a new one is wanted.
+    ("answered", Seen.NOT_LOOKED, "retry", Step.LOOK),
+    ("answered", Seen.ALIVE, "retry", Step.ATTACH),
+    ("answered", Seen.FAILED, "retry", Step.POST_NEW),
+    ("answered", Seen.MISSING, "retry", Step.POST_NEW),
+    ("answered", Seen.NOT_LOOKED, "clear", Step.LOOK),
+    ("answered", Seen.ALIVE, "clear", Step.ATTACH),
+    ("answered", Seen.FAILED, "clear", Step.POST_NEW),
+    ("answered", Seen.MISSING, "clear", Step.POST_NEW),
+    # The worker died between noting the delivery and telling Airflow: not a wish for another.
+    ("delivered", Seen.NOT_LOOKED, "retry", Step.LOOK),
+    ("delivered", Seen.ALIVE, "retry", Step.ATTACH),
+    ("delivered", Seen.FAILED, "retry", Step.POST_NEW),
+    ("delivered", Seen.MISSING, "retry", Step.POST_NEW),
+    # Cleared after success: do it again.
+    ("delivered", None, "clear", Step.POST_NEW),
+]
+CASES = [
+    (record, one, how, step)
+    for record, seen, how, step in TABLE
+    for one in ([seen] if seen is not None else list(Seen))
+]
+
+
+def test_the_table_is_complete():
+    assert {case[:3] for case in CASES} == set(product(RECORDS, Seen, ("retry", "clear")))
+    assert len(CASES) == len({case[:3] for case in CASES})
+
+
+@pytest.mark.parametrize(("record", "seen", "how", "step"), CASES)
+def test_same_request(record, seen, how, step):
+    max_tries = {"retry": 2, "clear": 3}[how]  # Airflow raises max_tries when a task is cleared
+    assert next_step(RECORDS[record], "same", max_tries, seen) is step
+
+
+@pytest.mark.parametrize(("record", "seen", "max_tries"), list(product(RECORDS, Seen, (2, 3))))
+def test_another_request_is_always_a_new_submission(record, seen, max_tries):
+    assert next_step(RECORDS[record], "other", max_tries, seen) is Step.POST_NEW
+
+
+def key(ti=TI, digest="same", before=None):
+    return Submission.new(ti, digest, before, now=0.0).key
+
+
+def test_the_key_stays_over_retries_and_changes_with_everything_that_wants_another_job():
+    assert key() == key()
+    others = [
+        key(SimpleNamespace(**vars(TI) | {name: value}))
+        for name, value in {
+            "dag_id": "x",
+            "run_id": "x",
+            "task_id": "x",
+            "map_index": 0,
+            "max_tries": 3,
+        }.items()
+    ]
+    others += [key(digest="other"), key(before=submission())]
+    assert len({key(), *others}) == len(others) + 1
+
+
+def test_the_try_number_is_not_in_the_key():
+    assert key(SimpleNamespace(**vars(TI), try_number=1)) == key(SimpleNamespace(**vars(TI), try_number=2))
+
+
+def test_a_new_submission_counts_up():
+    assert Submission.new(TI, "same", submission(number=4), now=7.0).number == 5
+
+
+@pytest.mark.parametrize("stored", [None, "", [], {}, {"digest": "x"}, {"number": "many"}, 7])
+def test_what_no_release_has_written_counts_as_nothing(stored):
+    assert Submission.load(stored) is None
+
+
+def test_a_record_survives_the_store():
+    record = submission(sent=True, overdub_id="od_1", delivered=True)
+    assert Submission.load(record.model_dump(mode="json") | {"of a later release": 1}) == record
+
+
+def test_the_digest_knows_requests_apart_however_they_are_written():
+    video, audio = "https://x.y/v.mp4", {"type": "asset_id", "asset_id": "a"}
+    request = CreateOverdubRequest.of({"video": video, "audio": audio})
+    same = CreateOverdubRequest.of({"audio": audio, "video": {"type": "url", "url": video}, "title": None})
+    other = CreateOverdubRequest.of({"video": video, "audio": audio, "enable_watermark": False})
+    assert digest(request) == digest(same) != digest(other)
