@@ -32,7 +32,7 @@ with DAG(
     params={"media": MEDIA, "languages": LANGUAGES},
     tags=["example", "heygen"],
     doc_md=__doc__,
-):
+) as dag:
     upload_video = HeyGenUploadAssetOperator(task_id="upload_video", source="{{ params.media }}/talk.mp4")
 
     upload_audio = HeyGenUploadAssetOperator.partial(task_id="upload_audio").expand(

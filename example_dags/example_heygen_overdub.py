@@ -32,7 +32,7 @@ with DAG(
     },
     tags=["example", "heygen"],
     doc_md=__doc__,
-):
+) as dag:
     upload_video = HeyGenUploadAssetOperator(task_id="upload_video", source="{{ params.video }}")
     upload_audio = HeyGenUploadAssetOperator(task_id="upload_audio", source="{{ params.audio }}")
 

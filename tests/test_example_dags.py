@@ -1,0 +1,83 @@
+"""The example DAGs, whole, by `dag.test()`: what they save plays with the new audio."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from airflow_provider_heygen.emulator.media import decode_audio, decode_frames, make_audio, make_video
+
+DAGS = Path(__file__).parent.parent / "example_dags"
+LANGUAGES = {"de": 500, "fr": 700, "es": 900}
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    make_video(folder / "talk.mp4", 2)
+    for language, hz in LANGUAGES.items():
+        make_audio(folder / f"talk.{language}.mp3", 2, hz)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def airflow(media):
+    """An Airflow whose DAGs folder is that of the examples."""
+    environment = {"AIRFLOW__CORE__DAGS_FOLDER": str(DAGS), "HEYGEN_EXAMPLE_MEDIA": str(media)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.syspath_prepend(str(DAGS))
+        for command in (["db", "migrate"], ["pools", "set", "heygen", "10", "jobs", "--include-deferred"]):
+            subprocess.run(
+                [sys.executable, "-m", "airflow", *command], check=True, capture_output=True, env=os.environ
+            )
+        yield
+
+
+def run(name, **conf):
+    run = importlib.import_module(name).dag.test(run_conf=conf)
+    return run.state, {
+        (ti.task_id, ti.map_index): (ti.state, ti.try_number) for ti in run.get_task_instances()
+    }
+
+
+def is_dubbed(result, media, language):
+    """Whether a file has the decoded sound of that language's audio and the pictures of the video."""
+    sounds = {name: decode_audio(media / f"talk.{name}.mp3") for name in LANGUAGES}
+    frames, original = decode_frames(result), decode_frames(media / "talk.mp4")
+    length = min(len(frames), len(original))
+    return (
+        decode_audio(result) == sounds.pop(language)
+        and decode_audio(result) not in sounds.values()
+        and length > 40
+        and frames[:length] == original[:length]
+    )
+
+
+@pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
+def test_one_video(heygen, airflow, media, resource):
+    result = media / f"{resource}.mp4"
+    state, tasks = run("example_heygen_overdub", result=str(result))
+    assert state == "success"
+    assert set(tasks.values()) == {("success", 1)}
+    assert len(heygen.jobs) == 1
+    assert heygen.jobs[0].request.mode == "precision"
+    assert is_dubbed(result, media, "de")
+
+
+@pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
+def test_many_languages(heygen, airflow, media, resource):
+    state, tasks = run("example_heygen_localisation")
+    assert state == "success"
+    assert {task for task in tasks if task[0] == "dub"} == {("dub", index) for index in range(3)}
+    assert len(heygen.jobs) == 3
+    assert all(job.deleted for job in heygen.jobs)
+    assert [job.title for job in heygen.jobs] == [f"Talk, {language}, delivered" for language in LANGUAGES]
+    for language in LANGUAGES:
+        assert is_dubbed(media / "dubbed" / f"talk.{language}.mp4", media, language)

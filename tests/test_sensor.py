@@ -1,0 +1,229 @@
+"""The sensor in its three modes: the same end, whichever way it waits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import UTC, datetime
+
+import pytest
+from airflow.sdk.exceptions import (
+    AirflowFailException,
+    AirflowRescheduleException,
+    AirflowSensorTimeout,
+    AirflowSkipException,
+    TaskDeferred,
+)
+from airflow_task import Task
+
+from airflow_provider_heygen.exceptions import (
+    HeyGenBadInputError,
+    HeyGenNotFoundError,
+    HeyGenOverdubFailedError,
+    HeyGenPermanentError,
+    HeyGenTransientError,
+    HeyGenTriggerEventError,
+)
+from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.sensors.overdub import HeyGenOverdubSensor
+
+MODES = {
+    "poke": {"mode": "poke", "deferrable": False},
+    "reschedule": {"mode": "reschedule", "deferrable": False},
+    "deferrable": {"deferrable": True},
+}
+ALL_MODES = pytest.mark.parametrize("mode", MODES)
+
+
+@pytest.fixture
+def overdub_id(heygen):
+    with HeyGenHook() as hook:
+        return hook.create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
+
+
+def wait(overdub_id, mode, **changes):
+    """Run a sensor to its end as Airflow would, across reschedules and deferrals."""
+    arguments = {"poke_interval": 0.02, "timeout": 20, **MODES[mode], **changes}
+    task = Task(lambda: HeyGenOverdubSensor(task_id="wait", overdub_id=overdub_id, **arguments))
+    began = datetime.now(UTC)
+    task.ti.get_first_reschedule_date = lambda _: began
+    held = 0
+    while True:
+        try:
+            outcome = task.start()
+            while isinstance(outcome, TaskDeferred):
+                held += 1
+                trigger = outcome.trigger
+                outcome = task.resume(outcome, asyncio.run(anext(trigger.run())).payload)
+        except AirflowRescheduleException:
+            held += 1
+            continue
+        return outcome, held
+
+
+@ALL_MODES
+@pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
+def test_completed(heygen, overdub_id, mode):
+    heygen.force(overdub_id, "completed")
+    details, _ = wait(overdub_id, mode)
+    assert details["overdub_id"] == overdub_id
+    assert details["status"] == "completed"
+    text = json.dumps(details)
+    assert "http" not in text
+    assert not {"video_url", "caption_url"} & details.keys()
+
+
+@ALL_MODES
+def test_it_waits(heygen, mode):
+    heygen.behaviour.job_seconds = 0.4
+    with HeyGenHook() as hook:
+        overdub_id = hook.create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
+    details, held = wait(overdub_id, mode)
+    assert details["status"] == "completed"
+    assert {"poke": held == 0, "reschedule": held > 1, "deferrable": held == 1}[mode]
+
+
+def test_no_deferral_when_it_has_ended_already(heygen, overdub_id):
+    heygen.force(overdub_id, "completed")
+    assert wait(overdub_id, "deferrable")[1] == 0
+    looks = [request for request in heygen.requests if request.method == "GET"]
+    assert len(looks) == 1
+
+
+@ALL_MODES
+@pytest.mark.parametrize("already", [True, False], ids=["at the first look", "later"])
+@pytest.mark.parametrize(
+    ("flag", "error"),
+    [
+        (None, HeyGenOverdubFailedError),
+        ("soft_fail", AirflowSkipException),
+        ("never_fail", AirflowSkipException),
+    ],
+)
+def test_failed(heygen, mode, already, flag, error):
+    heygen.behaviour.job_seconds = 0.01 if already else 0.4
+    heygen.behaviour.fail_jobs = 1
+    heygen.behaviour.failure_message = "No face found in https://x.y/v.mp4?sig=SECRET1"
+    with HeyGenHook() as hook:
+        overdub_id = hook.create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
+        while already and not hook.get_overdub(overdub_id).is_final:
+            pass
+    with pytest.raises(error) as caught:
+        wait(overdub_id, mode, **({flag: True} if flag else {}))
+    if flag is None:
+        assert isinstance(caught.value, AirflowFailException)  # no retry
+        assert "No face found" in str(caught.value)
+    assert "SECRET1" not in str(caught.value)
+
+
+@ALL_MODES
+@pytest.mark.parametrize(
+    ("flag", "error"),
+    [(None, AirflowSensorTimeout), ("soft_fail", AirflowSkipException), ("never_fail", AirflowSensorTimeout)],
+)
+def test_timeout(heygen, mode, overdub_id, flag, error):
+    if mode == "deferrable" and flag == "never_fail":
+        error = AirflowSkipException  # so does Airflow's own resume_execution
+    heygen.force(overdub_id, "running")
+    with pytest.raises(error):
+        wait(overdub_id, mode, timeout=0.2, **({flag: True} if flag else {}))
+
+
+@ALL_MODES
+@pytest.mark.parametrize(
+    ("fault", "error", "says"),
+    [
+        ({"status": 401, "code": "unauthorized"}, HeyGenPermanentError, "auth_type"),
+        ({"status": 402, "code": "insufficient_credit"}, HeyGenPermanentError, "Top up"),
+        ({"status": 403, "code": "forbidden"}, HeyGenPermanentError, "may not"),
+        ({"status": 404, "code": "not_found"}, HeyGenNotFoundError, "resource"),
+    ],
+    ids=str,
+)
+def test_permanent_errors_end_the_wait_at_once(heygen, mode, overdub_id, fault, error, says):
+    heygen.force(overdub_id, "running")
+    heygen.fail_next(method="GET", count=50, **fault)
+    with pytest.raises(error, match=says) as caught:
+        wait(overdub_id, mode)
+    assert isinstance(caught.value, AirflowFailException)
+    assert heygen.api_key not in str(caught.value)
+
+
+@ALL_MODES
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"status": 500},
+        {"status": 503, "html": True},
+        {"status": 429, "code": "rate_limit_exceeded"},
+        {"drop": "before"},
+        {"truncate": True},
+        {"body": "<html>", "status": 200},
+    ],
+    ids=str,
+)
+def test_an_outage_is_survived(heygen, mode, overdub_id, fault, pauses):
+    heygen.force(overdub_id, "completed")
+    heygen.fail_next(method="GET", count=4, **fault)
+    assert wait(overdub_id, mode)[0]["status"] == "completed"
+
+
+def test_the_triggerer_gives_up_and_the_worker_finds_it_well(heygen, overdub_id):
+    heygen.force(overdub_id, "running")
+    sensor = Task(
+        lambda: HeyGenOverdubSensor(
+            task_id="wait", overdub_id=overdub_id, deferrable=True, poke_interval=0.02, timeout=20
+        )
+    )
+    deferred = sensor.start()
+    gone = {"overdub_id": overdub_id, "status": "error", "message": "Gave up"}
+    again = sensor.resume(deferred, gone)
+    assert isinstance(again, TaskDeferred)
+    # The same deadline, not a new one.
+    assert again.trigger.deadline == deferred.trigger.deadline
+    for _ in range(2):
+        again = sensor.resume(again, gone)
+    with pytest.raises(HeyGenTransientError, match="same Airflow connection"):
+        sensor.resume(again, gone)
+
+
+@pytest.mark.parametrize("soft_fail", [True, False])
+def test_an_outage_seen_from_both_sides_is_worth_a_retry_not_a_skip(heygen, overdub_id, soft_fail, pauses):
+    heygen.force(overdub_id, "running")
+    sensor = Task(
+        lambda: HeyGenOverdubSensor(
+            task_id="wait", overdub_id=overdub_id, deferrable=True, soft_fail=soft_fail, timeout=20
+        )
+    )
+    deferred = sensor.start()
+    heygen.fail_next(method="GET", count=50, status=500)
+    with pytest.raises(HeyGenTransientError):
+        sensor.resume(deferred, {"overdub_id": overdub_id, "status": "error", "message": "Gave up"})
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        None,
+        {},
+        "completed",
+        {"status": "completed"},
+        {"status": "success", "message": "", "overdub_id": "od_1"},
+        {"status": "completed", "message": "", "overdub_id": "another", "overdub": {}},
+        {"status": "completed", "message": "", "overdub_id": "od_1"},
+    ],
+    ids=str,
+)
+def test_an_event_that_is_not_ours_fails_loudly(heygen, event):
+    sensor = Task(lambda: HeyGenOverdubSensor(task_id="wait", overdub_id="od_1", deferrable=True, timeout=20))
+    heygen.fail_next(method="GET", status=500)
+    with pytest.raises(HeyGenTriggerEventError, match="not affected"):
+        sensor.resume(sensor.start(), event)
+
+
+@ALL_MODES
+@pytest.mark.parametrize("overdub_id", ["", "None", "a/b", "..", "od_1?x=1", None])
+def test_a_bad_id_sends_nothing(heygen, mode, overdub_id):
+    with pytest.raises(HeyGenBadInputError, match="overdub_id"):
+        wait(overdub_id, mode)
+    assert heygen.requests == []
