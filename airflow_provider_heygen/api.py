@@ -365,7 +365,7 @@ class Call(Generic[T]):
 
     :param what: the call in words, for messages.
     :param read: turns the decoded JSON into the result, or raises ``ValueError``.
-    :param body_matters: whether a 2xx answer without readable JSON is an error.
+    :param body_matters: whether a 2xx answer with an empty body is an error, as one that is not JSON is.
     """
 
     what: str
@@ -391,7 +391,7 @@ class Call(Generic[T]):
             decoded = None
         if not 200 <= status < 300:
             raise _error(self, status, headers, decoded, connection)
-        if decoded is None and self.body_matters:
+        if decoded is None and (self.body_matters or body):
             kind = _shown(headers.get("Content-Type"), connection) or "no content type"
             raise HeyGenTransientError(
                 f"HeyGen answered {status} to {self.what} without JSON ({kind}, {len(body)} bytes)."

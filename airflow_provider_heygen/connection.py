@@ -109,6 +109,7 @@ class HeyGenConnection(BaseModel):
         try:
             url = urlsplit(self.base_url)
             host, _ = url.hostname, url.port
+            (host or "").encode("idna")  # as the look-up of its address does
         except ValueError:
             raise refuse("host and port do not make a URL; leave both empty for HeyGen's own API.") from None
         usable = self.base_url.isprintable() and " " not in self.base_url

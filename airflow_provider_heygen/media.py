@@ -155,8 +155,9 @@ def _publish(response: requests.Response, size: int | None, destination: ObjectS
 
 
 def _open(link: str, session: requests.Session, settings: HeyGenConnection) -> requests.Response:
+    base = ""
     for _ in range(MAX_REDIRECTS + 1):
-        host = _check_link(link, settings)
+        link, host = _check_link(base, link, settings)
         response = session.get(
             link,
             stream=True,
@@ -165,7 +166,7 @@ def _open(link: str, session: requests.Session, settings: HeyGenConnection) -> r
             headers={"Accept-Encoding": "identity"},  # Content-Length must be that of the file
         )
         if response.is_redirect:
-            link = urljoin(link, response.headers["Location"])
+            base, link = link, response.headers["Location"]
             response.close()
             continue
         kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
@@ -183,10 +184,16 @@ def _open(link: str, session: requests.Session, settings: HeyGenConnection) -> r
 _NOT_VIDEO = {"application/json", "application/xml", "application/xhtml+xml"}
 
 
-def _check_link(link: str, settings: HeyGenConnection) -> str:
-    """Give the host of a link that may be fetched; a hostile one must not reach our own network."""
-    parts = urlsplit(link)
-    host = parts.hostname or ""
+def _check_link(base: str, link: str, settings: HeyGenConnection) -> tuple[str, str]:
+    """Give a link that may be fetched, and its host; a hostile one must not reach our own network."""
+    try:
+        link = urljoin(base, link)
+        link.encode()
+        parts = urlsplit(link)
+        host = parts.hostname or ""
+        host.encode("idna")  # as the look-up of its address does
+    except ValueError:
+        raise HeyGenPermanentError("The link to the video is not a URL that can be fetched.") from None
     secure = parts.scheme == "https" or (
         parts.scheme == "http" and (settings.allow_http or is_loopback(host))
     )
@@ -200,7 +207,7 @@ def _check_link(link: str, settings: HeyGenConnection) -> str:
             f"The link to the video leads to {host}, a private or loopback address. If that is meant, set the"
             f" extra 'allow_private_hosts' of Airflow connection '{settings.conn_id}' to true."
         )
-    return host
+    return link, host
 
 
 def _is_private(host: str) -> bool:

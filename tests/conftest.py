@@ -96,12 +96,13 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @dataclass
 class Seen:
-    """One request as it came over the wire; ``path`` with its query, ``headers`` with repetitions."""
+    """One request as it came over the wire: ``path`` with its query, ``client`` the port it came from."""
 
     method: str
     path: str
     headers: Message
     body: bytes
+    client: int
 
 
 class Listener:
@@ -142,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        seen = Seen(self.command, self.path, self.headers, body)
+        seen = Seen(self.command, self.path, self.headers, body, self.client_address[1])
         self.listener.seen.append(seen)
         self.close_connection = True  # unless all goes well
         answer = self.listener.answer(seen)

@@ -419,8 +419,8 @@ UNUSABLE = {
 @pytest.mark.parametrize("body", [*UNREADABLE.values(), *UNUSABLE.values()], ids=[*UNREADABLE, *UNUSABLE])
 @pytest.mark.parametrize("call", CALLS)
 def test_useless_body(call, body):
-    if call == "delete":
-        assert answer(call, body) is None
+    if call == "delete" and (body == b"" or body in UNUSABLE.values()):
+        assert answer(call, body) is None  # what is in it does not matter
         return
     with pytest.raises(HeyGenTransientError) as raised:
         answer(call, body, headers={"Content-Type": "text/html"})

@@ -212,6 +212,8 @@ REFUSALS = [
     ({"host": "https://api.heygen.com:pw"}, "host and port"),
     ({"host": "https://api.heygen.com:443", "port": 8443}, "host and port"),
     ({"host": "https://[api.heygen.com"}, "host and port"),
+    ({"host": "https://api..heygen.com"}, "host and port"),
+    ({"host": f"https://{'a' * 64}.com"}, "host and port"),
     ({"host": "api.heygen.com", "port": 99999}, "host and port"),
     ({"host": "https://api.heygen .com"}, "host"),
     ({"host": "https://api.\nheygen.com"}, "host"),

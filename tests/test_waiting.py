@@ -330,11 +330,11 @@ def event(status, **members):
 
 def test_conclusions_from_the_event_alone(heygen):
     hook = HeyGenHook()
-    assert waiting.conclude(DONE, hook) == DONE["overdub"]
+    assert waiting.conclude(DONE, hook, 0) == DONE["overdub"]
     with pytest.raises(HeyGenOverdubFailedError, match=r"^The message\.$"):
-        waiting.conclude(event("failed"), hook)
+        waiting.conclude(event("failed"), hook, 0)
     with pytest.raises(HeyGenOverdubTimeoutError, match=r"^The message\.$") as raised:
-        waiting.conclude(event("timeout"), hook)
+        waiting.conclude(event("timeout"), hook, 0)
     assert not isinstance(raised.value, HeyGenPermanentError)
     assert heygen.requests == []
 
@@ -342,26 +342,35 @@ def test_conclusions_from_the_event_alone(heygen):
 @pytest.mark.parametrize(
     ("status", "kind", "text"),
     [
-        ("running", HeyGenTransientError, r"^The message\.$"),
         ("failed", HeyGenOverdubFailedError, "Too dark"),
         (None, HeyGenNotFoundError, "404"),
     ],
 )
 def test_after_an_error_a_last_look_decides(heygen, status, kind, text):
-    overdub_id = "nowhere"
-    if status:
-        media = {"video": "https://example.com/v.mp4", "audio": "https://example.com/a.mp3"}
-        overdub_id = HeyGenHook().create_overdub(media)
-        heygen.force(overdub_id, status, "Too dark")
+    overdub_id = create(heygen, status) if status else "nowhere"
     with pytest.raises(kind, match=text):
-        waiting.conclude({**event("error"), "overdub_id": overdub_id}, HeyGenHook())
+        waiting.conclude({**event("error"), "overdub_id": overdub_id}, HeyGenHook(), 0)
+
+
+def create(heygen, status):
+    media = {"video": "https://example.com/v.mp4", "audio": "https://example.com/a.mp3"}
+    overdub_id = HeyGenHook().create_overdub(media)
+    heygen.force(overdub_id, status, "Too dark")
+    return overdub_id
+
+
+@pytest.mark.parametrize("status", ["pending", "running"])
+def test_after_an_error_the_wait_may_go_on_but_not_for_ever(heygen, status):
+    gave_up = {**event("error"), "overdub_id": create(heygen, status)}
+    most = waiting.MAX_TIMES_GIVEN_UP
+    assert [waiting.conclude(gave_up, HeyGenHook(), before) for before in range(most)] == [None] * most
+    with pytest.raises(HeyGenTransientError, match=r"^The message\. "):
+        waiting.conclude(gave_up, HeyGenHook(), most)
 
 
 def test_after_an_error_the_last_look_may_be_good_news(heygen):
-    media = {"video": "https://example.com/v.mp4", "audio": "https://example.com/a.mp3"}
-    overdub_id = HeyGenHook().create_overdub(media)
-    heygen.force(overdub_id, "completed")
-    details = waiting.conclude({**event("error"), "overdub_id": overdub_id}, HeyGenHook())
+    overdub_id = create(heygen, "completed")
+    details = waiting.conclude({**event("error"), "overdub_id": overdub_id}, HeyGenHook(), 99)
     assert (details["overdub_id"], details["status"]) == (overdub_id, "completed")
     assert "Signature" not in json.dumps(details)
 

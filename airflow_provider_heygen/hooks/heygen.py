@@ -112,7 +112,7 @@ class HeyGenHook(HttpHook):
         self.longest_pause = longest_pause
         self._resolved: HeyGenConnection | None = None
         self._closing = ExitStack()
-        self._aclosing: AsyncExitStack | None = None
+        self._aclosing: list[AsyncExitStack] = []
 
     # --- The calls ------------------------------------------------------------------------------------
 
@@ -204,12 +204,11 @@ class HeyGenHook(HttpHook):
         :param idempotency_key: its key, sent as ``callback_id`` unless the request has one.
         :param since: Unix seconds of the first attempt.
         :raises HeyGenOutcomeUnknownError: it cannot be told, and the server may not know the key.
+        :raises HeyGenTransientError: it cannot be told now.
         """
         marker = request.callback_id or idempotency_key
         try:
-            for attempt in self._retrying():
-                with attempt:
-                    found, doubtful = self._search(marker, request.title, since)
+            found, doubtful = self._search(marker, request.title, since)
         except HeyGenPermanentError as error:
             found, doubtful = [], [f"the list cannot be read: {error}"]
         if len(found) == 1 and marker == idempotency_key:
@@ -260,7 +259,10 @@ class HeyGenHook(HttpHook):
 
     def delete_overdub(self, overdub_id: str) -> None:
         """Delete an overdub and its files for good."""
-        self._call(api.delete_overdub(self.settings.resource, overdub_id))
+        call, deletion = api.delete_overdub(self.settings.resource, overdub_id), _Deletion()
+        for attempt in self._retrying():
+            with attempt, deletion:
+                self._send(call)
 
     def upload_asset(self, path: str | PathLike[str] | ObjectStoragePath) -> api.Asset:
         """
@@ -296,7 +298,7 @@ class HeyGenHook(HttpHook):
         path = media.storage_path(destination, "the destination")
         for attempt in self._retrying():
             with attempt:
-                overdub = self.get_overdub(overdub_id)
+                overdub = self._send(api.get_overdub(self.settings.resource, overdub_id))
                 if overdub.status == api.OverdubStatus.FAILED:
                     raise HeyGenOverdubFailedError(failure(overdub))
                 if overdub.status != api.OverdubStatus.COMPLETED:
@@ -304,7 +306,7 @@ class HeyGenHook(HttpHook):
                         f"Overdub {overdub_id} is {overdub.status}, there is no video yet."
                         " Wait for it first, with HeyGenOverdubSensor or wait_for_completion."
                     )
-                if overdub.video_url is None:
+                if not overdub.video_url:
                     # Seen for a short time after completion (contract notes, section 7).
                     raise HeyGenTransientError(f"Overdub {overdub_id} is completed but has no link yet.")
                 with _new_session(self.settings) as session:
@@ -337,7 +339,10 @@ class HeyGenHook(HttpHook):
 
     async def adelete_overdub(self, overdub_id: str) -> None:
         """:meth:`delete_overdub` for an event loop."""
-        await self._acall(lambda resource: api.delete_overdub(resource, overdub_id))
+        call, deletion = api.delete_overdub((await self.asettings()).resource, overdub_id), _Deletion()
+        async for attempt in tenacity.AsyncRetrying(**self._retry_options()):
+            with attempt, deletion:
+                await self._asend(call)
 
     # --- The worker's transport -----------------------------------------------------------------------
 
@@ -460,14 +465,13 @@ class HeyGenHook(HttpHook):
         return self._resolved
 
     async def __aenter__(self) -> HeyGenHook:
-        self._aclosing = AsyncExitStack()
-        await self._aclosing.enter_async_context(_shared_session(await self.asettings()))
+        stack = AsyncExitStack()
+        await stack.enter_async_context(_shared_session(await self.asettings()))
+        self._aclosing.append(stack)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        if self._aclosing is not None:
-            await self._aclosing.aclose()
-            self._aclosing = None
+        await self._aclosing.pop().aclose()
 
     async def _acall(self, build: Callable[[str], api.Call[T]]) -> T:
         call = build((await self.asettings()).resource)
@@ -499,6 +503,20 @@ class HeyGenHook(HttpHook):
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 raise _transport_error(call, settings, error, _aiohttp_fault(error)) from None
             return call.answer(response.status, response.headers, body, settings)
+
+
+class _Deletion:
+    """The attempts of one deletion: once an answer was lost, a 404 says that it was done."""
+
+    def __init__(self) -> None:
+        self.answer_lost = False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        self.answer_lost = self.answer_lost or (isinstance(error, HeyGenError) and error.outcome_unknown)
+        return self.answer_lost and isinstance(error, HeyGenNotFoundError)
 
 
 class _Credential(AuthBase):
@@ -572,6 +590,10 @@ class _Session(requests.Session):
         proxies = {**self.proxies, **(proxies or {})}
         verify = self.verify if verify is None else verify
         return super().merge_environment_settings(url, proxies, stream, verify, cert)
+
+    def get_redirect_target(self, resp: Any) -> None:  # noqa: ARG002
+        # Nobody follows one; requests would still parse it, and fail in its own way on a bad one.
+        return None
 
 
 def _new_session(settings: HeyGenConnection) -> requests.Session:
@@ -654,6 +676,8 @@ async def _shared_session(
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"User-Agent": USER_AGENT},
             )
+            # aiohttp would repeat a lost DELETE by itself and give us the 404 of its second attempt.
+            session._retry_connection = False
             of_loop[key] = _Shared(session, options)
     shared = of_loop[key]
     shared.users += 1

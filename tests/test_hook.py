@@ -1,0 +1,1245 @@
+"""The hook against the emulator: what goes over the wire, what is repeated, what comes out."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import re
+import socket
+import threading
+import time
+import wave
+from functools import cache
+from pathlib import Path
+
+import pytest
+import requests
+import yaml
+from conftest import forward
+from openapi_core import OpenAPI
+from openapi_core.contrib.werkzeug import WerkzeugOpenAPIRequest
+from test_connection import Authority
+from werkzeug.test import EnvironBuilder
+
+from airflow_provider_heygen import __version__
+from airflow_provider_heygen.exceptions import (
+    HeyGenBadInputError,
+    HeyGenError,
+    HeyGenNotFoundError,
+    HeyGenOutcomeUnknownError,
+    HeyGenOverdubFailedError,
+    HeyGenPermanentError,
+    HeyGenTransientError,
+)
+from airflow_provider_heygen.hooks import heygen as module
+from airflow_provider_heygen.hooks.heygen import HeyGenHook
+
+REQUEST = {"video": "https://example.com/v.mp4", "audio": "https://example.com/a.mp3"}
+
+both_resources = pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
+
+
+def get(overdub_id, **kwargs):
+    return HeyGenHook(**kwargs).get_overdub(overdub_id)
+
+
+def aget(overdub_id, **kwargs):
+    return asyncio.run(HeyGenHook(**kwargs).aget_overdub(overdub_id))
+
+
+both_transports = pytest.mark.parametrize("look", [get, aget], ids=["sync", "async"])
+
+
+@pytest.fixture
+def wire(heygen, listen, connect, resource):
+    """The emulator behind a server that keeps what it was sent; the connection leads there."""
+    listener = listen(forward(heygen.url))
+    connect(listener.url, resource=resource, allow_private_hosts=True)
+    return listener
+
+
+def write_sound(path, size=1000):
+    """Write a WAV file of that many samples, two bytes each."""
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(2 * size))
+    return path
+
+
+# --- What is sent -------------------------------------------------------------------------------------
+
+CONTRACT = yaml.safe_load((Path(__file__).parent / "heygen-v3-overdubs.openapi.yaml").read_text())
+
+
+@cache
+def contract(url):
+    # The one member of the file that a local server cannot share.
+    return OpenAPI.from_dict({**CONTRACT, "servers": [{"url": url}]})
+
+
+def check_requests(wire):
+    """Every request keeps the contract."""
+    for seen in wire.seen:
+        request = EnvironBuilder(
+            path=seen.path,
+            method=seen.method,
+            base_url=wire.url,
+            headers=[(name, value) for name, value in seen.headers.items()],
+            data=seen.body,
+        ).get_request()
+        # openapi-core cannot read the parts of a multipart body; test_upload looks at them.
+        if request.mimetype != "multipart/form-data":
+            contract(wire.url).validate_request(WerkzeugOpenAPIRequest(request))
+
+
+def everything(hook, tmp_path):
+    """Make every request that the hook can make."""
+    asset = hook.upload_asset(write_sound(tmp_path / "a.wav"))
+    overdub_id = hook.create_overdub({**REQUEST, "audio": {"type": "asset_id", "asset_id": asset.asset_id}})
+    hook.create_overdub(ALL_FIELDS)
+    hook.get_overdub(overdub_id)
+    page = hook.list_overdubs(1)
+    hook.list_overdubs(100, page.next_token)
+    list(hook.iter_overdubs(1))
+    hook.update_overdub(overdub_id, "Better")
+    hook.delete_overdub(overdub_id)
+    assert hook.test_connection()[0]
+
+    async def asynchronously():
+        another = hook.create_overdub(REQUEST)
+        async with hook:
+            await hook.aget_overdub(another)
+            page = await hook.alist_overdubs(1)
+            await hook.alist_overdubs(2, page.next_token)
+            await hook.adelete_overdub(another)
+
+    asyncio.run(asynchronously())
+
+
+ALL_FIELDS = {
+    "video": {"type": "url", "url": "https://example.com/v.mp4?a=b&c=d"},
+    "audio": {"type": "url", "url": "https://example.com/a.mp3"},
+    "title": " T\u00edtulo \U0001f3ac ",
+    "mode": "precision",
+    "enable_caption": False,
+    "enable_dynamic_duration": False,
+    "disable_music_track": True,
+    "enable_speech_enhancement": True,
+    "enable_watermark": False,
+    "start_time": 0.0,
+    "end_time": 2.5,
+    "keep_the_same_format": False,
+    "fps_mode": "passthrough",
+    "callback_url": "http://127.0.0.1:9/callback?x=y",
+    "callback_id": "mine",
+    "folder_id": "folder-1",
+}
+
+
+def test_there_are_16_fields():
+    schema = CONTRACT["components"]["schemas"]["CreateOverdubRequest"]
+    assert set(ALL_FIELDS) == set(schema["properties"])
+    assert len(ALL_FIELDS) == 16
+
+
+@both_resources
+@pytest.mark.parametrize("auth_type", ["api_key", "oauth"])
+def test_every_request_keeps_the_contract(heygen, wire, connect, tmp_path, resource, auth_type):
+    password = heygen.connection(resource, auth_type)["password"]
+    connect(
+        wire.url, password, auth_type=auth_type, resource=resource, **{"X-Extra": "1", "headers": {"a": "b"}}
+    )
+    with HeyGenHook() as hook:
+        everything(hook, tmp_path)
+    check_requests(wire)
+    assert {(seen.method, re.sub(r"(od|ls)_\w+|\?.*", "*", seen.path)) for seen in wire.seen} == {
+        ("POST", "/v3/assets"),
+        *((method, f"/v3/{resource}/*") for method in ("GET", "PATCH", "DELETE")),
+        ("POST", f"/v3/{resource}"),
+        ("GET", f"/v3/{resource}*"),
+    }
+    name, other = "X-Api-Key", "Authorization"
+    if auth_type == "oauth":
+        name, other, password = other, name, f"Bearer {password}"
+    usual = {"host", "accept", "accept-encoding", "connection", "content-length", "content-type"}
+    for seen in wire.seen:
+        assert seen.headers.get_all(name) == [password]
+        assert seen.headers.get_all(other) is None
+        assert seen.headers.get_all("User-Agent") == [f"airflow-provider-heygen/{__version__}"]
+        allowed = (
+            usual | {name.lower(), "user-agent"} | ({"idempotency-key"} if seen.method == "POST" else set())
+        )
+        assert {header.lower() for header in seen.headers} <= allowed
+        assert seen.method != "POST" or re.fullmatch(
+            r"[A-Za-z0-9_\-:.]{1,255}", seen.headers["Idempotency-Key"]
+        )
+    assert all(record.status == 200 for record in heygen.requests)
+
+
+@both_resources
+def test_all_fields_as_given(heygen, wire, resource):
+    HeyGenHook().create_overdub(ALL_FIELDS, idempotency_key="k:1")
+    assert json.loads(wire.seen[0].body) == ALL_FIELDS
+    assert wire.seen[0].headers["Content-Type"] == "application/json"
+    assert wire.seen[0].headers["Idempotency-Key"] == "k:1"
+    assert heygen.jobs[0].request.model_dump(exclude_unset=True, exclude_none=True) == ALL_FIELDS
+
+
+def test_what_is_not_given_is_left_out(wire):
+    unset = dict.fromkeys(set(ALL_FIELDS) - set(REQUEST))
+    HeyGenHook().create_overdub({**REQUEST, **unset}, idempotency_key="k:1")
+    assert json.loads(wire.seen[0].body) == {
+        "video": {"type": "url", "url": REQUEST["video"]},
+        "audio": {"type": "url", "url": REQUEST["audio"]},
+        # Ours, to find the overdub by when the answer gets lost.
+        "callback_id": "k:1",
+    }
+
+
+def test_each_create_has_a_key_of_its_own(wire):
+    for _ in range(2):
+        HeyGenHook().create_overdub(REQUEST)
+    keys = [seen.headers["Idempotency-Key"] for seen in wire.seen]
+    assert len(set(keys)) == 2
+    assert [json.loads(seen.body)["callback_id"] for seen in wire.seen] == keys
+
+
+@pytest.mark.parametrize("auth_type", ["api_key", "oauth"])
+def test_netrc_changes_nothing(heygen, wire, connect, tmp_path, monkeypatch, auth_type):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login me password pw\ndefault login me password pw\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    answer = requests.get(f"{wire.url}/v3/overdubs", timeout=10)
+    assert wire.seen.pop().headers["Authorization"].startswith("Basic "), "the file works"
+    assert answer.status_code == 401
+    connection = heygen.connection(auth_type=auth_type)
+    connect(wire.url, connection["password"], auth_type=auth_type, allow_private_hosts=True)
+    with HeyGenHook() as hook:
+        everything(hook, tmp_path)
+        hook.download_overdub(completed(heygen), tmp_path / "v.mp4")
+    header = HeyGenHook().settings.auth_header
+    for seen in wire.seen:
+        sent = [
+            (name, value) for name, value in seen.headers.items() if name in ("X-Api-Key", "Authorization")
+        ]
+        assert sent == ([] if seen.path.startswith("/files/") else [header])
+
+
+def test_other_routes_by_the_inherited_run(heygen, wire, pauses):
+    hook = HeyGenHook()
+    hook.method = "GET"
+    assert hook.run("/v3/users/me").json()["data"]["username"] == "emulator"
+    (seen,) = wire.seen
+    assert seen.headers["X-Api-Key"] == heygen.api_key
+    assert seen.headers["User-Agent"].startswith("airflow-provider-heygen/")
+    heygen.fail_next(status=403, message="No.")
+    with pytest.raises(
+        HeyGenPermanentError, match=r"403 forbidden to GET /v3/users/me: No\. .*'heygen_default'"
+    ):
+        hook.run("/v3/users/me?secret=1")
+
+
+# --- Retries ------------------------------------------------------------------------------------------
+
+LOST_ANSWERS = {
+    "dropped before": {"drop": "before"},
+    "dropped after": {"drop": "after"},
+    "cut off": {"drop_after_bytes": 5},
+    "cut short": {"truncate": 5},
+}
+FAULTS = {
+    "500": {"status": 500},
+    "503": {"status": 503, "headers": {"Retry-After": "7"}},
+    "502 in HTML": {"html": True},
+    "429": {"status": 429, "headers": {"Retry-After": "7"}},
+    "200 in HTML": {"status": 200, "html": True},
+    **LOST_ANSWERS,
+}
+CALLS = {
+    "get": lambda hook, overdub_id: hook.get_overdub(overdub_id).overdub_id,
+    "list": lambda hook, _: hook.list_overdubs().data[0].overdub_id,
+    "update": lambda hook, overdub_id: hook.update_overdub(overdub_id, "x").overdub_id,
+    "delete": lambda hook, overdub_id: hook.delete_overdub(overdub_id),
+    "aget": lambda hook, overdub_id: asyncio.run(hook.aget_overdub(overdub_id)).overdub_id,
+    "alist": lambda hook, _: asyncio.run(hook.alist_overdubs()).data[0].overdub_id,
+    "adelete": lambda hook, overdub_id: asyncio.run(hook.adelete_overdub(overdub_id)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_survive(heygen, pauses, name, fault):
+    hook = HeyGenHook()
+    overdub_id = hook.create_overdub(REQUEST)
+    heygen.fail_next(**fault)
+    if name in ("delete", "adelete"):
+        assert CALLS[name](hook, overdub_id) is None
+        assert heygen.jobs[0].deleted
+    else:
+        assert CALLS[name](hook, overdub_id) == overdub_id
+    (pause,) = pauses
+    assert pause == 7 if "headers" in fault else 1 <= pause <= 2
+    assert len(heygen.requests) == 3
+
+
+@pytest.mark.parametrize("delete", ["delete", "adelete"])
+def test_deleting_what_is_not_there(heygen, pauses, delete):
+    with pytest.raises(HeyGenNotFoundError):
+        CALLS[delete](HeyGenHook(), "od_1")
+    heygen.fail_next(status=429)
+    with pytest.raises(HeyGenNotFoundError):
+        CALLS[delete](HeyGenHook(), "od_1")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_give_up(heygen, pauses, name):
+    heygen.fail_next(status=503, count=100)
+    with pytest.raises(HeyGenTransientError, match="503"):
+        CALLS[name](HeyGenHook(), "od_1")
+    assert len(heygen.requests) == 6
+    for number, pause in enumerate(pauses):
+        assert 2**number <= pause <= 2**number + 1
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 409, 413, 422])
+def test_permanent_errors_are_not_repeated(heygen, pauses, name, status):
+    heygen.fail_next(status=status, count=100)
+    with pytest.raises(HeyGenPermanentError):
+        CALLS[name](HeyGenHook(), "od_1")
+    assert (len(heygen.requests), pauses) == (1, [])
+
+
+@pytest.mark.parametrize("name", ["create", *CALLS])
+def test_a_long_retry_after_is_raised_at_once(heygen, pauses, name):
+    call = CALLS.get(name, lambda hook, _: hook.create_overdub(REQUEST))
+    for told, raised_at_once in (("61", True), ("60", False)):
+        heygen.clear_faults()
+        heygen.fail_next(status=429, headers={"Retry-After": told}, count=100)
+        pauses.clear()
+        with pytest.raises(HeyGenTransientError) as raised:
+            call(HeyGenHook(), "od_1")
+        assert raised.value.retry_after == float(told)
+        assert pauses == ([] if raised_at_once else [60] * 5)
+
+
+@both_transports
+def test_nobody_listens(connect, pauses, look):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    connect(url)
+    with pytest.raises(HeyGenTransientError) as raised:
+        look("od_1", max_attempts=3)
+    assert f"during the look at overdub 'od_1' at {url}, nothing was sent" in str(raised.value)
+    assert not raised.value.outcome_unknown
+    assert len(pauses) == 2
+    pauses.clear()
+    with pytest.raises(HeyGenTransientError, match=r"during the create at .*, nothing was sent"):
+        HeyGenHook(max_attempts=3).create_overdub(REQUEST)
+    assert len(pauses) == 2
+
+
+@both_transports
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"garbage\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 5\r\n\r\nabcde",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n\xff\xfe\xfd\xfc\xfb\xfa",
+        b"HTTP/1.1 302 Found\r\nLocation: http://[\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 429 \xff\r\nRetry-After: \xff\r\nX-Request-Id: \xff\xff\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"a" * 100_000 + b"\r\n\r\n{}",
+    ],
+    ids=lambda answer: answer[:60].decode("latin-1"),
+)
+def test_broken_servers(listen, connect, pauses, look, answer):
+    listener = listen(lambda _: answer)
+    connect(listener.url)
+    with pytest.raises(HeyGenError) as raised:
+        look("od_1", max_attempts=2)
+    str(raised.value).encode()
+
+
+# --- Exactly one overdub ------------------------------------------------------------------------------
+
+
+def posts(wire, resource="overdubs"):
+    return [seen for seen in wire.seen if (seen.method, seen.path) == ("POST", f"/v3/{resource}")]
+
+
+CREATE_FAULTS = {
+    **FAULTS,
+    "409": {"status": 409, "code": "request_in_progress"},
+    "no id": {"body": '{"data": {}}'},
+}
+
+
+@both_resources
+@pytest.mark.parametrize("callback_id_in_list", [True, False], ids=["callback_id", "no callback_id"])
+@pytest.mark.parametrize("idempotency", [True, False], ids=["key", "no key"])
+@pytest.mark.parametrize("fault", CREATE_FAULTS.values(), ids=CREATE_FAULTS)
+def test_one_overdub(heygen, wire, pauses, resource, callback_id_in_list, idempotency, fault):
+    heygen.behaviour.idempotency = idempotency
+    heygen.behaviour.callback_id_in_list = callback_id_in_list
+    # As in a batch: others of the same media before and after.
+    others = [HeyGenHook().create_overdub(REQUEST) for _ in range(3)]
+    wire.seen.clear()
+    heygen.fail_next(method="POST", **fault)
+    overdub_id = HeyGenHook().create_overdub(REQUEST, idempotency_key="k:1")
+    assert [job.id for job in heygen.jobs] == [*others, overdub_id]
+    for post in posts(wire, resource):
+        assert post.headers["Idempotency-Key"] == "k:1"
+        assert json.loads(post.body)["callback_id"] == "k:1"
+    assert len(posts(wire, resource)) <= 2
+    check_requests(wire)
+
+
+@pytest.mark.parametrize("list_order", ["desc", "asc", "shuffle"])
+@pytest.mark.parametrize("callback_id_in_list", [True, False], ids=["callback_id", "no callback_id"])
+@pytest.mark.parametrize("drop", ["before", "after"])
+def test_one_overdub_among_many(heygen, pauses, list_order, callback_id_in_list, drop):
+    heygen.behaviour.idempotency = False
+    heygen.behaviour.list_order = list_order
+    heygen.behaviour.callback_id_in_list = callback_id_in_list
+    fill(heygen, 120)
+    heygen.fail_next(method="POST", drop=drop)
+    try:
+        overdub_id = HeyGenHook().create_overdub(REQUEST)
+    except HeyGenOutcomeUnknownError:
+        # Too many to look at one by one: then a second one must not be started.
+        assert not callback_id_in_list
+        assert len(heygen.jobs) == (121 if drop == "after" else 120)
+    else:
+        assert len(heygen.jobs) == 121
+        assert heygen.jobs[-1].id == overdub_id
+
+
+def fill(heygen, number, resource="overdubs"):
+    """Create overdubs as another client would."""
+    body = {name: {"type": "url", "url": url} for name, url in REQUEST.items()}
+    with requests.Session() as session:
+        session.headers["X-Api-Key"] = heygen.api_key
+        for index in range(number):
+            session.post(
+                f"{heygen.url}/v3/{resource}", json=body | {"callback_id": f"other-{index}"}, timeout=10
+            )
+    assert len(heygen.jobs) >= number
+
+
+@pytest.mark.parametrize("idempotency", [True, False], ids=["key", "no key"])
+def test_several_faults_in_a_row(heygen, wire, pauses, idempotency):
+    heygen.behaviour.idempotency = idempotency
+    for fault in ({"status": 429}, {"status": 503}, {"drop": "before"}, {"drop": "after"}):
+        heygen.fail_next(method="POST", **fault)
+    heygen.fail_next(method="GET", status=500)
+    overdub_id = HeyGenHook().create_overdub(REQUEST)
+    assert [job.id for job in heygen.jobs] == [overdub_id]
+    assert len({post.headers["Idempotency-Key"] for post in posts(wire)}) == 1
+    assert {json.loads(post.body)["callback_id"] for post in posts(wire)} == {
+        heygen.jobs[0].request.callback_id
+    }
+
+
+def test_a_slow_create(heygen, connect, pauses):
+    """The client gives up while HeyGen is still at it, as with a proxy of little patience."""
+    heygen.behaviour.idempotency = False
+    connect(heygen.url, write_timeout=0.1)
+    heygen.fail_next(method="POST", latency=1)
+    overdub_id = HeyGenHook().create_overdub(REQUEST)
+    assert [job.id for job in heygen.jobs] == [overdub_id]
+
+
+def test_a_create_still_in_progress(heygen, connect, monkeypatch):
+    """Here the pauses are real: the key is refused, and the list empty, until HeyGen is done."""
+    connect(heygen.url, write_timeout=0.1)
+    heygen.behaviour.create_latency = 0.5
+    monkeypatch.setattr(module, "_backoff", lambda _: 0.1)
+    overdub_id = HeyGenHook(max_attempts=20).create_overdub(REQUEST)
+    assert [job.id for job in heygen.jobs] == [overdub_id]
+    assert {record.status for record in heygen.requests if record.method == "POST"} >= {409}
+
+
+def test_tls_that_breaks_while_the_answer_is_read(heygen, listen, connect, pauses, tmp_path):
+    """That it is a fault of TLS does not mean that nothing was sent."""
+    heygen.behaviour.idempotency = False
+    authority = Authority(tmp_path)
+    pass_on = forward(heygen.url)
+    broken = []
+
+    def answer(seen):
+        status_headers_body = pass_on(seen)
+        if seen.method == "POST" and not broken:
+            broken.append(seen)
+            return b"HTTP/1.1 200 OK\r\n\r\n"  # in the clear
+        return status_headers_body
+
+    gateway = listen(answer, tls=authority.server())
+    connect(gateway.url, verify=authority.file)
+    overdub_id = HeyGenHook().create_overdub(REQUEST)
+    assert broken
+    assert [job.id for job in heygen.jobs] == [overdub_id]
+
+
+@both_resources
+@pytest.mark.parametrize("idempotency", [True, False], ids=["key", "no key"])
+@pytest.mark.parametrize("fault", LOST_ANSWERS.values(), ids=LOST_ANSWERS)
+def test_an_authors_callback_id_proves_nothing(heygen, wire, pauses, resource, idempotency, fault):
+    heygen.behaviour.idempotency = idempotency
+    mine = {**REQUEST, "callback_id": "mine"}
+    sibling = HeyGenHook().create_overdub(mine)
+    wire.seen.clear()
+    heygen.fail_next(method="POST", **fault)
+    try:
+        overdub_id = HeyGenHook().create_overdub(mine)
+    except HeyGenOutcomeUnknownError as raised:
+        refusal = str(raised)
+        assert resource == "overdubs", "lipsyncs are documented to know the key"
+        assert sibling in refusal
+        assert len(posts(wire, resource)) == 1
+    else:
+        assert resource == "lipsyncs"
+        assert overdub_id != sibling
+        assert overdub_id == heygen.jobs[-1].id
+        assert len(heygen.jobs) == (2 if idempotency or "before" in fault.values() else 3)
+    for post in posts(wire, resource):
+        assert json.loads(post.body)["callback_id"] == "mine"
+
+
+def test_an_authors_callback_id_that_nobody_has(heygen, wire, pauses):
+    """With no candidate in the list nothing was created."""
+    heygen.fail_next(method="POST", drop="before")
+    overdub_id = HeyGenHook().create_overdub({**REQUEST, "callback_id": "mine"})
+    assert [job.id for job in heygen.jobs] == [overdub_id]
+    assert [json.loads(post.body)["callback_id"] for post in posts(wire)] == ["mine", "mine"]
+
+
+def test_the_list_cannot_be_read_after_a_lost_answer(heygen, wire, pauses):
+    heygen.behaviour.idempotency = False
+    heygen.fail_next(method="POST", drop="after")
+    heygen.fail_next(method="GET", status=403, count=100)
+    with pytest.raises(HeyGenOutcomeUnknownError, match="403"):
+        HeyGenHook().create_overdub(REQUEST)
+    assert len(heygen.jobs) == 1
+
+
+def test_heygen_goes_down_after_a_lost_answer(heygen, wire, pauses):
+    heygen.behaviour.idempotency = False
+    heygen.fail_next(method="POST", drop="after")
+    heygen.fail_next(status=503, count=1000)
+    with pytest.raises(HeyGenTransientError) as raised:
+        HeyGenHook().create_overdub(REQUEST)
+    assert raised.value.outcome_unknown, "so that the caller does not take it for a refusal"
+    assert len(heygen.jobs) == 1
+    # A worker must not hang on for long: attempts must not multiply attempts.
+    assert sum(pauses) < 600
+
+
+def test_refused_create_is_not_searched_for(heygen, wire, pauses):
+    heygen.fail_next(method="POST", status=402)
+    with pytest.raises(HeyGenPermanentError, match="Top up"):
+        HeyGenHook().create_overdub(REQUEST)
+    heygen.fail_next(method="POST", status=429, count=2)
+    HeyGenHook().create_overdub(REQUEST)
+    assert [seen.method for seen in wire.seen] == ["POST"] * 4
+
+
+def test_same_key_same_overdub(heygen):
+    first = HeyGenHook().create_overdub(REQUEST, idempotency_key="k:1")
+    assert HeyGenHook().create_overdub(REQUEST, idempotency_key="k:1") == first
+    assert HeyGenHook().create_overdub(REQUEST, idempotency_key="k:2") != first
+
+
+# --- Lists --------------------------------------------------------------------------------------------
+
+
+@both_resources
+@pytest.mark.parametrize("list_order", ["desc", "asc", "shuffle"])
+@pytest.mark.parametrize("page_size", [1, 7, 100])
+def test_iter_gives_each_once(heygen, resource, list_order, page_size):
+    heygen.behaviour.list_order = list_order
+    fill(heygen, 20, resource)
+    heygen.requests_by_route.clear()
+    before = len(heygen.requests)
+    ids = [overdub.overdub_id for overdub in HeyGenHook().iter_overdubs(page_size)]
+    assert len(ids) == 20
+    assert set(ids) == {job.id for job in heygen.jobs}
+    lists = heygen.requests[before:]
+    assert len(lists) == -(-20 // page_size)
+    assert all(f"limit={page_size}" in request.query for request in lists)
+
+
+@pytest.mark.parametrize("list_order", ["desc", "asc"])
+def test_iter_while_jobs_are_created(heygen, list_order):
+    heygen.behaviour.list_order = list_order
+    fill(heygen, 9)
+    old = {job.id for job in heygen.jobs}
+    ids = []
+    for count, overdub in enumerate(HeyGenHook().iter_overdubs(3)):
+        ids.append(overdub.overdub_id)
+        if count < 6:
+            fill(heygen, 1)
+    assert len(ids) == len(set(ids))
+    assert old <= set(ids)
+
+
+def page(*ids, **members):
+    return {"body": json.dumps({"data": [{"id": overdub_id} for overdub_id in ids], **members})}
+
+
+def test_iter_over_pages_that_shift(heygen):
+    heygen.fail_next(**page("a", "b", has_more=True, next_token="1"))
+    heygen.fail_next(**page("b", "c", has_more=True, next_token="2"))
+    heygen.fail_next(**page("c", "d", has_more=False, next_token="3"))
+    assert [overdub.overdub_id for overdub in HeyGenHook().iter_overdubs()] == ["a", "b", "c", "d"]
+    assert [request.query for request in heygen.requests] == [
+        "limit=100",
+        "limit=100&token=1",
+        "limit=100&token=2",
+    ]
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [
+        [page("a", has_more=True, next_token=None)],
+        [page("a", has_more=True)],
+        [page("a", has_more=False, next_token="1")],
+        [page("a", has_more=True, next_token="1"), page("a", has_more=True, next_token="1")],
+        [page("a", next_token="1"), page("b", next_token="2"), page("b", next_token="1")],
+        [page("a", next_token="1"), page(next_token=None)],
+    ],
+    ids=[
+        "more, no token",
+        "more, no member",
+        "no more, token",
+        "same token",
+        "a circle of tokens",
+        "empty page",
+    ],
+)
+def test_iter_ends(heygen, pages):
+    for fault in pages:
+        heygen.fail_next(**fault)
+    ids = [overdub.overdub_id for overdub in HeyGenHook().iter_overdubs()]
+    assert ids == sorted(set(ids))
+    assert len(heygen.requests) == len(pages)
+
+
+def test_iter_reads_no_page_too_early(heygen):
+    fill(heygen, 4)
+    before = len(heygen.requests)
+    overdubs = HeyGenHook().iter_overdubs(2)
+    next(overdubs)
+    next(overdubs)
+    assert len(heygen.requests) == before + 1
+
+
+def test_odd_token_arrives_as_it_is(heygen):
+    heygen.fail_next(count=2, **page())
+    token = "a+b/c=&d e?#%2f\u00e9"
+    HeyGenHook().list_overdubs(5, token)
+    asyncio.run(HeyGenHook().alist_overdubs(5, token))
+    queries = [requests.compat.urlsplit(f"?{request.query}").query for request in heygen.requests]
+    assert [requests.compat.unquote_plus(query) for query in queries] == [f"limit=5&token={token}"] * 2
+
+
+@both_resources
+@pytest.mark.parametrize("status", ["pending", "running", "completed", "failed"])
+@pytest.mark.parametrize("extra_members", [True, False])
+def test_sync_and_async_agree(heygen, resource, status, extra_members):
+    heygen.behaviour.extra_members = extra_members
+    hook = HeyGenHook()
+    overdub_id = hook.create_overdub({**REQUEST, "title": "T", "callback_id": "mine"})
+    wait_for(heygen, overdub_id)
+    heygen.force(overdub_id, status, "Too dark")
+    found = hook.get_overdub(overdub_id)
+    assert (found.overdub_id, found.status, found.title) == (overdub_id, status, "T")
+    assert found.failure_message == ("Too dark" if status == "failed" else None)
+    assert (found.video_url is not None) == (status == "completed")
+    assert (found.caption_url is not None) == (status == "completed" and resource == "lipsyncs")
+    links = {"video_url": None, "caption_url": None}  # every look gives fresh ones
+    afound = asyncio.run(hook.aget_overdub(overdub_id))
+    assert afound.model_copy(update=links) == found.model_copy(update=links)
+    (row,), (arow,) = hook.list_overdubs().data, asyncio.run(hook.alist_overdubs()).data
+    assert row.model_copy(update=links) == arow.model_copy(update=links) == found.model_copy(update=links)
+
+
+def until(condition):
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("It did not happen.")
+
+
+def wait_for(heygen, overdub_id):
+    """Wait until the emulator has made the video."""
+    job = next(job for job in heygen.jobs if job.id == overdub_id)
+    until(lambda: job.output is not None)
+
+
+def completed(heygen, hook=None):
+    overdub_id = (hook or HeyGenHook()).create_overdub(REQUEST)
+    wait_for(heygen, overdub_id)
+    heygen.force(overdub_id, "completed")
+    return overdub_id
+
+
+def test_update_and_delete(heygen):
+    hook = HeyGenHook()
+    overdub_id = hook.create_overdub({**REQUEST, "title": "Old"})
+    assert hook.update_overdub(overdub_id, " New \U0001f3ac").title == " New \U0001f3ac"
+    assert heygen.jobs[0].title == " New \U0001f3ac"
+    assert hook.delete_overdub(overdub_id) is None
+    assert heygen.jobs[0].deleted
+    with pytest.raises(HeyGenNotFoundError):
+        hook.get_overdub(overdub_id)
+
+
+# --- Sessions -----------------------------------------------------------------------------------------
+
+
+def test_a_hook_keeps_its_connection(wire):
+    with HeyGenHook() as hook:
+        for _ in range(3):
+            hook.list_overdubs()
+        session = hook._session
+    assert len({seen.client for seen in wire.seen}) == 1
+    hook.list_overdubs()
+    assert hook._session is not session
+    hook.close()
+    hook.close()
+
+
+@pytest.fixture
+def no_leak(caplog):
+    """Nothing of aiohttp is left open, and no session is kept for nobody."""
+    with caplog.at_level(logging.ERROR, "asyncio"):
+        yield
+        gc.collect()
+    assert [record.message for record in caplog.records if "Unclosed" in record.message] == []
+    assert not any(module._sessions.values())
+
+
+no_warnings = pytest.mark.filterwarnings("error::ResourceWarning")
+
+
+def sessions():
+    return module._sessions.get(asyncio.get_running_loop(), {})
+
+
+@no_warnings
+def test_many_hooks_share_a_session(heygen, wire, no_leak):
+    async def one(overdub_id):
+        async with HeyGenHook() as hook:
+            for _ in range(3):
+                await hook.aget_overdub(overdub_id)
+            await asyncio.sleep(0)
+
+    async def main():
+        overdub_id = HeyGenHook().create_overdub(REQUEST)
+        async with HeyGenHook() as first:
+            (shared,) = sessions().values()
+            await asyncio.gather(*(one(overdub_id) for _ in range(50)))
+            assert list(sessions().values()) == [shared]
+            assert shared.users == 1
+            await first.aget_overdub(overdub_id)
+            assert not shared.session.closed
+        assert shared.session.closed
+        assert sessions() == {}
+
+    asyncio.run(main())
+    assert len({seen.client for seen in wire.seen}) <= 1 + 20
+
+
+@no_warnings
+def test_the_first_to_come_may_be_the_first_to_leave(heygen, no_leak):
+    async def main():
+        first, second = HeyGenHook(), HeyGenHook()
+        await first.__aenter__()
+        await second.__aenter__()
+        await first.__aexit__(None, None, None)
+        await second.alist_overdubs()
+        await second.__aexit__(None, None, None)
+        assert sessions() == {}
+
+    asyncio.run(main())
+
+
+@no_warnings
+def test_one_hook_entered_twice(heygen, no_leak):
+    async def main():
+        hook = HeyGenHook()
+        async with hook:
+            async with hook:
+                await hook.alist_overdubs()
+            await hook.alist_overdubs()
+            (shared,) = sessions().values()
+        assert shared.session.closed
+        assert sessions() == {}
+
+    asyncio.run(main())
+
+
+@no_warnings
+def test_a_hook_can_be_entered_again(heygen, no_leak):
+    async def main():
+        hook = HeyGenHook()
+        for _ in range(2):
+            async with hook:
+                await hook.alist_overdubs()
+        await hook.alist_overdubs()
+
+    asyncio.run(main())
+
+
+@no_warnings
+def test_no_session_is_left_after_trouble(heygen, connect, no_leak):
+    async def main():
+        with pytest.raises(ZeroDivisionError):
+            async with HeyGenHook():
+                _ = 1 / 0
+        with pytest.raises(HeyGenNotFoundError):
+            async with HeyGenHook() as hook:
+                await hook.aget_overdub("od_1")
+        heygen.fail_next(latency=5, count=2)
+        tasks = [asyncio.create_task(HeyGenHook().aget_overdub("od_1")) for _ in range(2)]
+        await asyncio.to_thread(until, lambda: len(heygen.requests) == 3)
+        for task in tasks:
+            task.cancel()
+        assert all(
+            isinstance(end, asyncio.CancelledError)
+            for end in await asyncio.gather(*tasks, return_exceptions=True)
+        )
+        assert sessions() == {}
+        connect(heygen.url, verify="/nowhere/ca.pem")
+        with pytest.raises(HeyGenBadInputError, match="'verify'"):
+            async with HeyGenHook():
+                pass
+        assert sessions() == {}
+
+    asyncio.run(main())
+
+
+@no_warnings
+def test_different_settings_do_not_share(heygen, connect, no_leak):
+    async def main():
+        async with HeyGenHook():
+            connect(heygen.url, trust_env=False)
+            async with HeyGenHook():
+                assert len(sessions()) == 2
+
+    asyncio.run(main())
+
+
+@no_warnings
+def test_a_new_key_is_used_in_a_shared_session(heygen, wire, connect, no_leak):
+    async def main():
+        async with HeyGenHook() as old:
+            await old.alist_overdubs()
+            connect(wire.url, heygen.oauth_token, auth_type="oauth")
+            async with HeyGenHook() as new:
+                await new.alist_overdubs()
+                assert len(sessions()) == 1
+
+    asyncio.run(main())
+    assert [record.credential for record in heygen.requests] == ["api_key", "oauth"]
+
+
+@no_warnings
+def test_two_loops_do_not_mix(heygen, no_leak):
+    overdub_id = HeyGenHook().create_overdub(REQUEST)
+    both_in = threading.Barrier(2, timeout=30)
+    found, trouble = [], []
+
+    async def main():
+        async with HeyGenHook() as hook:
+            await hook.aget_overdub(overdub_id)
+            (shared,) = sessions().values()
+            found.append(shared.session)
+            await asyncio.to_thread(both_in.wait)
+            await hook.aget_overdub(overdub_id)
+            await asyncio.to_thread(both_in.wait)
+
+    def run():
+        try:
+            asyncio.run(main())
+        except BaseException as error:
+            trouble.append(error)
+            both_in.abort()
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert trouble == []
+    assert len(set(map(id, found))) == 2
+    assert all(session.closed for session in found)
+
+
+@no_warnings
+def test_nothing_is_left_open_with_tls(heygen, listen, connect, tmp_path, no_leak):
+    authority = Authority(tmp_path)
+    gateway = listen(forward(heygen.url), tls=authority.server())
+    connect(gateway.url, verify=authority.file)
+
+    async def main():
+        async with HeyGenHook() as hook:
+            await asyncio.gather(*(hook.alist_overdubs() for _ in range(5)))
+
+    asyncio.run(main())
+    assert len(gateway.seen) == 5
+
+
+def test_cookies_are_not_kept(listen, connect):
+    body = json.dumps({"data": []}).encode()
+    server = listen(lambda _: (200, {"Set-Cookie": "affinity=1; Path=/"}, body))
+    connect(server.url)
+
+    async def main():
+        async with HeyGenHook() as hook:
+            await hook.alist_overdubs()
+            await hook.alist_overdubs()
+
+    asyncio.run(main())
+    assert [seen.headers["Cookie"] for seen in server.seen] == [None, None]
+
+
+def test_no_error_names_the_key(heygen, listen, connect, pauses):
+    """Not even if the server or the network library quotes it."""
+    echo = listen(
+        lambda seen: (400, {}, json.dumps({"error": {"message": str(dict(seen.headers))}}).encode())
+    )
+    connect(echo.url, "sk-very-secret")
+    for look in (get, aget):
+        with pytest.raises(HeyGenPermanentError) as raised:
+            look("od_1")
+        assert "***" in str(raised.value)
+        assert "sk-very-secret" not in f"{raised.value!r} {vars(raised.value)}"
+
+
+# --- Downloads ----------------------------------------------------------------------------------------
+
+
+def files(wire):
+    return [seen for seen in wire.seen if seen.path.startswith("/files/")]
+
+
+@both_resources
+def test_download(heygen, wire, tmp_path, resource):
+    overdub_id = completed(heygen)
+    target = tmp_path / "new" / "directories" / "v.mp4"
+    video = heygen.jobs[0].output.read_bytes()
+    assert HeyGenHook().download_overdub(overdub_id, target) == len(video)
+    assert target.read_bytes() == video
+    assert [path.name for path in target.parent.iterdir()] == ["v.mp4"]
+    (seen,) = files(wire)
+    assert seen.headers.get_all("X-Api-Key") is None
+    assert seen.headers.get_all("Authorization") is None
+    assert HeyGenHook().download_overdub(overdub_id, f"file://{tmp_path}/by-uri.mp4") == len(video)
+    assert (tmp_path / "by-uri.mp4").read_bytes() == video
+
+
+VIDEO_FAULTS = {
+    "expired": {"status": 403},
+    "gone": {"status": 404},
+    "busy": {"status": 503},
+    "HTML": {"status": 200, "html": True},
+    "JSON": {"status": 200, "body": "{}"},
+    "XML": {"status": 200, "body": "<Error/>", "headers": {"Content-Type": "application/xml"}},
+    "empty": {"status": 200, "body": "", "headers": {"Content-Type": "video/mp4"}},
+    "dropped": {"drop": "after"},
+    "dropped midway": {"drop_after_bytes": 1000},
+    "partial": {"status": 206, "body": "abc", "headers": {"Content-Type": "video/mp4"}},
+}
+
+
+@pytest.mark.parametrize("fault", VIDEO_FAULTS.values(), ids=VIDEO_FAULTS)
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_download_survives(heygen, wire, pauses, tmp_path, fault, overwrite):
+    overdub_id = completed(heygen)
+    heygen.fail_next(path="/files/", **fault)
+    size = HeyGenHook().download_overdub(overdub_id, tmp_path / "v.mp4", overwrite=overwrite)
+    assert (tmp_path / "v.mp4").read_bytes() == heygen.jobs[0].output.read_bytes()
+    assert size == (tmp_path / "v.mp4").stat().st_size
+    assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
+    first, second = files(wire)
+    assert first.path != second.path, "a fresh link"
+    assert len(pauses) == 1
+
+
+@pytest.mark.parametrize("fault", VIDEO_FAULTS.values(), ids=VIDEO_FAULTS)
+def test_download_gives_up(heygen, wire, pauses, tmp_path, fault):
+    overdub_id = completed(heygen)
+    heygen.fail_next(path="/files/", count=100, **fault)
+    (tmp_path / "old.mp4").write_bytes(b"old")
+    for name in ("new.mp4", "old.mp4"):
+        with pytest.raises(HeyGenTransientError) as raised:
+            HeyGenHook(max_attempts=2).download_overdub(overdub_id, tmp_path / name, overwrite=True)
+        assert "Signature" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.mp4"]
+    assert (tmp_path / "old.mp4").read_bytes() == b"old"
+
+
+def test_link_that_has_expired(heygen, wire, pauses, tmp_path):
+    heygen.behaviour.link_seconds = -1
+    overdub_id = completed(heygen)
+    pass_on = wire.answer
+
+    def answer(seen):
+        result = pass_on(seen)
+        if seen.path.startswith("/files/"):
+            heygen.behaviour.link_seconds = 60
+        return result
+
+    wire.answer = answer
+    assert HeyGenHook().download_overdub(overdub_id, tmp_path / "v.mp4") > 1000
+    assert [record.status for record in heygen.requests if record.path.startswith("/files/")] == [403, 200]
+
+
+def test_link_that_is_not_there_yet(heygen, pauses, tmp_path):
+    heygen.behaviour.null_video_url = 2
+    assert HeyGenHook().download_overdub(completed(heygen), tmp_path / "v.mp4") > 1000
+    assert len(pauses) == 2
+    heygen.behaviour.null_video_url = 100
+    with pytest.raises(HeyGenTransientError, match="has no link yet"):
+        HeyGenHook().download_overdub(completed(heygen), tmp_path / "v2.mp4")
+
+
+@pytest.mark.parametrize("link", ["", None, 5, [], {}])
+def test_useless_link(heygen, pauses, tmp_path, link):
+    leads_to(heygen, link)
+    with pytest.raises(HeyGenTransientError, match="no link yet"):
+        HeyGenHook(max_attempts=2).download_overdub("od_1", tmp_path / "v.mp4")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Type: video/mp4\r\nContent-Length: 10\r\n\r\nabcde",
+        b"HTTP/1.1 200 OK\r\nContent-Type: video/mp4\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"garbage",
+    ],
+    ids=lambda answer: answer[17:70].decode(),
+)
+def test_wrong_length(heygen, listen, pauses, tmp_path, answer):
+    leads_to(heygen, listen(lambda _: answer).url)
+    with pytest.raises(HeyGenTransientError):
+        HeyGenHook(max_attempts=2).download_overdub("od_1", tmp_path / "v.mp4")
+    assert list(tmp_path.iterdir()) == []
+    assert len(pauses) == 1
+
+
+def test_length_unknown(heygen, listen, tmp_path):
+    raw = b"HTTP/1.1 200 OK\r\nContent-Type: video/mp4\r\n\r\nabcde"
+    leads_to(heygen, listen(lambda _: raw).url)
+    target = tmp_path / "v.mp4"
+    assert HeyGenHook().download_overdub("od_1", target) == 5
+    assert target.read_bytes() == b"abcde"
+    with pytest.raises(HeyGenPermanentError, match="exists with 5 bytes"):
+        HeyGenHook().download_overdub("od_1", target)
+
+
+def leads_to(heygen, link):
+    """From now on an overdub is completed and its video is there."""
+    overdub = {"id": "od_1", "status": "completed", "video_url": link}
+    heygen.fail_next(path="/v3/", body=json.dumps({"data": overdub}), count=1000)
+
+
+def test_what_is_there_already(heygen, wire, tmp_path):
+    overdub_id = completed(heygen)
+    video = heygen.jobs[0].output.read_bytes()
+    target = tmp_path / "v.mp4"
+    target.write_bytes(bytes(len(video)))
+    assert HeyGenHook().download_overdub(overdub_id, target) == len(video)
+    assert target.read_bytes() == bytes(len(video)), "kept"
+    target.write_bytes(b"something else")
+    with pytest.raises(HeyGenPermanentError, match=f"exists with 14 bytes, the video has {len(video)}"):
+        HeyGenHook().download_overdub(overdub_id, target)
+    assert target.read_bytes() == b"something else"
+    assert HeyGenHook().download_overdub(overdub_id, target, overwrite=True) == len(video)
+    assert target.read_bytes() == video
+    assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_destination_is_a_directory(heygen, tmp_path, overwrite):
+    overdub_id = completed(heygen)
+    with pytest.raises(HeyGenBadInputError, match="is a directory"):
+        HeyGenHook().download_overdub(overdub_id, tmp_path, overwrite=overwrite)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("destination", "text"),
+    [("", "is empty"), (" ", "is empty"), ("warehouse://b/v.mp4?x=pw", "provider of that storage")],
+)
+def test_useless_destination(heygen, destination, text):
+    with pytest.raises(HeyGenBadInputError, match=text) as raised:
+        HeyGenHook().download_overdub("od_1", destination)
+    assert "pw" not in str(raised.value)
+    assert heygen.requests == []
+
+
+def test_overdub_without_a_video(heygen, pauses, tmp_path):
+    hook = HeyGenHook()
+    overdub_id = hook.create_overdub(REQUEST)
+    heygen.force(overdub_id, "running")
+    with pytest.raises(HeyGenError, match="is running, there is no video yet"):
+        hook.download_overdub(overdub_id, tmp_path / "v.mp4")
+    heygen.force(overdub_id, "failed", "Too dark")
+    with pytest.raises(HeyGenOverdubFailedError, match="Too dark"):
+        hook.download_overdub(overdub_id, tmp_path / "v.mp4")
+    with pytest.raises(HeyGenNotFoundError):
+        hook.download_overdub("nowhere", tmp_path / "v.mp4")
+    assert (list(tmp_path.iterdir()), pauses) == ([], [])
+
+
+BAD_LINKS = {
+    "private": "https://10.0.0.1/v.mp4",
+    "loopback": "https://127.0.0.1:1/v.mp4",
+    "loopback name": "https://localhost:1/v.mp4",
+    "IPv6 loopback": "https://[::1]/v.mp4",
+    "mapped": "https://[::ffff:10.0.0.1]/v.mp4",
+    "metadata": "http://169.254.169.254/latest",
+    "metadata by https": "https://169.254.169.254/latest",
+    "shared": "https://100.64.0.1/v.mp4",
+    "any": "https://0.0.0.0/v.mp4",
+    "as a number": "https://2130706433/v.mp4",
+    "http": "http://8.8.8.8/v.mp4",
+    "ftp": "ftp://8.8.8.8/v.mp4",
+    "file": "file:///etc/passwd",
+    "no scheme": "//8.8.8.8/v.mp4",
+    "no link": "somewhere",
+    "broken": "https://[/v.mp4",
+    "broken name": "https://a..b/v.mp4",
+    "long name": f"https://{'a' * 70}/v.mp4",
+    "half a character": "https://127.0.0.1:1/\ud800.mp4",
+}
+
+
+@pytest.mark.parametrize("link", BAD_LINKS.values(), ids=BAD_LINKS)
+def test_where_a_link_must_not_lead(heygen, connect, pauses, tmp_path, link):
+    connect(heygen.url)
+    leads_to(heygen, f"{link}?Signature=pw")
+    with pytest.raises(HeyGenPermanentError, match="link to the video") as raised:
+        HeyGenHook().download_overdub("od_1", tmp_path / "v.mp4")
+    assert "pw" not in str(raised.value)
+    assert (pauses, list(tmp_path.iterdir())) == ([], [])
+
+
+def test_private_hosts_on_demand(heygen, listen, connect, tmp_path):
+    server = listen(lambda _: (200, {"Content-Type": "video/mp4"}, b"video"))
+    leads_to(heygen, f"{server.url}/v.mp4?Signature=pw")
+    connect(heygen.url)
+    with pytest.raises(HeyGenPermanentError, match="'allow_private_hosts'"):
+        HeyGenHook().download_overdub("od_1", tmp_path / "v.mp4")
+    assert server.seen == []
+    connect(heygen.url, allow_private_hosts=True)
+    assert HeyGenHook().download_overdub("od_1", tmp_path / "v.mp4") == 5
+
+
+def test_redirects_of_a_link(heygen, listen, tmp_path):
+    last = listen(lambda _: (200, {"Content-Type": "video/mp4"}, b"video"))
+    first = listen()
+    first.answer = lambda seen: (
+        302,
+        {"Location": "/second?x=y" if seen.path == "/first" else f"{last.url}/v.mp4"},
+        b"elsewhere",
+    )
+    leads_to(heygen, f"{first.url}/first")
+    assert HeyGenHook().download_overdub("od_1", tmp_path / "v.mp4") == 5
+    assert [seen.path for seen in first.seen + last.seen] == ["/first", "/second?x=y", "/v.mp4"]
+    for seen in first.seen + last.seen:
+        assert seen.headers.get_all("X-Api-Key") is None
+        assert seen.headers.get_all("Authorization") is None
+
+
+@pytest.mark.parametrize("link", BAD_LINKS.values(), ids=BAD_LINKS)
+def test_each_hop_is_checked(heygen, listen, connect, pauses, tmp_path, link):
+    """The first host is public as far as anybody can tell; its proxy is on this machine."""
+    proxy = listen(lambda _: (302, {"Location": link.encode("utf-8", "replace").decode("latin-1")}, b""))
+    connect(heygen.url, proxies={"http://files.invalid": proxy.url}, allow_http=True)
+    leads_to(heygen, "http://files.invalid/v.mp4")
+    with pytest.raises(HeyGenError) as raised:
+        HeyGenHook(max_attempts=2).download_overdub("od_1", tmp_path / "v.mp4")
+    # With http allowed, and a relative link led back to the first host, these are not refused.
+    if link not in (BAD_LINKS["http"], BAD_LINKS["no scheme"], BAD_LINKS["no link"]):
+        assert isinstance(raised.value, HeyGenPermanentError)
+        assert len(proxy.seen) == 1
+
+
+def test_endless_redirects(heygen, listen, pauses, tmp_path):
+    server = listen(lambda _: (302, {"Location": "/again"}, b""))
+    leads_to(heygen, server.url)
+    with pytest.raises(HeyGenPermanentError, match="redirected more than 5 times"):
+        HeyGenHook().download_overdub("od_1", tmp_path / "v.mp4")
+    assert len(server.seen) == 6
+
+
+def test_redirect_to_nowhere(heygen, listen, pauses, tmp_path):
+    server = listen(lambda _: (302, {}, b""))
+    leads_to(heygen, server.url)
+    with pytest.raises(HeyGenTransientError, match="302"):
+        HeyGenHook(max_attempts=2).download_overdub("od_1", tmp_path / "v.mp4")
+
+
+# --- Uploads ------------------------------------------------------------------------------------------
+
+
+@both_resources
+@pytest.mark.parametrize(
+    "name", ["a.wav", "with space.wav", "T\u00edtulo \U0001f3ac.wav", "a\"b'c;d.wav", "none"]
+)
+def test_upload(heygen, wire, tmp_path, resource, name):
+    path = write_sound(tmp_path / name, 1_500_000)
+    for source in (path, str(path), f"file://{path}"):
+        asset = HeyGenHook().upload_asset(source)
+        assert (asset.size_bytes, asset.mime_type) == (3_000_044, "audio/wav")
+        assert requests.get(asset.url, timeout=10).content == path.read_bytes()
+    seen = wire.seen[0]
+    assert (seen.method, seen.path) == ("POST", "/v3/assets")
+    request = EnvironBuilder(method="POST", headers=list(seen.headers.items()), data=seen.body).get_request()
+    assert list(request.form) == []
+    assert list(request.files) == ["file"]
+    assert request.files["file"].read() == path.read_bytes()
+    overdub_id = HeyGenHook().create_overdub(
+        {**REQUEST, "audio": {"type": "asset_id", "asset_id": asset.asset_id}}
+    )
+    assert heygen.jobs[0].id == overdub_id
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_upload_survives(heygen, wire, pauses, tmp_path, fault):
+    path = write_sound(tmp_path / "a.wav", 100_000)
+    heygen.fail_next(**fault)
+    asset = HeyGenHook().upload_asset(path)
+    assert requests.get(asset.url, timeout=10).content == path.read_bytes()
+    first, second = [seen for seen in wire.seen if seen.method == "POST"]
+    assert first.headers["Idempotency-Key"] == second.headers["Idempotency-Key"]
+    assert len(pauses) == 1
+
+
+def test_the_largest_upload(heygen, tmp_path):
+    path = write_sound(tmp_path / "a.wav")
+    with path.open("r+b") as file:
+        file.truncate(32 * 2**20)
+    assert HeyGenHook().upload_asset(path).size_bytes == 32 * 2**20
+
+
+def test_refused_upload(heygen, pauses, tmp_path):
+    path = tmp_path / "a.gif"
+    path.write_bytes(b"GIF89a")
+    with pytest.raises(HeyGenPermanentError, match=r"400 invalid_parameter to the upload.*field 'file'"):
+        HeyGenHook().upload_asset(path)
+    assert pauses == []
