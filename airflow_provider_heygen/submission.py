@@ -38,6 +38,7 @@ class Submission(BaseModel):
         leaves it alone over retries, whatever happens to ``retries`` in the DAG.
     :param sent: a request may have reached HeyGen.
     :param overdub_id: what HeyGen answered, once it has.
+    :param answered: Unix seconds of that answer; how fresh the overdub is.
     :param delivered: the task has handed on the result.
     """
 
@@ -50,6 +51,7 @@ class Submission(BaseModel):
     max_tries: int
     sent: bool = False
     overdub_id: str | None = None
+    answered: float = 0.0
     delivered: bool = False
 
     @classmethod

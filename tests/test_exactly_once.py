@@ -384,3 +384,17 @@ def test_a_cancelled_trigger_deletes_nothing(heygen):
 
     asyncio.run(restart())
     assert not heygen.jobs[0].deleted
+
+
+def test_a_fresh_overdub_that_is_not_readable_yet_is_not_taken_for_deleted(heygen):
+    heygen.behaviour.job_seconds = 60
+    task = Task(dub(timeout=0.1), store=StateStore())
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        task.start()
+    # It began long ago: HeyGen made it wait before it was created.
+    record = task.store.get("heygen_overdub")
+    task.store.set("heygen_overdub", {**record, "began": record["began"] - 3600})
+    heygen.fail_next(method="GET", count=1, status=404, code="not_found")
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        task.start()
+    assert len(heygen.jobs) == 1

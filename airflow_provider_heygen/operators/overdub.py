@@ -254,7 +254,9 @@ class HeyGenCreateOverdubOperator(BaseOperator):
                 self.log.info(
                     "Going on with overdub %s, which an earlier run of this task started.", overdub_id
                 )
-                self._remember(context, record, overdub_id=overdub_id)
+                self._remember(
+                    context, record, overdub_id=overdub_id, answered=record.answered or time.time()
+                )
                 return overdub_id
         if record is None or step is Step.POST_NEW:
             if record is not None and record.overdub_id and not record.delivered:
@@ -270,7 +272,7 @@ class HeyGenCreateOverdubOperator(BaseOperator):
             if not error.outcome_unknown:
                 self._remember(context, record, sent=False)
             raise
-        self._remember(context, record, sent=True, overdub_id=overdub_id)
+        self._remember(context, record, sent=True, overdub_id=overdub_id, answered=time.time())
         self.log.info(
             "Started overdub %s (mode %s, key %s).", overdub_id, request.mode or "default", record.key
         )
@@ -291,7 +293,7 @@ class HeyGenCreateOverdubOperator(BaseOperator):
         try:
             overdub = hook.get_overdub(record.overdub_id)
         except HeyGenNotFoundError:
-            fresh = time.time() < record.began + FRESH_SECONDS
+            fresh = time.time() < record.answered + FRESH_SECONDS
             return record.overdub_id, Seen.ALIVE if fresh else Seen.MISSING
         except HeyGenTransientError as error:
             # The wait copes with an outage; what is known to exist is not submitted again because of one.
