@@ -4,7 +4,7 @@ Exactly once: what a task has submitted so far, and what to do about it when it 
 HeyGen bills each job that completes, so a crash, a retry or a lost answer must not start a second one; a job
 that failed, a changed request and a clear after success must. The record below is written to Airflow's task
 state store (3.3+) *before* the request is sent, so whoever comes next knows that something may be out there.
-This module decides, it does no I/O.
+This module decides, :mod:`.submitter` carries it out.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def test_an_overdub_deleted_meanwhile_is_started_anew(heygen, monkeypatch):
     with HeyGenHook() as hook:
         hook.delete_overdub(heygen.jobs[0].id)
     # Just created and not found would be "not readable yet".
-    monkeypatch.setattr("airflow_provider_heygen.waiting.FRESH_SECONDS", 0)
+    monkeypatch.setattr("airflow_provider_heygen.submitter.FRESH_SECONDS", 0)
     with pytest.raises(HeyGenOverdubTimeoutError):
         task.start()
     assert len(heygen.jobs) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-import uuid
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
     from airflow_provider_heygen.api import CreateOverdubRequest
     from airflow_provider_heygen.hooks.heygen import HeyGenHook
-    from airflow_provider_heygen.submission import Seen, Submission
 
 REQUEST_FIELDS = (
     "video",
@@ -187,6 +185,7 @@ class HeyGenCreateOverdubOperator(BaseOperator):
     def _create(self, context: Context, deadline: float | None) -> str:
         from airflow_provider_heygen.api import CreateOverdubRequest
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
+        from airflow_provider_heygen.submitter import Ledger
         from airflow_provider_heygen.waiting import first_deadline, seconds
 
         fields = {name: getattr(self, name) for name in REQUEST_FIELDS}
@@ -199,22 +198,23 @@ class HeyGenCreateOverdubOperator(BaseOperator):
         # A deferrable task does not sit through a Retry-After.
         longest_pause = 5 if self.deferrable else 60
         with HeyGenHook(self.heygen_conn_id, longest_pause=longest_pause) as self._hook:
-            self._overdub_id = self._submit_in_time(self._hook, request, context, deadline)
+            self._overdub_id = self._submit(self._hook, request, context, deadline)
             context["ti"].xcom_push(key="overdub_id", value=self._overdub_id)
             if not self.wait_for_completion:
-                self._remember(context, delivered=True)
+                Ledger(context, durable=self.durable).delivered()
                 return self._overdub_id
             return self._await(context, deadline, created_at=time.time())
 
-    def _submit_in_time(
+    def _submit(
         self, hook: HeyGenHook, request: CreateOverdubRequest, context: Context, deadline: float | None
     ) -> str:
         """Submit, however often HeyGen says that it is too busy: that is waiting, not failing."""
         from airflow_provider_heygen.exceptions import HeyGenOverdubTimeoutError, HeyGenTransientError
+        from airflow_provider_heygen.submitter import Ledger, submit
 
         while True:
             try:
-                return self._submit(hook, request, context)
+                return submit(request, hook, Ledger(context, durable=self.durable, again=self._again))
             except HeyGenTransientError as error:
                 if error.status_code != 429 and error.retry_after is None:
                     raise
@@ -237,99 +237,6 @@ class HeyGenCreateOverdubOperator(BaseOperator):
             method_name="execute_again",
             kwargs={"deadline": deadline},
         )
-
-    def _submit(self, hook: HeyGenHook, request: CreateOverdubRequest, context: Context) -> str:
-        """Start the overdub, or go on with the one that an earlier run of this task has started."""
-        from airflow_provider_heygen.exceptions import HeyGenError
-        from airflow_provider_heygen.submission import Step, Submission, digest, next_step
-
-        ti = context["ti"]
-        body_digest = digest(request)
-        record = self._recall(context, request)
-        step = next_step(record, body_digest, ti.max_tries)
-        if record is not None and step in (Step.LOOK, Step.SEARCH):
-            overdub_id, seen = self._see(hook, record, request)
-            step = next_step(record, body_digest, ti.max_tries, seen)
-            if step is Step.ATTACH:
-                self.log.info(
-                    "Going on with overdub %s, which an earlier run of this task started.", overdub_id
-                )
-                self._remember(
-                    context, record, overdub_id=overdub_id, answered=record.answered or time.time()
-                )
-                return overdub_id
-        if record is None or step is Step.POST_NEW:
-            if record is not None and record.overdub_id and not record.delivered:
-                self.log.info("Overdub %s of an earlier run is not gone on with.", record.overdub_id)
-            record = Submission.new(ti, body_digest, record, now=time.time())
-            if not self.durable:
-                record = record.model_copy(update={"key": str(uuid.uuid4())})
-        # Before the request: whoever comes after us must know that it may have been sent.
-        self._remember(context, record, sent=True)
-        try:
-            overdub_id = hook.create_overdub(request, idempotency_key=record.key)
-        except HeyGenError as error:
-            if not error.outcome_unknown:
-                self._remember(context, record, sent=False)
-            raise
-        self._remember(context, record, sent=True, overdub_id=overdub_id, answered=time.time())
-        self.log.info(
-            "Started overdub %s (mode %s, key %s).", overdub_id, request.mode or "default", record.key
-        )
-        return overdub_id
-
-    def _see(self, hook: HeyGenHook, record: Submission, request: CreateOverdubRequest) -> tuple[str, Seen]:
-        """Find out what HeyGen has of an earlier submission; give its id, if there is one."""
-        from airflow_provider_heygen.api import OverdubStatus
-        from airflow_provider_heygen.exceptions import HeyGenNotFoundError, HeyGenTransientError
-        from airflow_provider_heygen.submission import Seen
-        from airflow_provider_heygen.waiting import FRESH_SECONDS
-
-        if record.overdub_id is None:
-            found = hook.find_created(request, record.key, since=record.began)
-            if found is None:
-                return "", Seen.MISSING
-            return found.overdub_id, Seen.FAILED if found.status == OverdubStatus.FAILED else Seen.ALIVE
-        try:
-            overdub = hook.get_overdub(record.overdub_id)
-        except HeyGenNotFoundError:
-            fresh = time.time() < record.answered + FRESH_SECONDS
-            return record.overdub_id, Seen.ALIVE if fresh else Seen.MISSING
-        except HeyGenTransientError as error:
-            # The wait copes with an outage; what is known to exist is not submitted again because of one.
-            self.log.warning("%s", error)
-            return record.overdub_id, Seen.ALIVE
-        return record.overdub_id, Seen.FAILED if overdub.status == OverdubStatus.FAILED else Seen.ALIVE
-
-    def _recall(self, context: Context, request: CreateOverdubRequest) -> Submission | None:
-        """Give what an earlier run of this task instance has left behind."""
-        from airflow_provider_heygen.submission import STATE_KEY, Submission, digest
-
-        if not self.durable:
-            return None
-        store = context.get("task_state_store")
-        if store is not None:
-            return Submission.load(store.get(STATE_KEY))
-        if context["ti"].try_number == 1 and not self._again:
-            return None
-        # Airflow before 3.3: an earlier try would have used the key that is derived from the same facts.
-        began = context["dag_run"].start_date
-        submission = Submission.new(
-            context["ti"], digest(request), None, now=began.timestamp() if began else time.time()
-        )
-        return submission.model_copy(update={"sent": True})
-
-    def _remember(self, context: Context, record: Submission | None = None, **changes: Any) -> None:
-        """Write the record of this submission, changed, for whoever runs this task instance next."""
-        from airflow_provider_heygen.submission import STATE_KEY, Submission
-
-        store = context.get("task_state_store")
-        if not self.durable or store is None:
-            return
-        record = record or Submission.load(store.get(STATE_KEY))
-        if record is not None:
-            changes["max_tries"] = context["ti"].max_tries
-            store.set(STATE_KEY, record.model_copy(update=changes).model_dump(mode="json"))
 
     def _await(
         self, context: Context, deadline: float | None, *, created_at: float = 0.0, given_up: int = 0
@@ -379,9 +286,11 @@ class HeyGenCreateOverdubOperator(BaseOperator):
             time.sleep(poke_interval)
 
     def _deliver(self, context: Context, details: dict[str, Any]) -> str:
+        from airflow_provider_heygen.submitter import Ledger
+
         self.log.info("Overdub %s gave %s s of video.", self._overdub_id, details.get("duration"))
         context["ti"].xcom_push(key="overdub", value=details)
-        self._remember(context, delivered=True)
+        Ledger(context, durable=self.durable).delivered()
         return str(self._overdub_id)
 
     def on_kill(self) -> None:

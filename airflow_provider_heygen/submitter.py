@@ -1,0 +1,118 @@
+"""Start one overdub for one task instance: the rules of :mod:`.submission`, carried out."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from airflow_provider_heygen.api import OverdubStatus
+from airflow_provider_heygen.exceptions import HeyGenError, HeyGenNotFoundError, HeyGenTransientError
+from airflow_provider_heygen.submission import STATE_KEY, Seen, Step, Submission, digest, next_step
+from airflow_provider_heygen.waiting import FRESH_SECONDS
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
+
+    from airflow_provider_heygen.api import CreateOverdubRequest, Overdub
+    from airflow_provider_heygen.hooks.heygen import HeyGenHook
+
+log = logging.getLogger(__name__)
+
+
+class Ledger:
+    """
+    The record of a task instance's submissions, in Airflow's task state store (3.3+).
+
+    Before 3.3 nothing is kept; what an earlier try may have sent is derived from the task instance.
+
+    :param durable: without it nothing is kept or derived, and each run stands alone.
+    :param again: this run goes on after a deferral in which nothing was waited for but HeyGen's patience.
+    """
+
+    def __init__(self, context: Context, *, durable: bool, again: bool = False) -> None:
+        self.ti: Any = context["ti"]
+        self.durable = durable
+        self.again = again
+        self.dag_run_began = context["dag_run"].start_date
+        self.store: Any = context.get("task_state_store") if durable else None
+
+    def recall(self, body_digest: str) -> Submission | None:
+        """Give what an earlier run of this task instance has left behind."""
+        if self.store is not None:
+            return Submission.load(self.store.get(STATE_KEY))
+        if not self.durable or (self.ti.try_number == 1 and not self.again):
+            return None
+        began = self.dag_run_began.timestamp() if self.dag_run_began else time.time()
+        return Submission.new(self.ti, body_digest, None, now=began).model_copy(update={"sent": True})
+
+    def begin(self, body_digest: str, before: Submission | None) -> Submission:
+        """Begin a new submission; nothing is written yet."""
+        submission = Submission.new(self.ti, body_digest, before, now=time.time())
+        return submission if self.durable else submission.model_copy(update={"key": str(uuid.uuid4())})
+
+    def write(self, submission: Submission, **changes: Any) -> None:
+        """Write it down, changed, for whoever runs this task instance next."""
+        if self.store is not None:
+            changes["max_tries"] = self.ti.max_tries
+            self.store.set(STATE_KEY, submission.model_copy(update=changes).model_dump(mode="json"))
+
+    def delivered(self) -> None:
+        """Note that the task hands on its result: a clear after this wants another overdub."""
+        submission = Submission.load(self.store.get(STATE_KEY)) if self.store is not None else None
+        if submission is not None:
+            self.write(submission, delivered=True)
+
+
+def submit(request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger) -> str:
+    """
+    Start the overdub, or go on with the one that an earlier run of this task has started. Gives its id.
+
+    :raises HeyGenError: it could not be started; the ledger knows whether something may have been sent.
+    """
+    body_digest = digest(request)
+    submission = ledger.recall(body_digest)
+    step = next_step(submission, body_digest, ledger.ti.max_tries)
+    if submission is not None and step in (Step.LOOK, Step.SEARCH):
+        overdub_id, seen = _see(submission, request, hook)
+        step = next_step(submission, body_digest, ledger.ti.max_tries, seen)
+        if step is Step.ATTACH:
+            log.info("Going on with overdub %s, which an earlier run of this task started.", overdub_id)
+            ledger.write(submission, overdub_id=overdub_id, answered=submission.answered or time.time())
+            return overdub_id
+    if submission is None or step is Step.POST_NEW:
+        if submission is not None and submission.overdub_id and not submission.delivered:
+            log.info("Overdub %s of an earlier run is left as it is.", submission.overdub_id)
+        submission = ledger.begin(body_digest, submission)
+    # Before the request: whoever comes after us must know that it may have been sent.
+    ledger.write(submission, sent=True)
+    try:
+        overdub_id = hook.create_overdub(request, idempotency_key=submission.key)
+    except HeyGenError as error:
+        if not error.outcome_unknown:
+            ledger.write(submission, sent=False)
+        raise
+    ledger.write(submission, sent=True, overdub_id=overdub_id, answered=time.time())
+    log.info("Started overdub %s (mode %s, key %s).", overdub_id, request.mode or "default", submission.key)
+    return overdub_id
+
+
+def _see(submission: Submission, request: CreateOverdubRequest, hook: HeyGenHook) -> tuple[str, Seen]:
+    """Find out what HeyGen has of an earlier submission; give its id, if there is one."""
+    overdub: Overdub | None
+    if submission.overdub_id is None:
+        overdub = hook.find_created(request, submission.key, since=submission.began)
+        if overdub is None:
+            return "", Seen.MISSING
+    else:
+        try:
+            overdub = hook.get_overdub(submission.overdub_id)
+        except HeyGenNotFoundError:
+            fresh = time.time() < submission.answered + FRESH_SECONDS
+            return submission.overdub_id, Seen.ALIVE if fresh else Seen.MISSING
+        except HeyGenTransientError as error:
+            # The wait copes with an outage; what is known to exist is not submitted again because of one.
+            log.warning("%s", error)
+            return submission.overdub_id, Seen.ALIVE
+    return overdub.overdub_id, Seen.FAILED if overdub.status == OverdubStatus.FAILED else Seen.ALIVE
