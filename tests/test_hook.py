@@ -11,7 +11,6 @@ import socket
 import threading
 import time
 import wave
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -71,12 +70,7 @@ def write_sound(path, size=1000):
 # --- What is sent -------------------------------------------------------------------------------------
 
 CONTRACT = yaml.safe_load((Path(__file__).parent / "heygen-v3-overdubs.openapi.yaml").read_text())
-
-
-@cache
-def contract(url):
-    # The one member of the file that a local server cannot share.
-    return OpenAPI.from_dict({**CONTRACT, "servers": [{"url": url}]})
+OPENAPI = OpenAPI.from_dict(CONTRACT)
 
 
 def check_requests(wire):
@@ -85,13 +79,13 @@ def check_requests(wire):
         request = EnvironBuilder(
             path=seen.path,
             method=seen.method,
-            base_url=wire.url,
-            headers=[(name, value) for name, value in seen.headers.items()],
+            base_url="https://api.heygen.com",  # whose place we have taken
+            headers=[(name, value) for name, value in seen.headers.items() if name.lower() != "host"],
             data=seen.body,
         ).get_request()
         # openapi-core cannot read the parts of a multipart body; test_upload looks at them.
         if request.mimetype != "multipart/form-data":
-            contract(wire.url).validate_request(WerkzeugOpenAPIRequest(request))
+            OPENAPI.validate_request(WerkzeugOpenAPIRequest(request))
 
 
 def everything(hook, tmp_path):
@@ -1202,10 +1196,10 @@ def test_redirect_to_nowhere(heygen, listen, pauses, tmp_path):
     "name", ["a.wav", "with space.wav", "T\u00edtulo \U0001f3ac.wav", "a\"b'c;d.wav", "none"]
 )
 def test_upload(heygen, wire, tmp_path, resource, name):
-    path = write_sound(tmp_path / name, 1_500_000)
+    path = write_sound(tmp_path / name, 150_000)
     for source in (path, str(path), f"file://{path}"):
         asset = HeyGenHook().upload_asset(source)
-        assert (asset.size_bytes, asset.mime_type) == (3_000_044, "audio/wav")
+        assert (asset.size_bytes, asset.mime_type) == (300_044, "audio/wav")
         assert requests.get(asset.url, timeout=10).content == path.read_bytes()
     seen = wire.seen[0]
     assert (seen.method, seen.path) == ("POST", "/v3/assets")
