@@ -1,0 +1,93 @@
+"""What parsing a DAG must not load or do. How long it takes is in benchmarks/import_cost.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from airflow_provider_heygen.get_provider_info import get_provider_info
+
+ROOT = Path(__file__).resolve().parent.parent
+
+INFO = get_provider_info()
+MODULES = [
+    *(name for kind in ("operators", "sensors") for entry in INFO[kind] for name in entry["python-modules"]),
+    *(entry["python-module"] for entry in INFO["transfers"]),
+]
+EXAMPLES = sorted((ROOT / "example_dags").rglob("*.py"))
+
+HEAVY_PACKAGES = {"requests", "aiohttp", "tenacity"}
+HEAVY_MODULES = {"airflow_provider_heygen.api", "airflow_provider_heygen.hooks.heygen"}
+
+CHILD = """
+import json, sys
+from airflow.sdk import DAG, BaseOperator, BaseSensorOperator
+
+before = set(sys.modules)
+sockets = []
+sys.addaudithook(
+    lambda event, args: sockets.append(f"{event} {args[1:]}")
+    if event.startswith("socket.") and event != "socket.gethostname"
+    else None
+)
+exec(sys.argv[1])
+print(json.dumps({"new": sorted(set(sys.modules) - before), "sockets": sockets}))
+"""
+
+
+def run(code: str, airflow_home: Path) -> dict[str, list[str]]:
+    """Run code after Airflow's own imports; give the modules it loads and what it does with sockets."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW__")}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, code],
+        cwd=ROOT,
+        env={**env, "AIRFLOW_HOME": str(airflow_home)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def assert_light(found: dict[str, list[str]]) -> None:
+    loaded = set(found["new"])
+    assert not {name for name in loaded if name.partition(".")[0] in HEAVY_PACKAGES}
+    assert not loaded & HEAVY_MODULES
+    assert found["sockets"] == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_importing_what_a_dag_imports_is_light(module, tmp_path):
+    found = run(f"import {module}", tmp_path)
+    assert module in found["new"]  # else Airflow had it already and nothing was looked at
+    assert_light(found)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_parsing_an_example_dag_is_light(path, tmp_path):
+    # As Airflow's DagBag does it: the file is a module of a made-up name, found by its path.
+    found = run(
+        "from importlib import util\n"
+        f"spec = util.spec_from_file_location('parsed_dag', {str(path)!r})\n"
+        "sys.modules['parsed_dag'] = util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(sys.modules['parsed_dag'])",
+        tmp_path,
+    )
+    assert_light(found)
+
+
+def test_the_look_sees_what_it_looks_for(tmp_path):
+    found = run(
+        "import airflow_provider_heygen.hooks.heygen, socket\n"
+        "s = socket.socket(); s.settimeout(1); s.connect_ex(('127.0.0.1', 9))",
+        tmp_path,
+    )
+    assert set(found["new"]) >= HEAVY_MODULES | {"requests", "aiohttp"}
+    assert any("socket.connect" in event for event in found["sockets"])
