@@ -148,7 +148,14 @@ MediaInput = Annotated[
 ]
 """An https URL, or ``{"type": "url", "url": ...}``, or ``{"type": "asset_id", "asset_id": ...}``."""
 
-Text = Annotated[str, Field(min_length=1, pattern=r"\S"), BeforeValidator(_text)]
+
+def _not_none(text: str) -> str:
+    if text == "None":
+        raise ValueError("is the text 'None', which is what a template makes of a missing value")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1, pattern=r"\S"), BeforeValidator(_text), AfterValidator(_not_none)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 

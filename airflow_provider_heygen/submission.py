@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from airflow_provider_heygen.api import redact_links
+
 if TYPE_CHECKING:
     from airflow_provider_heygen.api import CreateOverdubRequest
 
@@ -30,13 +32,14 @@ class Submission(BaseModel):
     """
     One submission of one task.
 
-    :param digest: of the request, to tell a changed one.
+    :param digest: of the request, to tell a changed one: see :func:`digest`.
     :param number: counts the submissions of this task; a new one gets a new key.
     :param key: idempotency key, and ``callback_id`` unless the author set one.
     :param began: Unix seconds of the first attempt.
     :param max_tries: the task's ``max_tries`` then. Airflow raises it when somebody clears the task and
         leaves it alone over retries, whatever happens to ``retries`` in the DAG.
     :param sent: a request may have reached HeyGen.
+    :param sent_at: Unix seconds of the last time that may have been.
     :param overdub_id: what HeyGen answered, once it has.
     :param answered: Unix seconds of that answer; how fresh the overdub is.
     :param delivered: the task has handed on the result.
@@ -50,6 +53,7 @@ class Submission(BaseModel):
     began: float
     max_tries: int
     sent: bool = False
+    sent_at: float = 0.0
     overdub_id: str | None = None
     answered: float = 0.0
     delivered: bool = False
@@ -62,22 +66,32 @@ class Submission(BaseModel):
         except ValidationError:
             return None
 
-    @classmethod
-    def new(cls, ti: Any, digest: str, before: Submission | None, *, now: float) -> Submission:
+    def same_request(self, other: str, max_tries: int) -> bool:
         """
-        Begin the next submission of a task instance.
+        Tell whether a digest is of the request this submission is for.
 
-        Its key is derived, not random: where there is no state store, a retry still comes to the same one.
+        A template may sign an input's link anew for each try, which does not make a retry another wish. After
+        a clear it may: somebody has perhaps corrected the link.
         """
-        number = before.number + 1 if before else 1
-        parts = (ti.dag_id, ti.run_id, ti.task_id, ti.map_index, ti.max_tries, digest, number)
-        key = str(uuid.uuid5(_NAMESPACE, json.dumps(parts)))
-        return cls(digest=digest, number=number, key=key, began=now, max_tries=ti.max_tries)
+        if self.max_tries != max_tries:
+            return self.digest == other
+        return self.digest.partition(":")[0] == other.partition(":")[0]
+
+
+def derived_key(ti: Any, digest: str) -> str:
+    """
+    Give a key that a retry of a task instance comes to by itself, for an Airflow without a state store.
+
+    It changes with a clear, and never with the try number, or a retry would start a second overdub.
+    """
+    parts = (ti.dag_id, ti.run_id, ti.task_id, ti.map_index, ti.max_tries, digest.partition(":")[0])
+    return str(uuid.uuid5(_NAMESPACE, json.dumps(parts)))
 
 
 def digest(request: CreateOverdubRequest) -> str:
-    """Give the digest of a request's canonical body."""
-    return hashlib.sha256(json.dumps(request.body(), sort_keys=True).encode()).hexdigest()
+    """Give two digests of a request's canonical body: without the queries of its links, and whole."""
+    body = json.dumps(request.body(), sort_keys=True)
+    return ":".join(hashlib.sha256(text.encode()).hexdigest() for text in (redact_links(body), body))
 
 
 class Seen(StrEnum):
@@ -110,7 +124,7 @@ def next_step(record: Submission | None, digest: str, max_tries: int, seen: Seen
     :param seen: what HeyGen has; first ask without, then again with what :attr:`Step.LOOK` or
         :attr:`Step.SEARCH` found.
     """
-    if record is None or record.digest != digest:
+    if record is None or not record.same_request(digest, max_tries):
         return Step.POST_NEW
     if record.delivered and record.max_tries != max_tries:
         # Cleared after success: "do it again". Without a clear in between, the worker died after it had

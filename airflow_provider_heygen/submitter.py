@@ -8,8 +8,21 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_heygen.api import OverdubStatus
-from airflow_provider_heygen.exceptions import HeyGenError, HeyGenNotFoundError, HeyGenTransientError
-from airflow_provider_heygen.submission import STATE_KEY, Seen, Step, Submission, digest, next_step
+from airflow_provider_heygen.exceptions import (
+    HeyGenError,
+    HeyGenNotFoundError,
+    HeyGenOutcomeUnknownError,
+    HeyGenTransientError,
+)
+from airflow_provider_heygen.submission import (
+    STATE_KEY,
+    Seen,
+    Step,
+    Submission,
+    derived_key,
+    digest,
+    next_step,
+)
 from airflow_provider_heygen.waiting import FRESH_SECONDS
 
 if TYPE_CHECKING:
@@ -45,12 +58,19 @@ class Ledger:
         if not self.durable or (self.ti.try_number == 1 and not self.again):
             return None
         began = self.dag_run_began.timestamp() if self.dag_run_began else time.time()
-        return Submission.new(self.ti, body_digest, None, now=began).model_copy(update={"sent": True})
+        return self.begin(body_digest, None).model_copy(update={"began": began, "sent": True})
 
     def begin(self, body_digest: str, before: Submission | None) -> Submission:
         """Begin a new submission; nothing is written yet."""
-        submission = Submission.new(self.ti, body_digest, before, now=time.time())
-        return submission if self.durable else submission.model_copy(update={"key": str(uuid.uuid4())})
+        # What is written down can be random, and then no other Airflow comes to the same one.
+        derive = self.durable and self.store is None
+        return Submission(
+            digest=body_digest,
+            number=before.number + 1 if before else 1,
+            key=derived_key(self.ti, body_digest) if derive else str(uuid.uuid4()),
+            began=time.time(),
+            max_tries=self.ti.max_tries,
+        )
 
     def write(self, submission: Submission, **changes: Any) -> None:
         """Write it down, changed, for whoever runs this task instance next."""
@@ -75,7 +95,8 @@ def submit(request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger) -> s
     submission = ledger.recall(body_digest)
     step = next_step(submission, body_digest, ledger.ti.max_tries)
     if submission is not None and step in (Step.LOOK, Step.SEARCH):
-        overdub_id, seen = _see(submission, request, hook)
+        cleared = submission.max_tries != ledger.ti.max_tries
+        overdub_id, seen = _see(submission, request, hook, cleared=cleared)
         step = next_step(submission, body_digest, ledger.ti.max_tries, seen)
         if step is Step.ATTACH:
             log.info("Going on with overdub %s, which an earlier run of this task started.", overdub_id)
@@ -86,23 +107,35 @@ def submit(request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger) -> s
             log.info("Overdub %s of an earlier run is left as it is.", submission.overdub_id)
         submission = ledger.begin(body_digest, submission)
     # Before the request: whoever comes after us must know that it may have been sent.
-    ledger.write(submission, sent=True)
+    ledger.write(submission, sent=True, sent_at=time.time())
     try:
         overdub_id = hook.create_overdub(request, idempotency_key=submission.key)
     except HeyGenError as error:
-        if not error.outcome_unknown:
-            ledger.write(submission, sent=False)
+        # This run may be sure that it started nothing; it does not speak for an earlier one.
+        if error.outcome_unknown:
+            ledger.write(submission, sent=True, sent_at=time.time())
+        else:
+            ledger.write(submission)
         raise
     ledger.write(submission, sent=True, overdub_id=overdub_id, answered=time.time())
     log.info("Started overdub %s (mode %s, key %s).", overdub_id, request.mode or "default", submission.key)
     return overdub_id
 
 
-def _see(submission: Submission, request: CreateOverdubRequest, hook: HeyGenHook) -> tuple[str, Seen]:
+def _see(
+    submission: Submission, request: CreateOverdubRequest, hook: HeyGenHook, *, cleared: bool
+) -> tuple[str, Seen]:
     """Find out what HeyGen has of an earlier submission; give its id, if there is one."""
     overdub: Overdub | None
     if submission.overdub_id is None:
-        overdub = hook.find_created(request, submission.key, since=submission.began)
+        try:
+            overdub = hook.find_created(
+                request, submission.key, since=submission.began, sent_at=submission.sent_at
+            )
+        except HeyGenOutcomeUnknownError:
+            if not cleared:
+                raise
+            overdub = None  # Somebody was told what we cannot tell, and has decided.
         if overdub is None:
             return "", Seen.MISSING
     else:

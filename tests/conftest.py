@@ -28,6 +28,7 @@ os.environ.update(AIRFLOW_HOME=_AIRFLOW_HOME, AIRFLOW__CORE__LOAD_EXAMPLES="Fals
 import tenacity  # noqa: E402
 
 from airflow_provider_heygen.emulator import Behaviour, Emulator  # noqa: E402
+from airflow_provider_heygen.hooks import heygen as heygen_hook  # noqa: E402
 
 if TYPE_CHECKING:
     import ssl
@@ -59,9 +60,13 @@ def resource() -> str:
 
 
 @pytest.fixture
-def heygen(_emulator: Emulator, resource: Any, connect: Callable[..., None]) -> Emulator:
+def heygen(
+    _emulator: Emulator, resource: Any, connect: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> Emulator:
     """A fresh HeyGen whose jobs take 0.05 s; the connection ``heygen_default`` leads to it."""
     _emulator.reset()
+    # The emulator has done what it was asked to when a connection breaks; nothing has to settle.
+    monkeypatch.setattr(heygen_hook, "SETTLE_SECONDS", 0.1)
     connection = _emulator.connection(resource)
     connect(connection["host"], connection["password"], **connection["extra"])
     return _emulator

@@ -42,6 +42,10 @@ class Killed(BaseException):
     """A worker that dies; nothing may catch it."""
 
 
+def killed(*_, **__):
+    raise Killed
+
+
 @pytest.fixture
 def reaper(monkeypatch):
     """Kill the worker at the n-th thing it does to the world, just before or just after it took effect."""
@@ -244,6 +248,55 @@ def test_reattachment_gives_the_xcoms_of_an_undisturbed_run(heygen):
     assert task.xcoms["overdub"]["overdub_id"] == task.xcoms["overdub_id"] == heygen.jobs[1].id
 
 
+def test_a_sure_refusal_does_not_speak_for_an_earlier_try(heygen, pauses):
+    heygen.behaviour.idempotency = False
+    heygen.fail_next(method="POST", count=6, status=500)
+    task = Task(dub(), store=StateStore())
+    with pytest.raises(HeyGenTransientError):
+        task.start()
+    heygen.fail_next(method="POST", status=402, code="insufficient_credit")
+    with pytest.raises(HeyGenPermanentError):
+        task.start()
+    # As if what the first try had sent came through only now.
+    with HeyGenHook() as hook:
+        late = hook.create_overdub(
+            {"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"},
+            idempotency_key=task.store.get("heygen_overdub")["key"],
+        )
+    task.clear()
+    assert task.start() == late
+    assert len(heygen.jobs) == 1
+
+
+def test_a_create_that_outlives_our_patience_is_waited_for(heygen, connect, monkeypatch):
+    monkeypatch.setattr("airflow_provider_heygen.hooks.heygen.SETTLE_SECONDS", 10)
+    heygen.behaviour.idempotency = False
+    # The worker dies while HeyGen works on the create, and starts again at once.
+    heygen.fail_next(method="POST", latency=2)
+    task = Task(dub(), store=StateStore())
+    connection = heygen.connection()
+    connect(connection["host"], connection["password"], **connection["extra"], write_timeout=0.5)
+    monkeypatch.setattr(HeyGenHook, "find_created", killed)
+    with pytest.raises(Killed):
+        task.start()
+    monkeypatch.undo()
+    connect(connection["host"], connection["password"], **connection["extra"])
+    assert task.start() == heygen.jobs[0].id
+    assert len(heygen.jobs) == 1
+
+
+@MODES
+def test_a_link_signed_anew_for_a_retry_is_the_same_wish(heygen, deferrable):
+    heygen.behaviour.job_seconds = 60
+    task = Task(dub(video="https://x.y/v.mp4?sig=1", deferrable=deferrable, timeout=0.1), store=StateStore())
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        finish(task, task.start())
+    task.make = dub(video="https://x.y/v.mp4?sig=2", deferrable=deferrable)
+    heygen.force(heygen.jobs[0].id, "completed")
+    assert finish(task, task.start()) == heygen.jobs[0].id
+    assert len(heygen.jobs) == 1
+
+
 # --- Being told to wait ---------------------------------------------------------------------------------
 
 
@@ -306,6 +359,18 @@ def test_an_authors_callback_id_on_many_jobs_adopts_none_of_them(heygen, pauses)
     with pytest.raises(HeyGenOutcomeUnknownError, match="Leave callback_id unset"):
         task.start()
     assert len(heygen.jobs) == 1
+    # Without a clear nobody has decided, with one somebody has.
+    with pytest.raises(HeyGenOutcomeUnknownError):
+        task.start()
+    task.clear()
+    assert task.start() == heygen.jobs[1].id
+
+
+def test_an_id_that_is_handed_on_can_be_looked_at(heygen):
+    heygen.behaviour.get_lag = 1.2
+    overdub_id = Task(dub(wait_for_completion=False), store=StateStore()).start()
+    with HeyGenHook() as hook:
+        assert hook.get_overdub(overdub_id).overdub_id == overdub_id
 
 
 @pytest.mark.parametrize("resource", ["lipsyncs"])
@@ -340,11 +405,7 @@ def test_no_secret_is_in_the_record_or_the_trigger(heygen):
 def test_on_kill(heygen, delete_on_kill, kept):
     heygen.behaviour.job_seconds = 60
     operator = dub(delete_on_kill=delete_on_kill)()
-
-    def stop(*_, **__):
-        raise Killed
-
-    operator._await = stop
+    operator._await = killed
     task = Task(lambda: operator, store=StateStore())
     with pytest.raises(Killed):
         task.start()

@@ -119,11 +119,9 @@ def test_failed(heygen, mode, already, flag, error):
 @ALL_MODES
 @pytest.mark.parametrize(
     ("flag", "error"),
-    [(None, AirflowSensorTimeout), ("soft_fail", AirflowSkipException), ("never_fail", AirflowSensorTimeout)],
+    [(None, AirflowSensorTimeout), ("soft_fail", AirflowSkipException), ("never_fail", AirflowSkipException)],
 )
 def test_timeout(heygen, mode, overdub_id, flag, error):
-    if mode == "deferrable" and flag == "never_fail":
-        error = AirflowSkipException  # so does Airflow's own resume_execution
     heygen.force(overdub_id, "running")
     with pytest.raises(error):
         wait(overdub_id, mode, timeout=0.2, **({flag: True} if flag else {}))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from airflow_provider_heygen.api import CreateOverdubRequest
-from airflow_provider_heygen.submission import Seen, Step, Submission, digest, next_step
+from airflow_provider_heygen.submission import Seen, Step, Submission, derived_key, digest, next_step
 
 TI = SimpleNamespace(dag_id="d", run_id="r", task_id="t", map_index=-1, max_tries=2)
 
@@ -82,14 +82,11 @@ def test_another_request_is_always_a_new_submission(record, seen, max_tries):
     assert next_step(RECORDS[record], "other", max_tries, seen) is Step.POST_NEW
 
 
-def key(ti=TI, digest="same", before=None):
-    return Submission.new(ti, digest, before, now=0.0).key
-
-
-def test_the_key_stays_over_retries_and_changes_with_everything_that_wants_another_job():
-    assert key() == key()
+def test_a_derived_key_stays_over_retries_and_changes_with_what_wants_another_job():
+    key = derived_key(TI, "same:x")
+    assert key == derived_key(SimpleNamespace(**vars(TI), try_number=2), "same:a link signed anew")
     others = [
-        key(SimpleNamespace(**vars(TI) | {name: value}))
+        derived_key(SimpleNamespace(**vars(TI) | {name: value}), "same:x")
         for name, value in {
             "dag_id": "x",
             "run_id": "x",
@@ -98,16 +95,17 @@ def test_the_key_stays_over_retries_and_changes_with_everything_that_wants_anoth
             "max_tries": 3,
         }.items()
     ]
-    others += [key(digest="other"), key(before=submission())]
-    assert len({key(), *others}) == len(others) + 1
+    others.append(derived_key(TI, "other:x"))
+    assert len({key, *others}) == len(others) + 1
 
 
-def test_the_try_number_is_not_in_the_key():
-    assert key(SimpleNamespace(**vars(TI), try_number=1)) == key(SimpleNamespace(**vars(TI), try_number=2))
-
-
-def test_a_new_submission_counts_up():
-    assert Submission.new(TI, "same", submission(number=4), now=7.0).number == 5
+@pytest.mark.parametrize("record", set(RECORDS) - {"nothing"})
+@pytest.mark.parametrize("seen", Seen)
+def test_a_link_signed_anew_is_the_same_wish_on_a_retry_and_another_after_a_clear(record, seen):
+    signed = RECORDS[record].model_copy(update={"digest": "same:first"})
+    same = next_step(RECORDS[record], "same", 2, seen)
+    assert next_step(signed, "same:second", 2, seen) is same
+    assert next_step(signed, "same:second", 3, seen) is Step.POST_NEW
 
 
 @pytest.mark.parametrize("stored", [None, "", [], {}, {"digest": "x"}, {"number": "many"}, 7])
@@ -126,3 +124,13 @@ def test_the_digest_knows_requests_apart_however_they_are_written():
     same = CreateOverdubRequest.of({"audio": audio, "video": {"type": "url", "url": video}, "title": None})
     other = CreateOverdubRequest.of({"video": video, "audio": audio, "enable_watermark": False})
     assert digest(request) == digest(same) != digest(other)
+
+
+def test_a_digest_has_no_part_for_the_queries_of_links_first():
+    def of(query, title="t"):
+        fields = {"video": f"https://x.y/v.mp4?{query}", "audio": "https://x.y/a.mp3", "title": title}
+        return digest(CreateOverdubRequest.of(fields)).split(":")
+
+    assert of("sig=1")[0] == of("sig=2")[0]
+    assert of("sig=1")[1] != of("sig=2")[1]
+    assert of("sig=1")[0] != of("sig=1", title="u")[0]

@@ -68,6 +68,10 @@ USER_AGENT = f"airflow-provider-heygen/{__version__}"
 CLOCK_SKEW = 300
 """Seconds by which HeyGen's clock may be behind ours."""
 
+SETTLE_SECONDS = 45.0
+"""How long after a create was sent it may still come to be; HeyGen's slowest answers took 31 s (contract
+notes, section 4). A shorter ``write_timeout`` of the connection counts instead."""
+
 MAX_LOOKS = 100
 """Overdubs without ``callback_id`` in the list that are looked at one by one, at most."""
 
@@ -137,20 +141,24 @@ class HeyGenHook(HttpHook):
         if request.callback_id is None:
             request = request.model_copy(update={"callback_id": idempotency_key})
         call = api.create_overdub(self.settings.resource, request, idempotency_key)
-        started_at = time.time()
+        started_at = sent_at = time.time()
         answer_lost = False
         for attempt in self._retrying():
             with attempt:
                 try:
                     if answer_lost:
-                        found = self.find_created(request, idempotency_key, since=started_at)
+                        found = self.find_created(request, idempotency_key, since=started_at, sent_at=sent_at)
                         if found is not None:
                             self.log.info(
                                 "Its answer was lost, but overdub %s was created.", found.overdub_id
                             )
                             return found.overdub_id
+                    attempted_at = time.time()
                     return self._send(call)
                 except HeyGenError as error:
+                    if error.outcome_unknown and error.code is None:
+                        # No word from HeyGen itself: the create may still be under way.
+                        sent_at = attempted_at
                     # Once an answer was lost, no later error makes that undone.
                     answer_lost = error.outcome_unknown = answer_lost or error.outcome_unknown
                     raise
@@ -190,7 +198,12 @@ class HeyGenHook(HttpHook):
             tokens.add(token)
 
     def find_created(
-        self, request: api.CreateOverdubRequest, idempotency_key: str, *, since: float
+        self,
+        request: api.CreateOverdubRequest,
+        idempotency_key: str,
+        *,
+        since: float,
+        sent_at: float = 0.0,
     ) -> api.Overdub | None:
         """
         Find the overdub that a create whose answer was lost has started, if it has.
@@ -203,23 +216,31 @@ class HeyGenHook(HttpHook):
         :param request: the create; an author's own ``callback_id`` may be on many jobs and proves nothing.
         :param idempotency_key: its key, sent as ``callback_id`` unless the request has one.
         :param since: Unix seconds of the first attempt.
+        :param sent_at: Unix seconds of the last attempt without any answer. What is not there may yet come
+            until some time after it, so on ``overdubs`` that time is waited for.
         :raises HeyGenOutcomeUnknownError: it cannot be told, and the server may not know the key.
         :raises HeyGenTransientError: it cannot be told now.
         """
         marker = request.callback_id or idempotency_key
-        try:
-            found, doubtful = self._search(marker, request.title, since)
-        except HeyGenPermanentError as error:
-            found, doubtful = [], [f"the list cannot be read: {error}"]
-        if len(found) == 1 and marker == idempotency_key:
-            return found[0]
-        doubtful += [overdub.overdub_id for overdub in found]
+        settled_at = sent_at + min(SETTLE_SECONDS, self.settings.write_timeout)
+        while True:
+            try:
+                found, doubtful = self._search(marker, request.title, since)
+            except HeyGenPermanentError as error:
+                found, doubtful = [], [f"the list cannot be read: {error}"]
+            if len(found) == 1 and marker == idempotency_key:
+                return found[0]
+            doubtful += [overdub.overdub_id for overdub in found]
+            left = settled_at - time.time()
+            if doubtful or left <= 0 or self.settings.resource != "overdubs":
+                break
+            time.sleep(min(left, 5.0))
         if doubtful and self.settings.resource == "overdubs":
             raise HeyGenOutcomeUnknownError(
                 f"A create was sent, its answer was lost, and it cannot be told whether it started an overdub"
                 f" (candidates: {', '.join(doubtful[:5])}). Nothing more was sent. If none of them is this"
-                " task's, delete them or wait some minutes, then clear the task. Leave callback_id unset to"
-                " have a unique one sent, by which an overdub can be found.",
+                " task's, clear the task to send it again. Leave callback_id unset to have a unique one sent,"
+                " by which an overdub can be found.",
                 outcome_unknown=True,
             )
         return None
@@ -482,10 +503,12 @@ class HeyGenHook(HttpHook):
         """Send one call once."""
         settings = await self.asettings()
         name, value = settings.auth_header
+        read_timeout = _read_timeout(settings, call)
         timeout = aiohttp.ClientTimeout(
-            total=None,
+            # An answer that drips in must not outlive the deadline of a wait.
+            total=settings.connect_timeout + read_timeout,
             sock_connect=settings.connect_timeout,
-            sock_read=_read_timeout(settings, call),
+            sock_read=read_timeout,
         )
         async with _shared_session(settings) as (session, options):
             try:

@@ -172,13 +172,15 @@ class HeyGenCreateOverdubOperator(BaseOperator):
     ) -> str:
         """Go on when the trigger has fired."""
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
-        from airflow_provider_heygen.waiting import check_event, conclude
+        from airflow_provider_heygen.waiting import check_event, conclude, first_deadline
 
         checked = check_event(event)
         with HeyGenHook(self.heygen_conn_id) as self._hook:
             self._overdub_id = checked["overdub_id"]
             details = conclude(checked, self._hook, given_up)
             if details is None:
+                if deadline is None:  # `airflow dags test` forgets it
+                    deadline = first_deadline(self.timeout, self.execution_timeout, context)
                 return self._await(context, deadline, given_up=given_up + 1)
             return self._deliver(context, details)
 
@@ -201,9 +203,26 @@ class HeyGenCreateOverdubOperator(BaseOperator):
             self._overdub_id = self._submit(self._hook, request, context, deadline)
             context["ti"].xcom_push(key="overdub_id", value=self._overdub_id)
             if not self.wait_for_completion:
+                self._until_readable(self._hook)
                 Ledger(context, durable=self.durable).delivered()
                 return self._overdub_id
             return self._await(context, deadline, created_at=time.time())
+
+    def _until_readable(self, hook: HeyGenHook) -> None:
+        """Give the next task an id it can look at: a fresh overdub may be a 404 for a moment."""
+        from airflow_provider_heygen.exceptions import HeyGenError, HeyGenNotFoundError
+        from airflow_provider_heygen.waiting import FRESH_SECONDS
+
+        until = time.time() + FRESH_SECONDS
+        while time.time() < until:
+            try:
+                hook.get_overdub(str(self._overdub_id))
+            except HeyGenNotFoundError:
+                time.sleep(1.0)
+                continue
+            except HeyGenError as error:
+                self.log.warning("%s", error)  # no reason to fail: the overdub is started
+            return
 
     def _submit(
         self, hook: HeyGenHook, request: CreateOverdubRequest, context: Context, deadline: float | None

@@ -52,6 +52,16 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         self.heygen_conn_id = heygen_conn_id
         self.deferrable = deferrable
 
+    def execute(self, context: Context) -> Any:
+        """Wait here, or after one look in the triggerer."""
+        try:
+            return super().execute(context)
+        except AirflowSensorTimeout as error:
+            # The base class skips on a timeout only after a deferral.
+            if self.never_fail:
+                raise AirflowSkipException("Skipping due to never_fail is set to True.") from error
+            raise
+
     def poke(self, context: Context) -> PokeReturnValue:
         """
         Look once.
@@ -88,7 +98,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
             trigger=HeyGenOverdubTrigger(
                 heygen_conn_id=self.heygen_conn_id,
                 overdub_id=self.overdub_id,
-                poke_interval=self.poke_interval,
+                poke_interval=self.poke_interval or 1.0,
                 deadline=deadline,
             ),
             method_name="execute_complete",
