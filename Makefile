@@ -4,7 +4,7 @@ export AIRFLOW_HOME ?= $(CURDIR)/.local/airflow
 export AIRFLOW__CORE__LOAD_EXAMPLES := False
 
 .DELETE_ON_ERROR:
-.PHONY: demo ui test lint format dist clean
+.PHONY: demo ui test bench lint format dist clean
 
 demo: .venv/done       ## dub a real video with a real Airflow DAG, on the HeyGen emulator
 	@$(BIN)/python example_dags/run_local.py demo
@@ -14,6 +14,9 @@ ui: .venv/done         ## Airflow's web UI with the example DAGs and the emulato
 
 test: lint             ## lint, types, tests
 	$(BIN)/python -m pytest
+
+bench: .venv-bench/done  ## what importing costs, ours beside the peers'
+	.venv-bench/bin/python benchmarks/import_cost.py
 
 lint: .venv/done
 	$(BIN)/ruff check .
@@ -28,10 +31,15 @@ dist: .venv/done       ## wheel and sdist
 	$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf .venv .local dist
+	rm -rf .venv .venv-bench .local dist
 
 .venv/done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[emulator,dev]'
+	@touch $@
+
+.venv-bench/done: pyproject.toml benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check --editable . --requirement benchmarks/peers.txt
 	@touch $@

@@ -41,7 +41,7 @@ def get_provider_info() -> dict[str, Any]:
         "transfers": [
             {
                 "source-integration-name": _NAME,
-                "target-integration-name": "Object Storage",
+                "target-integration-name": "Common IO",
                 "python-module": "airflow_provider_heygen.transfers.heygen_to_object_storage",
             }
         ],

@@ -70,7 +70,7 @@ CLOCK_SKEW = 300
 
 SETTLE_SECONDS = 45.0
 """How long after a create was sent it may still come to be; HeyGen's slowest answers took 31 s (contract
-notes, section 4). A shorter ``write_timeout`` of the connection counts instead."""
+notes, section 4)."""
 
 MAX_LOOKS = 100
 """Overdubs without ``callback_id`` in the list that are looked at one by one, at most."""
@@ -222,7 +222,7 @@ class HeyGenHook(HttpHook):
         :raises HeyGenTransientError: it cannot be told now.
         """
         marker = request.callback_id or idempotency_key
-        settled_at = sent_at + min(SETTLE_SECONDS, self.settings.write_timeout)
+        settled_at = sent_at + SETTLE_SECONDS
         while True:
             try:
                 found, doubtful = self._search(marker, request.title, since)
