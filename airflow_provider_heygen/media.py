@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import logging
 import socket
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from airflow_provider_heygen.exceptions import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from os import PathLike
 
     import requests
@@ -112,10 +114,8 @@ def save(
     """
     if destination.is_dir():
         raise HeyGenBadInputError(f"{destination} is a directory; name a file, or end it with a slash.")
-    # At log level DEBUG urllib3 writes down each URL it asks for.
-    mask_links(link)
     try:
-        with _open(link, session, settings) as response:
+        with _links_unlogged(), _open(link, session, settings) as response:
             length = response.headers.get("Content-Length")
             size = int(length) if length and length.isdigit() else None
             if not overwrite and destination.exists():
@@ -132,6 +132,28 @@ def save(
         raise HeyGenTransientError(
             f"{type(error).__name__} while downloading from {urlsplit(link).hostname}."
         ) from None
+
+
+@contextlib.contextmanager
+def _links_unlogged() -> Iterator[None]:
+    """
+    Keep presigned links out of urllib3's log, which at level DEBUG has each path with its query.
+
+    Airflow's mask does not do: a scheduler or worker mirrors the lines of its tasks to its own output
+    unmasked.
+    """
+    logger = logging.getLogger("urllib3.connectionpool")
+    logger.addFilter(_cut_links)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_cut_links)
+
+
+def _cut_links(record: logging.LogRecord) -> bool:
+    if isinstance(record.args, tuple):
+        record.args = tuple(redact_links(arg) if isinstance(arg, str) else arg for arg in record.args)
+    return True
 
 
 def _publish(response: requests.Response, size: int | None, destination: ObjectStoragePath) -> int:
