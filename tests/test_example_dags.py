@@ -28,10 +28,8 @@ def media(tmp_path_factory):
 @pytest.fixture(scope="module")
 def airflow(media):
     """An Airflow whose DAGs folder is that of the examples."""
-    environment = {"AIRFLOW__CORE__DAGS_FOLDER": str(DAGS), "HEYGEN_EXAMPLE_MEDIA": str(media)}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
+        patch.setenv("HEYGEN_EXAMPLE_MEDIA", str(media))
         patch.syspath_prepend(str(DAGS))
         for command in (["db", "migrate"], ["pools", "set", "heygen", "10", "jobs", "--include-deferred"]):
             subprocess.run(
