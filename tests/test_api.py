@@ -87,6 +87,8 @@ BAD_FIELDS = [
     ("title", ""),
     ("title", " \n"),
     ("title", True),
+    ("title", "None"),
+    ("callback_id", "None"),
     ("title", 5.5),
     ("mode", "fast"),
     ("mode", "Speed"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import logging
@@ -361,6 +362,27 @@ def test_broken_servers(listen, connect, pauses, look, answer):
     str(raised.value).encode()
 
 
+def test_an_answer_that_drips_in(connect):
+    """In a triggerer it must not hold up a wait for ever."""
+
+    def drip(server):
+        client, _ = server.accept()
+        with client, contextlib.suppress(OSError):
+            client.recv(65536)
+            client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 400\r\n\r\n")
+            for byte in b'{"data": {}}'.ljust(400):
+                client.sendall(bytes([byte]))
+                time.sleep(0.01)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=drip, args=[server])
+        thread.start()
+        connect(f"http://127.0.0.1:{server.getsockname()[1]}", connect_timeout=0.2, read_timeout=0.2)
+        with pytest.raises(HeyGenTransientError, match="no answer arrived"):
+            aget("od_1", max_attempts=1)
+        thread.join()
+
+
 # --- Exactly one overdub ------------------------------------------------------------------------------
 
 
@@ -458,6 +480,17 @@ def test_a_create_still_in_progress(heygen, connect, monkeypatch):
     overdub_id = HeyGenHook(max_attempts=20).create_overdub(REQUEST)
     assert [job.id for job in heygen.jobs] == [overdub_id]
     assert {record.status for record in heygen.requests if record.method == "POST"} >= {409}
+
+
+def test_a_create_that_is_late(heygen, connect, monkeypatch):
+    """Without the key, what is not in the list yet must be waited for."""
+    connect(heygen.url, write_timeout=0.1)
+    heygen.behaviour.idempotency = False
+    heygen.behaviour.create_latency = 0.4
+    monkeypatch.setattr(module, "_backoff", lambda _: 0.1)
+    monkeypatch.setattr(module, "SETTLE_SECONDS", 1.0)
+    overdub_id = HeyGenHook().create_overdub(REQUEST)
+    assert [job.id for job in heygen.jobs] == [overdub_id]
 
 
 def test_tls_that_breaks_while_the_answer_is_read(heygen, listen, connect, pauses, tmp_path):
@@ -1006,6 +1039,18 @@ def test_link_that_is_not_there_yet(heygen, pauses, tmp_path):
     heygen.behaviour.null_video_url = 100
     with pytest.raises(HeyGenTransientError, match="has no link yet"):
         HeyGenHook().download_overdub(completed(heygen), tmp_path / "v2.mp4")
+
+
+@pytest.mark.parametrize("fault", [{}, {"status": 403}, {"drop": "before"}], ids=str)
+def test_links_are_not_logged(heygen, wire, pauses, tmp_path, caplog, fault):
+    overdub_id = completed(heygen)
+    heygen.fail_next(path="/files/", **fault)
+    with caplog.at_level(logging.DEBUG):
+        HeyGenHook().download_overdub(overdub_id, tmp_path / "v.mp4")
+        lines = [record.getMessage() for record in caplog.records if record.name.startswith("urllib3")]
+    assert any("/files/" in line for line in lines)
+    assert "Signature" not in caplog.text
+    assert logging.getLogger("urllib3.connectionpool").filters == []
 
 
 @pytest.mark.parametrize("link", ["", None, 5, [], {}])
