@@ -4,7 +4,7 @@ export AIRFLOW_HOME ?= $(CURDIR)/.local/airflow
 export AIRFLOW__CORE__LOAD_EXAMPLES := False
 
 .DELETE_ON_ERROR:
-.PHONY: demo ui test bench lint format dist clean
+.PHONY: demo ui test test-stack bench lint format dist clean
 
 demo: .venv/done       ## dub a real video with a real Airflow DAG, on the HeyGen emulator
 	@$(BIN)/python example_dags/run_local.py demo
@@ -14,6 +14,9 @@ ui: .venv/done         ## Airflow's web UI with the example DAGs and the emulato
 
 test: lint             ## lint, types, tests
 	$(BIN)/python -m pytest
+
+test-stack: .venv/done ## kill the parts of a real Airflow at the worst moments; needs PostgreSQL
+	$(BIN)/python -m pytest tests/stack/chaos_kills.py tests/stack/chaos_random.py
 
 bench: .venv-bench/done  ## what importing costs, ours beside the peers'
 	.venv-bench/bin/python benchmarks/import_cost.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import socket
@@ -224,6 +225,11 @@ class Stack:
 
     def output(self, part: str) -> str:
         return (self.home / f"{part}.stdout").read_text(errors="replace")
+
+    def worker_seconds(self) -> float:
+        """How long a worker is held by one start of a task, on average, by its own account."""
+        found = re.findall(r"Workload finished .*?duration=([0-9.]+)", self.output("scheduler"))
+        return sum(map(float, found)) / max(len(found), 1)
 
     # The database
 

@@ -1,0 +1,116 @@
+"""What the chaos tests share: work for the DAG ``dubs``, and the emulators' own count of what it has cost."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from stack.rest import Run, wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from stack.airflow import Stack
+    from stack.heygen import HeyGen
+
+_numbers = itertools.count(1)
+
+
+@dataclass
+class Chaos:
+    """A running stack and its emulators, by the name of the connection that leads to each."""
+
+    stack: Stack
+    servers: dict[str, HeyGen] = field(default_factory=dict)
+
+    def add_server(self, name: str, **behaviour: Any) -> HeyGen:
+        self.servers[name] = self.stack.heygen(**behaviour)
+        # Silence is noticed soon.
+        self.stack.connect(name, self.servers[name].connection(read_timeout=5, write_timeout=12))
+        return self.servers[name]
+
+    def dubs(self, entries: Iterable[dict[str, Any]]) -> Dubs:
+        return Dubs(self, list(entries))
+
+    def reset(self) -> None:
+        for server in self.servers.values():
+            server.admin("DELETE", "state")
+
+
+class Dubs:
+    """A run of the DAG ``dubs``. Each entry gets a title of its own, by which its jobs are known."""
+
+    def __init__(self, chaos: Chaos, entries: list[dict[str, Any]]) -> None:
+        self.chaos = chaos
+        self.entries = [{"title": f"dub {next(_numbers)}", **entry} for entry in entries]
+        self.run = Run(chaos.stack.rest, "dubs", work=self.entries, defaults={"deferrable": True})
+        self.names = [f"dub[{index}]" for index in range(len(self.entries))]
+
+    def jobs(self) -> dict[str, list[dict[str, Any]]]:
+        """The jobs that each task has started, by the task's name."""
+        created = [job for server in self.chaos.servers.values() for job in server.jobs()]
+        return {
+            name: [job for job in created if job["title"] == entry["title"]]
+            for name, entry in zip(self.names, self.entries, strict=True)
+        }
+
+    def all_created(self) -> bool:
+        return all(self.jobs().values())
+
+    def wait_until(self, *states: str) -> None:
+        """Wait until all tasks are in one of these states."""
+
+        def there() -> bool:
+            now = self.run.states()
+            return all(now.get(name) in states for name in self.names)
+
+        wait_for(f"all to be {' or '.join(states)}", there)
+
+    def pids(self) -> dict[str, int]:
+        """The processes of the tasks that are running."""
+        tasks = self.run.tasks().items()
+        return {name: task["pid"] for name, task in tasks if task["state"] == "running" and task["pid"]}
+
+    def check(self, patience: float = 420) -> None:
+        """Wait for the end: every task succeeded, with one job, the one it gives on."""
+        report = self.report(patience)
+        assert not report.wrong, report
+        assert not report.orphans, report
+        assert report.jobs == report.tasks, report
+
+    def report(self, patience: float = 420) -> Report:
+        tasks = self.run.wait(patience)
+        report = Report(tasks=len(self.names))
+        for name, jobs in self.jobs().items():
+            report.jobs += len(jobs)
+            report.jobs_per_task[len(jobs)] += 1
+            if tasks[name]["state"] != "success":
+                report.wrong.append(f"{name} {tasks[name]['state']} (try {tasks[name]['try_number']})")
+                followed = None
+            else:
+                followed = self.run.xcoms(name)["return_value"]
+            report.orphans += [f"{job['id']} of {name}" for job in jobs if job["id"] != followed]
+            report.tries[tasks[name]["try_number"]] += 1
+        return report
+
+
+@dataclass
+class Report:
+    """What a run has cost and given."""
+
+    tasks: int
+    jobs: int = 0
+    jobs_per_task: Counter[int] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+    tries: Counter[int] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tasks} overdubs: {self.jobs / self.tasks:.2f} jobs each"
+            f" (tasks by number of jobs: {dict(sorted(self.jobs_per_task.items()))}),"
+            f" {len(self.wrong)} ended wrongly {self.wrong[:5]}, {len(self.orphans)} jobs orphaned"
+            f" {self.orphans[:5]}, tasks by tries: {dict(sorted(self.tries.items()))}"
+        )

@@ -1,0 +1,162 @@
+"""
+At least 200 overdubs while something dies every few seconds, by a seed that is printed.
+
+``STACK_SEED`` repeats a run: the same blows in the same order, though not at the same microsecond.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from stack.airflow import NOTICES_SOON, Stack, kill_worker
+from stack.chaos import Chaos, Dubs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SEED = int(os.environ.get("STACK_SEED", random.SystemRandom().randrange(10**6)))
+SERVERS = ("honours", "ignores")
+BLOWS = {
+    "kill worker": 12,
+    "worker's machine dies": 3,
+    "kill triggerer": 2,
+    "kill scheduler": 1,
+    "kill API server": 1,
+    "create: answer lost": 4,
+    "create: held back": 4,
+    "500": 2,
+    "429": 2,
+    "HTML": 2,
+    "connection drops": 2,
+    "silence": 1,
+}
+MOST = {"kill scheduler": 2, "worker's machine dies": 8}
+"""Each of these may cost any task a try, and there are four."""
+
+
+@pytest.fixture(scope="module")
+def _chaos(postgres: None) -> Iterator[Chaos]:
+    with Stack(postgres=True, settings=NOTICES_SOON) as stack:
+        chaos = Chaos(stack)
+        for name in SERVERS:
+            chaos.add_server(name, idempotency=name == "honours", job_seconds=8)
+        chaos.add_server("narrow", concurrent_jobs=10, retry_after=10, job_seconds=5)
+        stack.start("dubs")
+        yield chaos
+
+
+@pytest.fixture
+def chaos(_chaos: Chaos) -> Chaos:
+    _chaos.reset()
+    return _chaos
+
+
+class Storm:
+    """Deals blows until stopped."""
+
+    def __init__(self, chaos: Chaos, dubs: Dubs, dice: random.Random, blows: dict[str, int]) -> None:
+        self.chaos, self.dubs, self.dice, self.blows = chaos, dubs, dice, dict(blows)
+        self.dealt: Counter[str] = Counter()
+        self.killed: Counter[str] = Counter()
+
+    def rage(self) -> None:
+        while not all(self._ended()):
+            time.sleep(self.dice.uniform(1, 3))
+            kinds, weights = list(self.blows), list(self.blows.values())
+            kind = self.dice.choices(kinds, weights)[0]
+            if self.dealt[kind] < MOST.get(kind, 10**6) and self._deal(kind):
+                self.dealt[kind] += 1
+
+    def _ended(self) -> list[bool]:
+        states = self.dubs.run.states()
+        return [states.get(name) in ("success", "failed") for name in self.dubs.names]
+
+    def _deal(self, kind: str) -> bool:
+        stack = self.chaos.stack
+        server = self.chaos.servers[self.dice.choice(SERVERS)]
+        if kind in ("kill worker", "worker's machine dies"):
+            # Of three kills, a task of four tries survives one more mishap.
+            victims = {name: pid for name, pid in self.dubs.pids().items() if self.killed[name] < 2}
+            if not victims:
+                return False
+            name = self.dice.choice(sorted(victims))
+            self.killed[name] += 1
+            return kill_worker(victims[name], stack.home, supervisor=kind != "kill worker")
+        if kind == "kill triggerer":
+            stack.restart_part("triggerer")
+        elif kind == "kill scheduler":
+            stack.restart_part("scheduler")
+        elif kind == "kill API server":
+            stack.restart_part("api-server", down=3)
+        elif kind == "silence":
+            server.process.send_signal(signal.SIGSTOP)
+            time.sleep(8)
+            server.process.send_signal(signal.SIGCONT)
+        else:
+            few = self.dice.randint(1, 4)
+            faults: dict[str, dict[str, Any]] = {
+                "create: answer lost": {"method": "POST", "drop": "after", "count": few},
+                "create: held back": {"method": "POST", "latency": 6, "count": few},
+                "500": {"status": 500, "count": few * 5},
+                "429": {"status": 429, "headers": {"Retry-After": "2"}, "count": few * 5},
+                "HTML": {"html": True, "count": few * 5},
+                "connection drops": {"drop": "before", "count": few * 5},
+            }
+            server.add_fault("/v3/.*", **faults[kind])
+        return True
+
+
+def test_200_overdubs_in_a_storm(chaos: Chaos, capsys: pytest.CaptureFixture[str]) -> None:
+    dice = random.Random(SEED)
+    dubs = chaos.dubs(
+        {"heygen_conn_id": SERVERS[index % 2], "deferrable": dice.random() < 0.7} for index in range(200)
+    )
+    began = time.monotonic()
+    storm = Storm(chaos, dubs, dice, BLOWS)
+    storm.rage()
+    report = dubs.report()
+    with capsys.disabled():
+        print(f"\nStorm, seed {SEED}, {time.monotonic() - began:.0f} s, {storm.dealt.total()} blows:")
+        print(f"  {dict(storm.dealt)}\n  {report}")
+    assert report.jobs == report.tasks
+    assert not report.wrong
+    assert not report.orphans
+
+
+def test_without_durable_there_are_duplicates(chaos: Chaos, capsys: pytest.CaptureFixture[str]) -> None:
+    """The storm is strong enough to tell the difference."""
+    dice = random.Random(SEED)
+    for name in SERVERS:
+        chaos.servers[name].add_fault("/v3/overdubs", method="POST", latency=4, count=1000)
+    dubs = chaos.dubs({"heygen_conn_id": SERVERS[index % 2], "durable": False} for index in range(20))
+    storm = Storm(chaos, dubs, dice, {"kill worker": 1})
+    storm.rage()
+    report = dubs.report()
+    with capsys.disabled():
+        print(f"\nThe same with durable=False, seed {SEED}, {storm.dealt.total()} kills:\n  {report}")
+    assert report.jobs > report.tasks
+
+
+def test_200_overdubs_through_10_slots(chaos: Chaos, capsys: pytest.CaptureFixture[str]) -> None:
+    """A 429 on create is waiting, not failing, and waiting holds no worker."""
+    began = time.monotonic()
+    dubs = chaos.dubs({"heygen_conn_id": "narrow"} for _ in range(200))
+    report = dubs.report(patience=900)
+    turned_away = sum(request["status"] == 429 for request in chaos.servers["narrow"].requests("POST"))
+    workers = chaos.stack.worker_seconds()
+    with capsys.disabled():
+        print(f"\n200 overdubs through 10 slots, {time.monotonic() - began:.0f} s:\n  {report}")
+        print(
+            f"  turned away by 429: {turned_away} times; a start of a worker took {workers:.2f} s on average,"
+        )
+        print(f"  so {turned_away * workers:.0f} worker-seconds went into asking again, none into waiting")
+    assert report.tries == {1: 200}
+    assert report.jobs == report.tasks
+    assert not report.wrong

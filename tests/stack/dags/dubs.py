@@ -1,0 +1,24 @@
+"""One overdub for each entry of the run's ``conf["work"]``, whose members are arguments of the operator."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from airflow.sdk import DAG, get_current_context, task
+
+from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
+
+with DAG("dubs", schedule=None, default_args={"retries": 3, "retry_delay": timedelta(seconds=1)}):
+
+    @task
+    def work() -> list[dict[str, Any]]:
+        conf: dict[str, Any] = get_current_context()["dag_run"].conf
+        return [conf["defaults"] | entry for entry in conf["work"]]
+
+    HeyGenCreateOverdubOperator.partial(
+        task_id="dub",
+        video="https://example.com/v.mp4",
+        audio="https://example.com/a.mp3",
+        poke_interval=1,
+    ).expand_kwargs(work())
