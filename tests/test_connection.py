@@ -418,6 +418,7 @@ def authority(tmp_path_factory):
 
 
 @both_transports
+@pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning")
 def test_own_authority(heygen, listen, connect, authority, call):
     gateway = listen(forward(heygen.url), tls=authority.server())
     for verify in (authority.file, False):
@@ -440,6 +441,7 @@ def test_authority_of_the_environment(heygen, listen, connect, authority, monkey
 
 
 @both_transports
+@pytest.mark.filterwarnings("ignore::urllib3.exceptions.InsecureRequestWarning")
 def test_own_authority_wins_over_the_environment(
     heygen, listen, connect, authority, monkeypatch, tmp_path, call
 ):
