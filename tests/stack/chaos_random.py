@@ -17,6 +17,7 @@ import pytest
 
 from stack.airflow import NOTICES_SOON, Stack, kill_worker
 from stack.chaos import Chaos, Dubs
+from stack.rest import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,18 +62,21 @@ def chaos(_chaos: Chaos) -> Chaos:
 class Storm:
     """Deals blows until stopped."""
 
-    def __init__(self, chaos: Chaos, dubs: Dubs, dice: random.Random, blows: dict[str, int]) -> None:
-        self.chaos, self.dubs, self.dice, self.blows = chaos, dubs, dice, dict(blows)
+    def __init__(self, chaos: Chaos, dubs: Dubs, dice: random.Random) -> None:
+        self.chaos, self.dubs, self.dice = chaos, dubs, dice
         self.dealt: Counter[str] = Counter()
         self.killed: Counter[str] = Counter()
 
     def rage(self) -> None:
-        while not all(self._ended()):
+        deck = self.dice.sample(list(BLOWS), len(BLOWS))  # each once, then by weight
+        # The last few are left in peace, or it would never end for them.
+        while sum(self._ended()) < 0.95 * len(self.dubs.names):
             time.sleep(self.dice.uniform(1, 3))
-            kinds, weights = list(self.blows), list(self.blows.values())
-            kind = self.dice.choices(kinds, weights)[0]
+            kind = deck.pop() if deck else self.dice.choices(list(BLOWS), list(BLOWS.values()))[0]
             if self.dealt[kind] < MOST.get(kind, 10**6) and self._deal(kind):
                 self.dealt[kind] += 1
+        for name in SERVERS:
+            self.chaos.servers[name].clear_faults()
 
     def _ended(self) -> list[bool]:
         states = self.dubs.run.states()
@@ -119,7 +123,7 @@ def test_200_overdubs_in_a_storm(chaos: Chaos, capsys: pytest.CaptureFixture[str
         {"heygen_conn_id": SERVERS[index % 2], "deferrable": dice.random() < 0.7} for index in range(200)
     )
     began = time.monotonic()
-    storm = Storm(chaos, dubs, dice, BLOWS)
+    storm = Storm(chaos, dubs, dice)
     storm.rage()
     report = dubs.report()
     with capsys.disabled():
@@ -131,26 +135,27 @@ def test_200_overdubs_in_a_storm(chaos: Chaos, capsys: pytest.CaptureFixture[str
 
 
 def test_without_durable_there_are_duplicates(chaos: Chaos, capsys: pytest.CaptureFixture[str]) -> None:
-    """The storm is strong enough to tell the difference."""
-    dice = random.Random(SEED)
+    """The count can tell the difference."""
     for name in SERVERS:
-        chaos.servers[name].add_fault("/v3/overdubs", method="POST", latency=4, count=1000)
-    dubs = chaos.dubs({"heygen_conn_id": SERVERS[index % 2], "durable": False} for index in range(20))
-    storm = Storm(chaos, dubs, dice, {"kill worker": 1})
-    storm.rage()
+        chaos.servers[name].add_fault("/v3/overdubs", method="POST", latency=60, count=5)
+    dubs = chaos.dubs({"heygen_conn_id": SERVERS[index % 2], "durable": False} for index in range(10))
+    wait_for("the jobs", dubs.all_created)
+    for pid in dubs.pids().values():
+        kill_worker(pid, chaos.stack.home)
     report = dubs.report()
     with capsys.disabled():
-        print(f"\nThe same with durable=False, seed {SEED}, {storm.dealt.total()} kills:\n  {report}")
+        print(f"\nWorkers killed with durable=False:\n  {report}")
     assert report.jobs > report.tasks
+    assert report.orphans
 
 
 def test_200_overdubs_through_10_slots(chaos: Chaos, capsys: pytest.CaptureFixture[str]) -> None:
     """A 429 on create is waiting, not failing, and waiting holds no worker."""
-    began = time.monotonic()
+    began, said = time.monotonic(), len(chaos.stack.output("scheduler"))
     dubs = chaos.dubs({"heygen_conn_id": "narrow"} for _ in range(200))
     report = dubs.report(patience=900)
     turned_away = sum(request["status"] == 429 for request in chaos.servers["narrow"].requests("POST"))
-    workers = chaos.stack.worker_seconds()
+    workers = chaos.stack.worker_seconds(since=said)
     with capsys.disabled():
         print(f"\n200 overdubs through 10 slots, {time.monotonic() - began:.0f} s:\n  {report}")
         print(
