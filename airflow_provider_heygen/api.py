@@ -163,24 +163,8 @@ class CreateOverdubRequest(BaseModel):
     """
     The body of a create: the 16 fields of the vendor's page, under their own names.
 
-    ``None`` means "not given" and is left out, so that HeyGen's own default applies.
-
-    :param video: source video. See :data:`MediaInput`.
-    :param audio: the new audio, same forms.
-    :param title: name shown in HeyGen's dashboard.
-    :param mode: ``speed`` (HeyGen's default) or ``precision``: better, slower, twice the price.
-    :param enable_caption: generate captions.
-    :param enable_dynamic_duration: let the output's length follow the new audio (HeyGen's default: true).
-    :param disable_music_track: strip the source's background music.
-    :param enable_speech_enhancement: clean up the speech.
-    :param enable_watermark: add a watermark.
-    :param start_time: start of a partial overdub, seconds.
-    :param end_time: end of a partial overdub, seconds.
-    :param keep_the_same_format: keep the source's resolution and bitrate.
-    :param fps_mode: ``vfr``, ``cfr`` or ``passthrough``.
-    :param callback_url: gets one POST when the job completes or fails.
-    :param callback_id: echoed in the callback and in the job.
-    :param folder_id: project folder of the result.
+    ``None`` means "not given" and is left out, so that HeyGen's own default applies. What each is for is said
+    at :class:`~airflow_provider_heygen.operators.overdub.HeyGenCreateOverdubOperator`.
     """
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)

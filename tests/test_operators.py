@@ -1,0 +1,257 @@
+"""Upload, rename, save and delete; and what Airflow sees of the create operator's arguments."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from datetime import timedelta
+from types import SimpleNamespace
+
+import jinja2
+import pytest
+from airflow.sdk._shared.secrets_masker import redact
+from airflow.sdk.exceptions import AirflowFailException
+from airflow_task import StateStore, Task
+
+from airflow_provider_heygen.api import CreateOverdubRequest
+from airflow_provider_heygen.exceptions import (
+    HeyGenBadInputError,
+    HeyGenError,
+    HeyGenNotFoundError,
+    HeyGenOverdubFailedError,
+    HeyGenPermanentError,
+)
+from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.operators.asset import HeyGenUploadAssetOperator
+from airflow_provider_heygen.operators.overdub import (
+    REQUEST_FIELDS,
+    HeyGenCreateOverdubOperator,
+    HeyGenDeleteOverdubOperator,
+    HeyGenUpdateOverdubOperator,
+)
+from airflow_provider_heygen.transfers.heygen_to_object_storage import HeyGenOverdubToObjectStorageOperator
+
+RESOURCES = pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
+MEDIA = {"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"}
+
+
+def run(operator, **arguments):
+    """Run an operator once; gives what it returns and its XComs."""
+    task = Task(lambda: operator(task_id="task", **arguments), store=StateStore())
+    return task.start(), task.xcoms
+
+
+@pytest.fixture
+def overdub_id(heygen):
+    return run(HeyGenCreateOverdubOperator, poke_interval=0.05, **MEDIA)[0]
+
+
+# --- Create -------------------------------------------------------------------------------------------
+
+
+def test_the_operator_has_each_field_of_the_request_as_a_templated_argument():
+    assert tuple(CreateOverdubRequest.model_fields) == REQUEST_FIELDS
+    assert {*REQUEST_FIELDS, "heygen_conn_id"} <= set(HeyGenCreateOverdubOperator.template_fields)
+
+
+@RESOURCES
+def test_all_fields_arrive_as_templates_render_them(heygen):
+    texts = {
+        "title": "T",
+        "mode": "precision",
+        "enable_caption": "True",
+        "enable_dynamic_duration": "false",
+        "disable_music_track": "1",
+        "enable_speech_enhancement": "yes",
+        "enable_watermark": "0",
+        "start_time": "0.5",
+        "end_time": "2",
+        "keep_the_same_format": "true",
+        "fps_mode": "cfr",
+        "callback_url": "https://x.y/hook?token=1",
+        "callback_id": "7",
+        "folder_id": "f",
+    }
+    timeouts = {"poke_interval": "0.05", "timeout": "20"}
+    run(HeyGenCreateOverdubOperator, **MEDIA, **texts, **timeouts, wait_for_completion=False)
+    sent = heygen.jobs[0].request
+    assert (sent.start_time, sent.end_time, sent.mode, sent.fps_mode) == (0.5, 2.0, "precision", "cfr")
+    assert (sent.enable_caption, sent.enable_dynamic_duration, sent.disable_music_track) == (
+        True,
+        False,
+        True,
+    )
+    assert (sent.enable_speech_enhancement, sent.enable_watermark) == (True, False)
+    assert (sent.callback_id, sent.folder_id, sent.title) == ("7", "f", "T")
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"video": {"type": "url"}}, "video"),
+        ({"video": {"type": "url", "url": "https://x.y", "asset_id": "a"}}, "video"),
+        ({"audio": "http://x.y/a.mp3"}, "audio"),
+        ({"audio": "a.mp3"}, "audio"),
+        ({"audio": None}, "audio"),
+        ({"mode": "fast"}, "mode"),
+        ({"fps_mode": "60"}, "fps_mode"),
+        ({"start_time": -1}, "start_time"),
+        ({"end_time": float("nan")}, "end_time"),
+        ({"start_time": 3, "end_time": 2}, "end_time"),
+        ({"title": ""}, "title"),
+        ({"title": "None"}, "title"),
+        ({"poke_interval": 0}, "poke_interval"),
+        ({"poke_interval": "soon"}, "poke_interval"),
+        ({"timeout": -1}, "timeout"),
+        ({"timeout": timedelta(0)}, "timeout"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_before_any_request(heygen, changes, field):
+    with pytest.raises(HeyGenBadInputError, match=field) as caught:
+        run(HeyGenCreateOverdubOperator, **MEDIA | changes)
+    assert isinstance(caught.value, AirflowFailException)
+    assert heygen.requests == []
+
+
+def test_what_the_upload_returns_goes_in_whole_or_by_its_id(heygen, tmp_path):
+    (tmp_path / "a.mp3").write_bytes(b"ID3" + bytes(100))
+    asset, xcoms = run(HeyGenUploadAssetOperator, source=str(tmp_path / "a.mp3"))
+    assert asset == {"type": "asset_id", "asset_id": xcoms["asset_id"]}
+    for audio in (asset, {"type": "asset_id", "asset_id": asset}, {**asset, "asset_id": xcoms["asset_id"]}):
+        run(HeyGenCreateOverdubOperator, video=MEDIA["video"], audio=audio, wait_for_completion=False)
+        assert heygen.jobs[-1].request.audio.asset_id == xcoms["asset_id"]
+
+
+def test_links_are_masked_where_rendered_fields_are_stored():
+    operator = HeyGenCreateOverdubOperator(
+        task_id="task",
+        video="https://x.y/v.mp4?X-Amz-Signature={{ secret }}",
+        audio={"type": "url", "url": "https://user:RENDERED2@x.y/a.mp3?sig=RENDERED3"},
+        callback_url="https://x.y/hook?token=RENDERED4",
+    )
+    operator.render_template_fields({"secret": "RENDERED1"}, jinja2.Environment(autoescape=True))
+    assert "RENDERED1" in operator.video
+    stored = str([redact(getattr(operator, name)) for name in operator.template_fields])
+    assert "RENDERED" not in stored
+    assert "https://x.y/v.mp4?" in stored
+
+
+# --- Upload -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["", "missing.mp4", ".", "nope://bucket/v.mp4"], ids=str)
+def test_a_bad_source_sends_nothing(heygen, tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(HeyGenBadInputError):
+        run(HeyGenUploadAssetOperator, source=source)
+    assert heygen.requests == []
+
+
+# --- Update -------------------------------------------------------------------------------------------
+
+
+@RESOURCES
+def test_rename(heygen, overdub_id):
+    returned, xcoms = run(HeyGenUpdateOverdubOperator, overdub_id=overdub_id, title="new")
+    assert returned == overdub_id
+    assert heygen.jobs[0].title == xcoms["overdub"]["title"] == "new"
+    assert "http" not in str(xcoms)
+
+
+@pytest.mark.parametrize("title", ["", " ", None])
+def test_rename_to_nothing_sends_nothing(heygen, title):
+    with pytest.raises(HeyGenBadInputError, match="title"):
+        run(HeyGenUpdateOverdubOperator, overdub_id="od_1", title=title)
+    assert heygen.requests == []
+
+
+# --- Delete -------------------------------------------------------------------------------------------
+
+
+@RESOURCES
+def test_delete_twice(heygen, overdub_id):
+    run(HeyGenDeleteOverdubOperator, overdub_id=overdub_id)
+    assert heygen.jobs[0].deleted
+    run(HeyGenDeleteOverdubOperator, overdub_id=overdub_id)
+    with pytest.raises(HeyGenNotFoundError):
+        run(HeyGenDeleteOverdubOperator, overdub_id=overdub_id, ignore_missing=False)
+
+
+def test_delete_does_not_take_a_wrong_resource_for_a_missing_overdub(heygen, overdub_id):
+    heygen.behaviour.resources = {"lipsyncs"}
+    with pytest.raises(HeyGenNotFoundError, match="'resource'"):
+        run(HeyGenDeleteOverdubOperator, overdub_id=overdub_id)
+    assert not heygen.jobs[0].deleted
+
+
+@pytest.mark.parametrize("overdub_id", ["", "None", "a/b", "..", "x?y"])
+def test_delete_of_a_bad_id_sends_nothing(heygen, overdub_id):
+    with pytest.raises(HeyGenBadInputError):
+        run(HeyGenDeleteOverdubOperator, overdub_id=overdub_id)
+    assert heygen.requests == []
+
+
+# --- Save ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["{}/v.mp4", "file://{}/v.mp4", "{}/", "file://{}/new/folder/"])
+def test_save(heygen, overdub_id, tmp_path, form):
+    uri, _ = run(
+        HeyGenOverdubToObjectStorageOperator, overdub_id=overdub_id, destination=form.format(tmp_path)
+    )
+    name = f"{overdub_id}.mp4" if form.endswith("/") else "v.mp4"
+    (saved,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert saved.name == name
+    assert uri == f"file://{saved}"
+    assert saved.read_bytes()[4:8] == b"ftyp"
+
+
+def test_save_keeps_what_is_the_same_and_refuses_what_is_not(heygen, overdub_id, tmp_path):
+    arguments = {"overdub_id": overdub_id, "destination": str(tmp_path / "v.mp4")}
+    run(HeyGenOverdubToObjectStorageOperator, **arguments)
+    written = (tmp_path / "v.mp4").stat().st_mtime_ns
+    run(HeyGenOverdubToObjectStorageOperator, **arguments)
+    assert (tmp_path / "v.mp4").stat().st_mtime_ns == written
+    (tmp_path / "v.mp4").write_bytes(b"other")
+    with pytest.raises(HeyGenPermanentError, match="overwrite"):
+        run(HeyGenOverdubToObjectStorageOperator, **arguments)
+    run(HeyGenOverdubToObjectStorageOperator, **arguments, overwrite=True)
+    assert len((tmp_path / "v.mp4").read_bytes()) > 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
+
+
+def test_save_of_a_failed_or_unfinished_overdub(heygen, tmp_path):
+    heygen.behaviour.job_seconds = 60
+    with HeyGenHook() as hook:
+        overdub_id = hook.create_overdub(MEDIA)
+    arguments = {"overdub_id": overdub_id, "destination": str(tmp_path / "v.mp4")}
+    with pytest.raises(HeyGenError, match="Wait for it first") as caught:
+        run(HeyGenOverdubToObjectStorageOperator, **arguments)
+    assert not isinstance(caught.value, AirflowFailException)  # a retry may find it completed
+    heygen.force(overdub_id, "failed", "no face")
+    with pytest.raises(HeyGenOverdubFailedError, match="no face"):
+        run(HeyGenOverdubToObjectStorageOperator, **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Airflow's habits ---------------------------------------------------------------------------------
+
+
+def test_deferrable_comes_from_the_config():
+    source = (
+        "import os; os.environ['AIRFLOW__OPERATORS__DEFAULT_DEFERRABLE'] = 'True';"
+        "from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator as Create;"
+        "from airflow_provider_heygen.sensors.overdub import HeyGenOverdubSensor as Sensor;"
+        "assert Create(task_id='c', video='v', audio='a').deferrable;"
+        "assert Sensor(task_id='s', overdub_id='o').deferrable"
+    )
+    subprocess.run([sys.executable, "-c", source], check=True)
+    assert not HeyGenCreateOverdubOperator(task_id="c", **MEDIA).deferrable
+
+
+def test_constructors_only_assign():
+    """Whatever is given may be a template, and is looked at when the task runs."""
+    odd = SimpleNamespace()
+    operator = HeyGenCreateOverdubOperator(task_id="c", video=odd, audio=odd, mode=odd, timeout=odd)
+    assert (operator.video, operator.mode, operator.timeout) == (odd, odd, odd)
