@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,13 @@ def test_many_languages(heygen, airflow, media, resource):
     assert {job.title for job in heygen.jobs} == {f"Talk, {language}, delivered" for language in LANGUAGES}
     for language in LANGUAGES:
         assert is_dubbed(media / "dubbed" / f"talk.{language}.mp4", media, language)
+
+
+def test_the_dag_in_the_readme():
+    (code,) = re.findall(r"```python\n(.*?)```", (DAGS.parent / "README.md").read_text(), re.DOTALL)
+    assert len(code.strip().splitlines()) <= 12
+    names = {}
+    exec(code, names)
+    dag = names["dub"].dag
+    assert set(dag.task_ids) == {"dub", "save"}
+    assert dag.get_task("save").upstream_task_ids == {"dub"}
