@@ -4,7 +4,7 @@ export AIRFLOW_HOME ?= $(CURDIR)/.local/airflow
 export AIRFLOW__CORE__LOAD_EXAMPLES := False
 
 .DELETE_ON_ERROR:
-.PHONY: demo ui test test-stack bench lint format dist clean
+.PHONY: demo ui test test-stack chaos_kills chaos_random bench lint format dist clean
 
 demo: .venv/done       ## dub a real video with a real Airflow DAG, on the HeyGen emulator
 	@$(BIN)/python example_dags/run_local.py demo
@@ -16,7 +16,10 @@ test: lint             ## lint, types, tests
 	$(BIN)/python -m pytest
 
 test-stack: .venv/done ## kill the parts of a real Airflow at the worst moments; needs PostgreSQL
-	$(BIN)/python -m pytest tests/stack/chaos_kills.py tests/stack/chaos_random.py
+	@$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) chaos_kills chaos_random
+
+chaos_kills chaos_random: .venv/done
+	$(BIN)/python -m pytest tests/stack/$@.py
 
 bench: .venv-bench/done  ## what importing costs, ours beside the peers'
 	.venv-bench/bin/python benchmarks/import_cost.py

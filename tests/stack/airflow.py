@@ -187,16 +187,20 @@ class Stack:
 
         wait_for("Airflow to be up", well)
 
-    def kill_part(self, part: str, *, tree: bool = True) -> None:
-        """SIGKILL a part; with ``tree`` its children too, as when its machine dies."""
+    def kill_part(self, part: str, *, tree: bool = True) -> list[psutil.Process]:
+        """
+        SIGKILL a part.
+
+        :param tree: its children too, as when its machine dies.
+        :returns: the children that live on.
+        """
         process = self._parts.pop(part)
-        victims = [psutil.Process(process.pid)]
-        if tree:
-            victims += victims[0].children(recursive=True)
-        for victim in victims:
-            with suppress(psutil.NoSuchProcess):
-                victim.kill()
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
         process.wait()
+        if tree:
+            end(children)
+        return [] if tree else children
 
     def freeze_part(self, part: str) -> None:
         self._signal_tree(self._parts[part].pid, signal.SIGSTOP)
@@ -210,22 +214,10 @@ class Stack:
             with suppress(psutil.NoSuchProcess):
                 member.send_signal(number)
 
-    def restart_part(self, part: str, *, tree: bool = True, down: float = 0) -> None:
-        self.kill_part(part, tree=tree)
+    def restart_part(self, part: str, *, down: float = 0) -> None:
+        self.kill_part(part)
         time.sleep(down)
         self.start_part(part)
-
-    def kill_worker(self, task: dict[str, Any], *, supervisor: bool = False) -> bool:
-        """
-        SIGKILL the process that runs a task instance, and say whether there was one.
-
-        :param task: the task instance as the REST API gives it.
-        :param supervisor: also the process that would report its death, as when the machine dies.
-        """
-        return kill_worker(task["pid"], self.home, supervisor=supervisor)
-
-    def output(self, part: str) -> str:
-        return (self.home / f"{part}.stdout").read_text(errors="replace")
 
     def worker_seconds(self, since: int = 0) -> float:
         """
@@ -262,6 +254,13 @@ class Stack:
         self._keeper.wait(timeout=60)
         for process in [*self._parts.values(), *(heygen.process for heygen in self._heygens)]:
             process.wait(timeout=10)
+
+
+def end(processes: list[psutil.Process]) -> None:
+    """SIGKILL processes; they may have ended already."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def kill_worker(pid: int | None, home: Path, *, supervisor: bool = False) -> bool:

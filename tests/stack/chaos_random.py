@@ -73,8 +73,12 @@ class Storm:
         while sum(self._ended()) < 0.95 * len(self.dubs.names):
             time.sleep(self.dice.uniform(1, 3))
             kind = deck.pop() if deck else self.dice.choices(list(BLOWS), list(BLOWS.values()))[0]
-            if self.dealt[kind] < MOST.get(kind, 10**6) and self._deal(kind):
+            if self.dealt[kind] >= MOST.get(kind, 10**6):
+                continue
+            if self._deal(kind):
                 self.dealt[kind] += 1
+            else:
+                deck.insert(0, kind)  # there was nobody to hit
         for name in SERVERS:
             self.chaos.servers[name].clear_faults()
 
