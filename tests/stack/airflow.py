@@ -219,6 +219,10 @@ class Stack:
         time.sleep(down)
         self.start_part(part)
 
+    def output(self, part: str) -> str:
+        """What a part has printed."""
+        return (self.home / f"{part}.stdout").read_text(errors="replace")
+
     def worker_seconds(self, since: int = 0) -> float:
         """
         How long a worker is held by one start of a task, on average, by its own account.
