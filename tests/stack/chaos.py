@@ -31,8 +31,8 @@ class Chaos:
         self.stack.connect(name, self.servers[name].connection(read_timeout=5, write_timeout=12))
         return self.servers[name]
 
-    def dubs(self, entries: Iterable[dict[str, Any]]) -> Dubs:
-        return Dubs(self, list(entries))
+    def dubs(self, entries: Iterable[dict[str, Any]], dag_id: str = "dubs") -> Dubs:
+        return Dubs(self, list(entries), dag_id)
 
     def reset(self) -> None:
         for server in self.servers.values():
@@ -40,12 +40,12 @@ class Chaos:
 
 
 class Dubs:
-    """A run of the DAG ``dubs``. Each entry gets a title of its own, by which its jobs are known."""
+    """A run of a DAG of ``dubs.py``. Each entry gets a title of its own, by which its jobs are known."""
 
-    def __init__(self, chaos: Chaos, entries: list[dict[str, Any]]) -> None:
+    def __init__(self, chaos: Chaos, entries: list[dict[str, Any]], dag_id: str) -> None:
         self.chaos = chaos
         self.entries = [{"title": f"dub {next(_numbers)}", **entry} for entry in entries]
-        self.run = Run(chaos.stack.rest, "dubs", work=self.entries, defaults={"deferrable": True})
+        self.run = Run(chaos.stack.rest, dag_id, work=self.entries, defaults={"deferrable": True})
         self.names = [f"dub[{index}]" for index in range(len(self.entries))]
 
     def jobs(self) -> dict[str, list[dict[str, Any]]]:

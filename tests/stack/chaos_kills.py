@@ -35,7 +35,7 @@ def _chaos(postgres: None) -> Iterator[Chaos]:
             chaos.add_server(name, idempotency=name == "honours")
             for outage in OUTAGES:
                 chaos.add_server(f"{name}_{outage}", idempotency=name == "honours", job_seconds=20)
-        stack.start("dubs")
+        stack.start("dubs", "dubs_patient")
         yield chaos
 
 
@@ -195,7 +195,7 @@ def test_scheduler_dies_and_its_workers_live_on(chaos: Chaos) -> None:
 def test_api_server_is_down_for_20_seconds(chaos: Chaos) -> None:
     for server in each_server(chaos):
         server.behave(job_seconds=15)
-    dubs = chaos.dubs(everywhere() * 3)
+    dubs = chaos.dubs(everywhere() * 3, "dubs_patient")
     wait_for("the jobs", dubs.all_created)
     chaos.stack.restart_part("api-server", down=20)
     dubs.check()
