@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
-from airflow_provider_heygen.waiting import WaitEvent, Watch
+from airflow_provider_heygen.waiting import MAX_CONSECUTIVE_FAILURES, WaitEvent, Watch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -38,7 +38,7 @@ class HeyGenOverdubTrigger(BaseTrigger):
         overdub_id: str,
         poke_interval: float = 30.0,
         deadline: float | None = None,
-        max_consecutive_failures: int = 10,
+        max_consecutive_failures: int = MAX_CONSECUTIVE_FAILURES,
         not_found_until: float = 0.0,
         delete_on_kill: bool = False,
     ) -> None:
