@@ -12,7 +12,7 @@ from urllib.parse import urljoin, urlsplit
 
 from requests.exceptions import RequestException
 
-from airflow_provider_heygen.api import MAX_MULTIPART_BYTES, redact_links
+from airflow_provider_heygen.api import redact_links
 from airflow_provider_heygen.connection import HeyGenConnection, is_loopback
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
@@ -71,29 +71,6 @@ def storage_path(path: str | PathLike[str] | ObjectStoragePath, what: str) -> Ob
     return found
 
 
-def uploadable(path: str | PathLike[str] | ObjectStoragePath) -> ObjectStoragePath:
-    """
-    Check that HeyGen could take a file.
-
-    :raises HeyGenBadInputError: it is missing, a directory, empty, or over 32 MB.
-    """
-    source = storage_path(path, "the file to upload")
-    if source.is_dir():
-        raise HeyGenBadInputError(f"{source} is a directory; name one file.")
-    try:
-        size = source.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        raise HeyGenBadInputError(f"There is no file {source}; nothing was uploaded.") from None
-    if size == 0:
-        raise HeyGenBadInputError(f"{source} is empty; nothing was uploaded.")
-    if size > MAX_MULTIPART_BYTES:
-        raise HeyGenBadInputError(
-            f"{source} has {size / 2**20:.1f} MiB, HeyGen takes {MAX_MULTIPART_BYTES >> 20} MiB per upload."
-            " Make it smaller, or pass a public https URL as video or audio."
-        )
-    return source
-
-
 def save(
     link: str,
     destination: ObjectStoragePath,
@@ -115,7 +92,7 @@ def save(
     if destination.is_dir():
         raise HeyGenBadInputError(f"{destination} is a directory; name a file, or end it with a slash.")
     try:
-        with _links_unlogged(), _open(link, session, settings) as response:
+        with links_unlogged(), _open(link, session, settings) as response:
             length = response.headers.get("Content-Length")
             size = int(length) if length and length.isdigit() else None
             if not overwrite and destination.exists():
@@ -135,7 +112,7 @@ def save(
 
 
 @contextlib.contextmanager
-def _links_unlogged() -> Iterator[None]:
+def links_unlogged() -> Iterator[None]:
     """
     Keep presigned links out of urllib3's log, which at level DEBUG has each path with its query.
 
@@ -179,7 +156,7 @@ def _publish(response: requests.Response, size: int | None, destination: ObjectS
 def _open(link: str, session: requests.Session, settings: HeyGenConnection) -> requests.Response:
     base = ""
     for _ in range(MAX_REDIRECTS + 1):
-        link, host = _check_link(base, link, settings)
+        link, host = check_link(base, link, settings, _WHAT)
         response = session.get(
             link,
             stream=True,
@@ -196,18 +173,25 @@ def _open(link: str, session: requests.Session, settings: HeyGenConnection) -> r
             return response
         response.close()
         raise HeyGenTransientError(
-            f"The link to the video at {host} answered {response.status_code} ({kind or 'no type'}) instead"
+            f"{_WHAT} at {host} answered {response.status_code} ({kind or 'no type'}) instead"
             " of the video; it may have expired.",
             status_code=response.status_code,
         )
-    raise HeyGenPermanentError(f"The link to the video was redirected more than {MAX_REDIRECTS} times.")
+    raise HeyGenPermanentError(f"{_WHAT} was redirected more than {MAX_REDIRECTS} times.")
 
 
+_WHAT = "The link to the video"
 _NOT_VIDEO = {"application/json", "application/xml", "application/xhtml+xml"}
 
 
-def _check_link(base: str, link: str, settings: HeyGenConnection) -> tuple[str, str]:
-    """Give a link that may be fetched, and its host; a hostile one must not reach our own network."""
+def check_link(base: str, link: str, settings: HeyGenConnection, what: str) -> tuple[str, str]:
+    """
+    Give a link that may be followed, and its host; a hostile one must not reach our own network.
+
+    :param base: the URL the link was found at, or "" for one that must be whole.
+    :param what: how to call it in an error, such as "The link to the video".
+    :raises HeyGenPermanentError: it is no URL, not https, or leads to a private or loopback address.
+    """
     try:
         link = urljoin(base, link)
         link.encode()
@@ -215,18 +199,18 @@ def _check_link(base: str, link: str, settings: HeyGenConnection) -> tuple[str, 
         host = parts.hostname or ""
         host.encode("idna")  # as the look-up of its address does
     except ValueError:
-        raise HeyGenPermanentError("The link to the video is not a URL that can be fetched.") from None
+        raise HeyGenPermanentError(f"{what} is not a URL that can be followed.") from None
     secure = parts.scheme == "https" or (
         parts.scheme == "http" and (settings.allow_http or is_loopback(host))
     )
     if not host or not secure:
         raise HeyGenPermanentError(
-            f"The link to the video leads to {parts.scheme}://{host}, which is not https. If that is meant,"
+            f"{what} leads to {parts.scheme}://{host}, which is not https. If that is meant,"
             f" set the extra 'allow_http' of Airflow connection '{settings.conn_id}' to true."
         )
     if not settings.allow_private_hosts and _is_private(host):
         raise HeyGenPermanentError(
-            f"The link to the video leads to {host}, a private or loopback address. If that is meant, set the"
+            f"{what} leads to {host}, a private or loopback address. If that is meant, set the"
             f" extra 'allow_private_hosts' of Airflow connection '{settings.conn_id}' to true."
         )
     return link, host

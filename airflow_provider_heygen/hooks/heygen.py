@@ -41,7 +41,7 @@ from requests.exceptions import (
 from requests_toolbelt import MultipartEncoder
 from urllib3.exceptions import NameResolutionError, NewConnectionError
 
-from airflow_provider_heygen import __version__, api, media
+from airflow_provider_heygen import __version__, api, media, upload
 from airflow_provider_heygen.connection import HeyGenConnection
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
@@ -292,7 +292,7 @@ class HeyGenHook(HttpHook):
         :param path: a local path or any URI that Airflow's ObjectStoragePath understands (``file://``,
             ``s3://conn_id@bucket/key``, ``gs://`` ...), at most 32 MB.
         """
-        source = media.uploadable(path)
+        source = upload.uploadable(path)
         call = api.upload_asset(str(uuid.uuid4()))
         content_type = mimetypes.guess_type(source.name)[0] or "application/octet-stream"
         for attempt in self._retrying():
@@ -331,7 +331,6 @@ class HeyGenHook(HttpHook):
                     # Seen for a short time after completion (contract notes, section 7).
                     raise HeyGenTransientError(f"Overdub {overdub_id} is completed but has no link yet.")
                 with _new_session(self.settings) as session:
-                    session.auth = _no_credential
                     return media.save(
                         overdub.video_url,
                         path,
@@ -622,6 +621,7 @@ class _Session(requests.Session):
 def _new_session(settings: HeyGenConnection) -> requests.Session:
     """Make a session with the connection's proxies and TLS settings, and no credential."""
     session = _Session()
+    session.auth = _no_credential
     session.proxies = dict(settings.proxies)
     session.verify = settings.verify
     session.cert = settings.cert
