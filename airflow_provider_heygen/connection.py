@@ -57,6 +57,8 @@ class HeyGenConnection(BaseModel):
     # A create may take 30 s to answer; giving up early makes jobs nobody knows the id of.
     write_timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     upload_timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    # HeyGen publishes no limit (contract notes, section 4). One triggerer keeps to this, for all its waits.
+    max_requests_per_second: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     # As in Airflow's HTTP connection, by the names its users know.
     proxies: dict[str, str] = Field(default_factory=dict, repr=False)
     verify: Annotated[bool | str, BeforeValidator(_bool_word)] = True

@@ -84,6 +84,12 @@ def get_provider_info() -> dict[str, Any]:
                     "upload_timeout": _seconds(
                         "Upload timeout", 600, "Seconds of silence to bear during an upload."
                     ),
+                    "max_requests_per_second": {
+                        "label": "Requests per second",
+                        "schema": {"type": ["number", "null"], "exclusiveMinimum": 0},
+                        "description": "With which one triggerer looks at all waiting overdubs, at most."
+                        " Default: 5.",
+                    },
                     "allow_http": {
                         "label": "Allow plain http",
                         "schema": {"type": ["boolean", "null"], "default": False},

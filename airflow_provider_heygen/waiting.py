@@ -72,6 +72,17 @@ class Watch:
     :param log: gets one line per change of status and per failed look.
     """
 
+    __slots__ = (
+        "deadline",
+        "failures",
+        "log",
+        "max_consecutive_failures",
+        "not_found_until",
+        "overdub_id",
+        "poke_interval",
+        "status",
+    )
+
     def __init__(
         self,
         overdub_id: str,
@@ -93,7 +104,6 @@ class Watch:
 
     def saw(self, overdub: Overdub) -> float | WaitEvent:
         """Take a successful look."""
-        self.failures = 0
         if overdub.status != self.status:
             self.status = overdub.status
             known = isinstance(overdub.status, OverdubStatus)
@@ -109,6 +119,11 @@ class Watch:
             return event
         if overdub.status == OverdubStatus.FAILED:
             return self._end("failed", failure(overdub))
+        return self.unchanged()
+
+    def unchanged(self) -> float | WaitEvent:
+        """Take a successful look that found what the last one found, and no end."""
+        self.failures = 0
         return self._pause(self.poke_interval)
 
     def failed(self, error: Exception) -> float | WaitEvent:
@@ -116,9 +131,9 @@ class Watch:
         if isinstance(error, HeyGenNotFoundError) and time.time() < self.not_found_until:
             self.log.info("Overdub %s is not readable yet; it was created just now.", self.overdub_id)
             return self._pause(min(self.poke_interval, 2.0))
-        text = redact_links(str(error))
         if isinstance(error, HeyGenPermanentError):
-            return self._end("error", text)
+            return self.give_up(error)
+        text = redact_links(str(error))
         self.failures += 1
         if self.failures >= self.max_consecutive_failures:
             return self._end(
@@ -131,6 +146,10 @@ class Watch:
         pause = max(backoff, told or 0.0) * random.uniform(1.0, 1.25)  # noqa: S311
         self.log.warning("%s Looking again in %.0f s (failure %d in a row).", text, pause, self.failures)
         return self._pause(pause)
+
+    def give_up(self, error: Exception) -> WaitEvent:
+        """End the wait because looking again is no use."""
+        return self._end("error", redact_links(str(error)))
 
     def follow(self, hook: HeyGenHook, *, once: bool = False) -> WaitEvent | None:
         """Look with a synchronous hook until the end; or once, and give ``None`` if that is not the end."""
@@ -146,17 +165,22 @@ class Watch:
             time.sleep(step)
 
     def _pause(self, seconds: float) -> float | WaitEvent:
-        if self.deadline is None:
-            return seconds
-        left = self.deadline - time.time()
-        if left <= 0:
-            return self._end(
-                "timeout",
-                f"Stopped waiting for overdub {self.overdub_id}, which is {self.status}."
-                " It goes on at HeyGen and may still complete. To go on waiting, retry this task or point"
-                " HeyGenOverdubSensor at the id; to wait longer, raise 'timeout' (or 'execution_timeout').",
-            )
-        return min(seconds, left)
+        left = self.left
+        return min(seconds, left) if left > 0 else self.timed_out()
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return math.inf if self.deadline is None else self.deadline - time.time()
+
+    def timed_out(self) -> WaitEvent:
+        """End the wait because its time is over."""
+        return self._end(
+            "timeout",
+            f"Stopped waiting for overdub {self.overdub_id}, which is {self.status}."
+            " It goes on at HeyGen and may still complete. To go on waiting, retry this task or point"
+            " HeyGenOverdubSensor at the id; to wait longer, raise 'timeout' (or 'execution_timeout').",
+        )
 
     def _end(self, status: Literal["completed", "failed", "timeout", "error"], message: str) -> WaitEvent:
         return {"overdub_id": self.overdub_id, "status": status, "message": message}

@@ -144,7 +144,12 @@ class Emulator:
         """
         if resource is None:
             resource = "overdubs" if "overdubs" in self.behaviour.resources else "lipsyncs"
-        extra: dict[str, Any] = {"allow_http": True, "allow_private_hosts": True, "resource": resource}
+        extra: dict[str, Any] = {
+            "allow_http": True,
+            "allow_private_hosts": True,
+            "resource": resource,
+            "max_requests_per_second": 200,  # nobody's account is spared here
+        }
         if auth_type == "oauth":
             extra["auth_type"] = "oauth"
         return {

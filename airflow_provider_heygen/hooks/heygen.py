@@ -362,7 +362,7 @@ class HeyGenHook(HttpHook):
         call, deletion = api.delete_overdub((await self.asettings()).resource, overdub_id), _Deletion()
         async for attempt in tenacity.AsyncRetrying(**self._retry_options()):
             with attempt, deletion:
-                await self._asend(call)
+                await self.asend(call)
 
     # --- The worker's transport -----------------------------------------------------------------------
 
@@ -495,11 +495,11 @@ class HeyGenHook(HttpHook):
 
     async def _acall(self, build: Callable[[str], api.Call[T]]) -> T:
         call = build((await self.asettings()).resource)
-        result: T = await tenacity.AsyncRetrying(**self._retry_options())(self._asend, call)
+        result: T = await tenacity.AsyncRetrying(**self._retry_options())(self.asend, call)
         return result
 
-    async def _asend(self, call: api.Call[T]) -> T:
-        """Send one call once."""
+    async def asend(self, call: api.Call[T]) -> T:
+        """Send one call once, for those who keep their own patience."""
         settings = await self.asettings()
         name, value = settings.auth_header
         read_timeout = _read_timeout(settings, call)

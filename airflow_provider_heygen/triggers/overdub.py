@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
+from airflow_provider_heygen import poller
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.waiting import MAX_CONSECUTIVE_FAILURES, WaitEvent, Watch
 
@@ -79,23 +79,7 @@ class HeyGenOverdubTrigger(BaseTrigger):
             not_found_until=self.not_found_until,
             log=self.log,
         )
-        # One attempt per look: the watch does the patience, in one place for all kinds of trouble.
-        hook = HeyGenHook(self.heygen_conn_id, max_attempts=1)
-        while True:
-            try:
-                # The session is shared and stays open between looks.
-                async with hook:
-                    while True:
-                        step = watch.saw(await hook.aget_overdub(self.overdub_id))
-                        if isinstance(step, dict):
-                            return step
-                        await asyncio.sleep(step)
-            except Exception as error:
-                # Also what the look-up of the connection throws while Airflow's API server restarts.
-                step = watch.failed(error)
-                if isinstance(step, dict):
-                    return step
-            await asyncio.sleep(step)
+        return await poller.wait(self.heygen_conn_id, watch)
 
     async def on_kill(self) -> None:
         """

@@ -1,0 +1,516 @@
+"""
+One poller for all triggers of an event loop that wait on the same Airflow connection.
+
+Each tick it looks at the overdubs that are due, by whatever costs the fewest requests: pages of the list,
+which tell of 100 overdubs each; the bulk status call of ``lipsyncs``; or a GET each. Which pages hold what
+it learns as it goes, so no order of the list is relied on. A GET has the last word: what is not in the list may
+be there all the same, and a list that lags behind is found out by a GET now and then.
+
+The rules of a single wait are not here but in :class:`~airflow_provider_heygen.waiting.Watch`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import math
+import random
+from collections import Counter
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from airflow_provider_heygen import api
+from airflow_provider_heygen.exceptions import HeyGenError, HeyGenPermanentError, HeyGenTransientError
+from airflow_provider_heygen.hooks.heygen import HeyGenHook
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from airflow_provider_heygen.connection import HeyGenConnection
+    from airflow_provider_heygen.waiting import WaitEvent, Watch
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+DEBOUNCE_SECONDS = 0.1
+"""How long after it joined a wait gets its first look: those that join together share it."""
+
+GRACE_SECONDS = 5.0
+"""How long after its deadline a wait may still be decided by a look; then it ends without one."""
+
+REFRESH_SECONDS = 60.0
+"""How often the Airflow connection is read again, for a key that was rotated."""
+
+FRESH_CONNECTION_SECONDS = 5.0
+"""A refusal (401, 404 ...) is believed only if the connection was read at most this long before."""
+
+ATTEMPTS = 5
+"""How often a request is sent while HeyGen answers 429."""
+
+LONGEST_PAUSE = 15.0
+"""Seconds without any request after failures in a row, at most (unless HeyGen asks for more)."""
+
+DOWN = 3
+"""Failed requests in a row in one tick, after which the tick is given up."""
+
+VERIFY_SECONDS = 5.0
+"""How often a GET checks one of the overdubs that the list or the bulk call tell of."""
+
+STALE_SECONDS = 10.0
+"""How far the list or the bulk call may lag behind a GET."""
+
+DISTRUST_SECONDS = 600.0
+"""How long a list or bulk call that lags further behind, or is refused, is left alone."""
+
+EXPLORE_SECONDS = 30.0
+"""How long after a fruitless search through the list the next one comes; doubles up to an hour."""
+
+CONCURRENT_LOOKS = 10
+"""GETs under way at the same time, at most."""
+
+_DETAILS = {"title", "duration", "callback_id", "failure_message"}
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    """One trigger: its rules, its context (where its log goes) and its end."""
+
+    watch: Watch
+    context: contextvars.Context
+    ended: asyncio.Future[WaitEvent]
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """
+    One awaited overdub.
+
+    :param due: when its next look is due, in seconds of the loop.
+    :param page: the page of the list it was on last; ``None`` if it was not found there.
+    :param sought: whether it was looked for in pages that are not known to be worth it.
+    :param word: its status in the list or the bulk call, as it came.
+    :param ended: whether these say that it has ended, but not all that is to be told then.
+    :param asked_at: when a GET was sent for it.
+    """
+
+    overdub_id: str
+    due: float
+    waiters: list[_Waiter] = field(default_factory=list)
+    page: int | None = None
+    sought: bool = False
+    word: Any = None
+    ended: bool = False
+    asked_at: float = -math.inf
+
+
+@dataclass
+class _Source:
+    """What tells of many at once, the list or the bulk call; it may be left alone for a while."""
+
+    name: str
+    usable_from: float = -math.inf
+    pause: float = 0.0
+
+    def leave(self, now: float, reason: str, *, lasting: bool) -> None:
+        self.pause = DISTRUST_SECONDS if lasting else min(max(5.0, self.pause * 2), DISTRUST_SECONDS)
+        self.usable_from = now + self.pause
+        log.info("Doing without %s for %.0f s: %s", self.name, self.pause, api.redact_links(reason))
+
+
+_pollers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Poller]] = WeakKeyDictionary()
+
+
+async def wait(heygen_conn_id: str, watch: Watch) -> WaitEvent:
+    """
+    Wait until an overdub has ended, its deadline has passed or looking is hopeless.
+
+    The first to wait on a connection starts its poller; the last to leave stops it and closes its session.
+
+    :param heygen_conn_id: the Airflow connection; its ``max_requests_per_second`` is kept to.
+    :param watch: the rules of this wait.
+    """
+    try:
+        api.check_id(watch.overdub_id)
+    except HeyGenError as error:
+        return watch.give_up(error)
+    loop = asyncio.get_running_loop()
+    of_loop = _pollers.setdefault(loop, {})
+    poller = of_loop.get(heygen_conn_id)
+    if poller is None:
+        poller = of_loop[heygen_conn_id] = _Poller(heygen_conn_id, loop)
+    waiter = poller.join(watch)
+    try:
+        return await waiter.ended
+    finally:
+        poller.leave(waiter)
+        if not poller.jobs:
+            del of_loop[heygen_conn_id]
+            await poller.stop()
+
+
+class _Poller:
+    def __init__(self, heygen_conn_id: str, loop: asyncio.AbstractEventLoop) -> None:
+        self.conn_id = heygen_conn_id
+        self.jobs: dict[str, _Job] = {}
+        self._loop = loop
+        self._phase = random.random()  # noqa: S311 - not all triggerers at the same moment
+        self._hook: HeyGenHook | None = None
+        self._resolved_at = -math.inf
+        self._session = AsyncExitStack()
+        self._wake = asyncio.Event()
+        self._turn = asyncio.Lock()
+        self._next_turn = -math.inf
+        self._trouble, self._trouble_at = 0, -math.inf
+        self._trouble_in_tick = 0
+        self._tick_at = -math.inf
+        self._open: dict[str, _Job] = {}
+        self._forget()
+        # Not in the context of the first trigger, whose log would get all lines.
+        self._task = loop.create_task(self._run(), context=contextvars.Context())
+        self._task.add_done_callback(self._died)
+
+    def _forget(self) -> None:
+        """Forget what was learned of the server: a new connection may lead to another one."""
+        self._list = _Source("the list of overdubs")
+        self._bulk = _Source("the bulk status call")
+        self._page_seconds = 0.0
+        self._explore_at = self._verify_at = -math.inf
+        self._explore_pause = EXPLORE_SECONDS
+        self._witnesses: dict[str, float] = {}
+        for job in self.jobs.values():
+            job.page, job.sought, job.word = None, False, None
+
+    # --- Coming and going -----------------------------------------------------------------------------
+
+    def join(self, watch: Watch) -> _Waiter:
+        waiter = _Waiter(watch, contextvars.copy_context(), self._loop.create_future())
+        soon = self._loop.time() + DEBOUNCE_SECONDS
+        job = self.jobs.setdefault(watch.overdub_id, _Job(watch.overdub_id, soon))
+        job.due = min(job.due, soon)
+        job.waiters.append(waiter)
+        if watch.deadline is not None:
+            timer = self._loop.call_later(watch.left + GRACE_SECONDS, self._give_up, waiter)
+            waiter.ended.add_done_callback(lambda _: timer.cancel())
+        self._wake.set()
+        return waiter
+
+    def leave(self, waiter: _Waiter) -> None:
+        job = self.jobs[waiter.watch.overdub_id]
+        job.waiters.remove(waiter)
+        if not job.waiters:
+            del self.jobs[job.overdub_id]
+            self._open.pop(job.overdub_id, None)
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    def _died(self, task: asyncio.Task[None]) -> None:
+        for job in self.jobs.values():
+            for waiter in job.waiters:
+                if not waiter.ended.done():  # better a failed task than one that waits for ever
+                    waiter.ended.set_exception(RuntimeError(f"The poller of '{self.conn_id}' died: {task!r}"))
+
+    # --- The rhythm -----------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                await self._until_due()
+                try:
+                    await self._tick()
+                except Exception as error:
+                    await self._fail(self._open, error)
+        finally:
+            await self._session.aclose()
+
+    async def _until_due(self) -> None:
+        while True:
+            self._wake.clear()
+            due = min((job.due for job in self.jobs.values()), default=math.inf)
+            if due <= self._loop.time():
+                return
+            timer = self._loop.call_at(min(due, self._loop.time() + 3600), self._wake.set)
+            try:
+                await self._wake.wait()
+            finally:
+                timer.cancel()
+
+    async def _tick(self) -> None:
+        """Look at all that is due, once; what is not reached remains due for the next tick."""
+        self._tick_at = now = self._loop.time()
+        self._trouble_in_tick = 0
+        due = sorted((job for job in self.jobs.values() if job.due <= now), key=lambda job: job.due)
+        self._open = {job.overdub_id: job for job in due}
+        settings = await self._connect()
+        eager = min((w.watch.poke_interval for job in due for w in job.waiters), default=0.0)
+        interval = max(eager, 1 / settings.max_requests_per_second)
+        bulk = settings.resource == "lipsyncs" and len(due) > 2 and self._bulk.usable_from <= now
+        source = self._bulk if bulk else self._list
+        seen: list[_Job] = []
+        if source.usable_from <= now:
+            try:
+                seen = await (self._ask_bulk() if bulk else self._sweep(settings, interval))
+                source.pause = 0.0
+            except HeyGenError as error:
+                if not await self._refused(error):
+                    lasting = isinstance(error, HeyGenPermanentError)
+                    source.leave(self._loop.time(), str(error), lasting=lasting)
+        if seen and self._verify_at <= now:
+            self._verify_at = now + VERIFY_SECONDS
+            told = [job for job in seen if job.due < math.inf and job.overdub_id not in self._open]
+            if told:
+                job = min(told, key=lambda job: job.asked_at)
+                self._open[job.overdub_id] = job
+        # No more than one interval's worth: by then there may be a better way than a GET for each.
+        budget = max(1, math.ceil(settings.max_requests_per_second * interval))
+        await self._look_at(sorted(self._open.values(), key=lambda job: not job.ended)[:budget], settings)
+        if self._trouble_in_tick >= DOWN:
+            await self._fail(self._open, self._last_trouble)
+
+    def _next(self, watch: Watch, step: float) -> float:
+        """Give the moment of the next look: on a grid, so that waits that began apart meet in one tick."""
+        now, interval = self._loop.time(), watch.poke_interval
+        if step != interval:
+            return now + step
+        phase = self._phase * interval
+        slot = math.ceil((self._tick_at + interval / 2 - phase) / interval)
+        return min(max(now, slot * interval + phase), now + watch.left)
+
+    # --- What a look means for those who wait ---------------------------------------------------------
+
+    def _tell(self, job: _Job, take: Callable[[Watch], float | WaitEvent]) -> None:
+        """Feed a look to the rules of each wait for this overdub."""
+        self._open.pop(job.overdub_id, None)
+        job.due = math.inf
+        for waiter in job.waiters:
+            if waiter.ended.done():
+                continue
+            step = waiter.context.run(take, waiter.watch)  # its log lines go where its trigger logs
+            if isinstance(step, dict):
+                waiter.ended.set_result(step)
+            else:
+                job.due = min(job.due, self._next(waiter.watch, step))
+
+    def _give_up(self, waiter: _Waiter) -> None:
+        if not waiter.ended.done():
+            waiter.ended.set_result(waiter.watch.timed_out())
+
+    async def _fail(self, jobs: dict[str, _Job], error: Exception) -> None:
+        for number, job in enumerate(list(jobs.values()), start=1):
+            self._tell(job, lambda watch: watch.failed(error))
+            if number % 20 == 0:
+                await asyncio.sleep(0)  # each writes a line to its log; the loop has others to serve
+
+    async def _refused(self, error: Exception) -> bool:
+        """Tell whether an error is a refusal, for all or due to an outdated connection, and act on it."""
+        if not isinstance(error, HeyGenPermanentError):
+            return False
+        if self._tick_at - self._resolved_at > FRESH_CONNECTION_SECONDS:
+            self._resolved_at = -math.inf
+            return True
+        if error.status_code != 401:
+            return False
+        await self._fail(self.jobs, error)  # the credential is everybody's
+        return True
+
+    # --- Ways to look ---------------------------------------------------------------------------------
+
+    async def _look_at(self, jobs: list[_Job], settings: HeyGenConnection) -> None:
+        """GET each of some overdubs."""
+        slots = asyncio.Semaphore(CONCURRENT_LOOKS)
+
+        async def look(job: _Job) -> None:
+            async with slots:
+                # What is left out remains due: for the next tick, with a fresh connection, or for failing.
+                hopeless = self._trouble_in_tick >= DOWN or self._resolved_at == -math.inf
+                if job.overdub_id not in self._open or hopeless:
+                    return
+                job.asked_at = self._loop.time()
+                try:
+                    overdub = await self._ask(api.get_overdub(settings.resource, job.overdub_id))
+                except Exception as error:
+                    failure = error
+                    if self._trouble_in_tick < DOWN and not await self._refused(error):
+                        self._tell(job, lambda watch: watch.failed(failure))
+                else:
+                    if overdub.is_final:
+                        self._witnesses[job.overdub_id] = self._loop.time()
+                    self._tell(job, lambda watch: watch.saw(overdub))
+
+        async with asyncio.TaskGroup() as looks:
+            for job in jobs:
+                looks.create_task(look(job))
+
+    async def _ask_bulk(self) -> list[_Job]:
+        """Ask for the status of all that are open, and give them."""
+        jobs = list(self._open.values())
+        witnesses = list(self._witnesses)[:10]
+        at_once = api.MAX_PAGE_SIZE - len(witnesses)
+        for first in range(0, len(jobs), at_once):
+            asked_at = self._loop.time()
+            ids = [job.overdub_id for job in jobs[first : first + at_once]]
+            answer = await self._ask(api.list_statuses(dict.fromkeys(ids + witnesses)), again=True)
+            for overdub_id, row in answer.rows.items():
+                self._read(overdub_id, row, asked_at, self._bulk)
+        return jobs
+
+    async def _sweep(self, settings: HeyGenConnection, interval: float) -> list[_Job]:
+        """Read pages of the list while they are worth it, and give the awaited overdubs that were in them."""
+        now = self._loop.time()
+        depth = self._depth(interval, 1 / settings.max_requests_per_second)
+        again = self._explore_at <= now
+        hopes = [job for job in self._open.values() if job.page is None and (again or not job.sought)]
+        hopes = hopes if len(hopes) > 2 else []
+        sought = {job.overdub_id for job in self._open.values() if (job.page or math.inf) <= depth}
+        sought |= {job.overdub_id for job in hopes}
+        # Beyond the pages that were worth it last time, so many may turn out to be a loss.
+        allowance, loss = max(1, len(hopes) // 4), 0
+        seen: list[_Job] = []
+        token, tokens, page = None, set[str](), 0
+        while sought and (page < depth or (loss < allowance and len(sought) > 1)):
+            page += 1
+            asked_at = self._loop.time()
+            answer = await self._ask(
+                api.skim_overdubs(settings.resource, api.MAX_PAGE_SIZE, token), again=True
+            )
+            self._page_seconds += (self._loop.time() - asked_at - self._page_seconds) / min(page, 5)
+            before = len(sought)
+            for overdub_id, row in answer.rows.items():
+                job = self.jobs.get(overdub_id)
+                if job:
+                    job.page = page
+                    seen.append(job)
+                if job or self._witnesses:
+                    self._read(overdub_id, row, asked_at, self._list)
+                sought.discard(overdub_id)
+            if page > depth:
+                loss += 1 - (before - len(sought))
+            token = answer.next_token
+            if token is None or token in tokens or self._list.usable_from > now:
+                break
+            tokens.add(token)
+        for overdub_id in sought:
+            if overdub_id in self.jobs:
+                self.jobs[overdub_id].page = None
+        if hopes:
+            for job in hopes:
+                job.sought = True
+            self._explore_pause = EXPLORE_SECONDS if loss < 0 else min(self._explore_pause * 2, 3600)
+            self._explore_at = self._loop.time() + self._explore_pause
+        return seen
+
+    def _depth(self, interval: float, spacing: float) -> int:
+        """
+        Give the number of pages to read before the rest gets a GET each, from where the overdubs were last.
+
+        What fits into the interval is judged by its requests, what does not by its seconds. Pages come one
+        after another, because cursors are opaque; GETs do not. Never more requests than a GET for each.
+        """
+        by_page = Counter(job.page for job in self._open.values() if job.page is not None)
+        rest = len(self._open)
+        best, depth = (max(interval, rest * spacing), rest), 0
+        for page in sorted(by_page):
+            rest -= by_page[page]
+            seconds = page * max(spacing, self._page_seconds) + rest * spacing
+            cost = (max(interval, seconds), page + rest + 1)  # one for verifying
+            if cost < best:
+                best, depth = cost, page
+        return depth
+
+    def _read(self, overdub_id: str, row: dict[str, Any], asked_at: float, source: _Source) -> None:
+        """Take one row of the list or of the bulk call."""
+        job = self.jobs.get(overdub_id)
+        word = row.get("status")
+        if job and word == job.word:
+            self._tell(job, lambda watch: watch.unchanged())
+            return
+        try:
+            overdub = api.overdub_of(overdub_id, row)
+        except ValueError:
+            return
+        if overdub_id in self._witnesses:
+            self._hear(overdub, asked_at, source)
+        if job is None or word == api.NOT_FOUND:
+            return
+        if overdub.is_final and not overdub.model_fields_set >= _DETAILS:
+            job.ended = True  # a GET has what is missing
+            self._open[overdub_id] = job
+            return
+        job.word = word
+        self._tell(job, lambda watch: watch.saw(overdub))
+
+    def _hear(self, overdub: api.Overdub, asked_at: float, source: _Source) -> None:
+        """Compare what a source says with what a GET said before."""
+        late = asked_at - self._witnesses[overdub.overdub_id]
+        if overdub.is_final or late > DISTRUST_SECONDS:
+            del self._witnesses[overdub.overdub_id]
+        elif late > STALE_SECONDS:
+            self._witnesses.clear()
+            reason = f"{late:.0f} s after a GET said that overdub {overdub.overdub_id} has ended, it does not"
+            source.leave(self._loop.time(), reason, lasting=True)
+
+    # --- Requests -------------------------------------------------------------------------------------
+
+    async def _connect(self) -> HeyGenConnection:
+        """Read the Airflow connection when it is time to, and keep a session for it."""
+        now = self._loop.time()
+        if self._hook is None or self._trouble or now - self._resolved_at >= REFRESH_SECONDS:
+            hook = HeyGenHook(self.conn_id, max_attempts=1)
+            try:
+                settings = await hook.asettings()
+            except Exception:
+                if self._hook is None or self._resolved_at == -math.inf:
+                    raise
+                settings = self._hook.settings  # Airflow's API server may be away for a while
+            self._resolved_at = now
+            if self._hook is None or settings != self._hook.settings:
+                self._hook = None
+                await self._session.aclose()
+                self._forget()
+                await self._session.enter_async_context(hook)
+                self._hook = hook
+        return self._hook.settings
+
+    async def _ask(self, call: api.Call[T], *, again: bool = False) -> T:
+        """
+        Send one call at its turn; while HeyGen answers 429, several times.
+
+        :param again: send it once more after another transient failure, too.
+        """
+        if self._hook is None:
+            raise AssertionError
+        spacing = 1 / self._hook.settings.max_requests_per_second
+        for attempt in range(1, ATTEMPTS + 1):
+            async with self._turn:
+                # A failure elsewhere may put the turn off meanwhile.
+                while (pause := self._next_turn - self._loop.time()) > 0:  # noqa: ASYNC110
+                    await asyncio.sleep(pause)
+                started_at = self._loop.time()
+                self._next_turn = started_at + spacing
+            try:
+                answer = await self._hook.asend(call)
+            except HeyGenTransientError as error:
+                self._pause(error, started_at)
+                if attempt == ATTEMPTS or (error.status_code != 429 and not (again and attempt == 1)):
+                    raise
+            else:
+                self._trouble = self._trouble_in_tick = 0
+                return answer
+        raise AssertionError
+
+    def _pause(self, error: HeyGenTransientError, started_at: float) -> None:
+        """Keep everybody from asking for a while: longer after each failure in a row, or as HeyGen says."""
+        now = self._loop.time()
+        self._last_trouble = error
+        self._trouble_in_tick += 1
+        if started_at >= self._trouble_at:  # not one of several that failed together
+            self._trouble += 1
+            self._trouble_at = now
+        backoff = min(0.5 * 2 ** min(self._trouble - 1, 10), LONGEST_PAUSE)
+        pause = max(backoff, error.retry_after or 0.0) * random.uniform(1.0, 1.25)  # noqa: S311
+        self._next_turn = max(self._next_turn, now + pause)
