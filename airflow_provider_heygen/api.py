@@ -340,6 +340,37 @@ class Asset(BaseModel):
     size_bytes: Annotated[int | None, Lenient] = None
 
 
+class DirectUpload(BaseModel):
+    """
+    Where a file above 32 MB goes.
+
+    :param asset_id: what it will be called; not usable before the upload is complete.
+    :param upload_url: presigned storage URL for one PUT of the whole file; a secret that expires.
+    :param upload_headers: to be sent with it as they are; signed.
+    :param expires_in_seconds: life of the URL.
+    :param max_bytes: the largest file.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    asset_id: Id
+    upload_url: str = Field(min_length=1, repr=False)
+    upload_headers: dict[str, Annotated[str, BeforeValidator(_text)]] = Field(
+        default_factory=dict, repr=False
+    )
+    expires_in_seconds: Annotated[float | None, Lenient] = None
+    max_bytes: Annotated[int | None, Lenient] = None
+
+
+def _direct_upload(answer: Any) -> DirectUpload:
+    data = _data(answer, dict)
+    check_id(data.get("asset_id"), "asset_id")
+    try:
+        return DirectUpload.model_validate({**data, "upload_headers": data.get("upload_headers") or {}})
+    except ValidationError:
+        raise ValueError("there is no usable upload_url or upload_headers in it") from None
+
+
 def _data(answer: Any, kind: type) -> Any:
     data = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(data, kind):
@@ -402,6 +433,7 @@ class Call(Generic[T]):
     :param what: the call in words, for messages.
     :param read: turns the decoded JSON into the result, or raises ``ValueError``.
     :param body_matters: whether a 2xx answer with an empty body is an error, as one that is not JSON is.
+    :param not_yet: an error status that calls for patience here, and nowhere else.
     """
 
     what: str
@@ -412,6 +444,7 @@ class Call(Generic[T]):
     json: Mapping[str, Any] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     body_matters: bool = True
+    not_yet: int | None = None
 
     def answer(self, status: int, headers: Mapping[str, str], body: bytes, connection: HeyGenConnection) -> T:
         """
@@ -464,6 +497,8 @@ _NEXT_STEP = {
     429: "The account's quota is used up; waiting a little does not help",
 }
 
+_DIRECT_UPLOADS = "/v3/assets/direct-uploads"
+
 _NEXT_STEP_BY_CODE = {
     "download_failed": "HeyGen could not fetch an input: the URL must be public https straight to the file."
     " Or upload the file and pass its asset_id",
@@ -506,7 +541,8 @@ def _error(
     # A second request under a key that is still being worked on; bodies without a code were seen.
     if status == 409 and code is None and "Idempotency-Key" in call.headers:
         code = "request_in_progress"
-    if code in _WAITING_CODES or status in (408, 425) or status >= 500 or (status == 429 and not spent):
+    not_yet = status in (408, 425, call.not_yet) or code in _WAITING_CODES
+    if not_yet or status >= 500 or (status == 429 and not spent):
         # 429 and the waiting codes say that nothing was done; a gateway's 5xx says nothing at all.
         return HeyGenTransientError(
             message + trace,
@@ -521,6 +557,8 @@ def _error(
         )
     elif status == 404 and code != "asset_not_found" and call.path == f"/v3/{connection.resource}":
         step = _COLLECTION_404
+    elif status == 404 and call.path == _DIRECT_UPLOADS:
+        step = "This API has no direct uploads: make the file smaller than 32 MB, or pass a public https URL"
     else:
         step = _NEXT_STEP_BY_CODE.get(code or "", _NEXT_STEP.get(status, "Correct the request"))
     if param:
@@ -672,6 +710,41 @@ def upload_asset(idempotency_key: str) -> Call[Asset]:
         path="/v3/assets",
         headers={"Idempotency-Key": _check_key(idempotency_key)},
         read=lambda answer: Asset.model_validate(_data(answer, dict)),
+    )
+
+
+def create_direct_upload(
+    *, filename: str, content_type: str, size_bytes: int, checksum_sha256: str, idempotency_key: str
+) -> Call[DirectUpload]:
+    """Ask for a URL to upload one file to, step 1 of 3; storage enforces size and checksum (hexadecimal)."""
+    return Call(
+        what="the request for a direct upload",
+        method="POST",
+        path=_DIRECT_UPLOADS,
+        headers={"Idempotency-Key": _check_key(idempotency_key)},
+        json={
+            "filename": filename,
+            "content_type": content_type,
+            "size_bytes": size_bytes,
+            "checksum_sha256": checksum_sha256,
+        },
+        read=_direct_upload,
+    )
+
+
+def complete_direct_upload(asset_id: str) -> Call[Asset]:
+    """
+    Make an asset of what was uploaded, step 3 of 3. May be repeated.
+
+    HeyGen answers 409 as long as it does not see the file, which may last a little after the upload.
+    """
+    return Call(
+        what=f"the completion of asset '{asset_id}'",
+        method="POST",
+        path=f"/v3/assets/{quote(check_id(asset_id, 'asset_id'), safe='')}/complete",
+        json={},
+        read=lambda answer: Asset.model_validate({**_data(answer, dict), "asset_id": asset_id}),
+        not_yet=409,
     )
 
 

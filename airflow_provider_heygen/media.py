@@ -43,8 +43,11 @@ def mask_links(*values: Any) -> None:
         url = value.get("url") if isinstance(value, dict) else value
         if not isinstance(url, str) or "://" not in url:
             continue
-        authority = url.partition("://")[2].partition("/")[0]
-        for secret in (url.partition("?")[2], authority.rpartition("@")[0]):
+        scheme, _, rest = url.partition("://")
+        user = rest.partition("/")[0].rpartition("@")[0]
+        if scheme.lower() not in ("http", "https") and ":" not in user:
+            user = ""  # s3://aws_default@bucket: the name of an Airflow connection
+        for secret in (url.partition("?")[2], user):
             if secret:
                 mask_secret(secret)
 

@@ -15,7 +15,7 @@ import uuid
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from airflow_provider_heygen.api import redact_links
 
@@ -43,6 +43,7 @@ class Submission(BaseModel):
     :param overdub_id: what HeyGen answered, once it has.
     :param answered: Unix seconds of that answer; how fresh the overdub is.
     :param delivered: the task has handed on the result.
+    :param assets: what was uploaded for it: the SHA-256 of each file, and the asset it has become.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -57,6 +58,7 @@ class Submission(BaseModel):
     overdub_id: str | None = None
     answered: float = 0.0
     delivered: bool = False
+    assets: dict[str, str] = Field(default_factory=dict)
 
     @classmethod
     def load(cls, stored: Any) -> Submission | None:
@@ -86,6 +88,11 @@ def derived_key(ti: Any, digest: str) -> str:
     """
     parts = (ti.dag_id, ti.run_id, ti.task_id, ti.map_index, ti.max_tries, digest.partition(":")[0])
     return str(uuid.uuid5(_NAMESPACE, json.dumps(parts)))
+
+
+def upload_key(submission: Submission, digest: str, generation: int) -> str:
+    """Give the idempotency key of one upload for a submission; a generation begins when assets are gone."""
+    return str(uuid.uuid5(_NAMESPACE, f"{submission.key}/{generation}/{digest}"))
 
 
 def digest(request: CreateOverdubRequest) -> str:

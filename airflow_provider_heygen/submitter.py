@@ -1,4 +1,4 @@
-"""Start one overdub for one task instance: the rules of :mod:`.submission`, carried out."""
+"""Start one overdub, or upload one file, for one task instance: :mod:`.submission`, carried out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from airflow_provider_heygen.api import OverdubStatus
+from airflow_provider_heygen.api import MediaAsset, OverdubStatus
 from airflow_provider_heygen.exceptions import (
     HeyGenError,
     HeyGenNotFoundError,
@@ -22,14 +22,18 @@ from airflow_provider_heygen.submission import (
     derived_key,
     digest,
     next_step,
+    upload_key,
 )
 from airflow_provider_heygen.waiting import FRESH_SECONDS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from airflow.providers.common.compat.sdk import Context
 
     from airflow_provider_heygen.api import CreateOverdubRequest, Overdub
     from airflow_provider_heygen.hooks.heygen import HeyGenHook
+    from airflow_provider_heygen.upload import Source
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +74,8 @@ class Ledger:
             key=derived_key(self.ti, body_digest) if derive else str(uuid.uuid4()),
             began=time.time(),
             max_tries=self.ti.max_tries,
+            # A clear wants all of it again.
+            assets=before.assets if before and before.max_tries == self.ti.max_tries else {},
         )
 
     def write(self, submission: Submission, **changes: Any) -> None:
@@ -85,12 +91,18 @@ class Ledger:
             self.write(submission, delivered=True)
 
 
-def submit(request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger) -> str:
+def submit(
+    request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger, files: Mapping[str, Source]
+) -> str:
     """
     Start the overdub, or go on with the one that an earlier run of this task has started. Gives its id.
 
+    :param files: those of ``video`` and ``audio`` that are to be uploaded for it, in place of what the
+        request has there.
     :raises HeyGenError: it could not be started; the ledger knows whether something may have been sent.
     """
+    # The bytes are what is wished for: the asset they become is another one after each upload.
+    request = _with_assets(request, {name: f"sha256:{file.digest}" for name, file in files.items()})
     body_digest = digest(request)
     submission = ledger.recall(body_digest)
     step = next_step(submission, body_digest, ledger.ti.max_tries)
@@ -106,6 +118,26 @@ def submit(request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger) -> s
         if submission is not None and submission.overdub_id and not submission.delivered:
             log.info("Overdub %s of an earlier run is left as it is.", submission.overdub_id)
         submission = ledger.begin(body_digest, submission)
+    try:
+        return _create(request, submission, hook, ledger, files)
+    except HeyGenNotFoundError as error:
+        if not files or error.code != "asset_not_found" or error.outcome_unknown:
+            raise
+        log.info("%s The files are uploaded again.", error)
+    submission = ledger.begin(body_digest, submission).model_copy(update={"assets": {}})
+    return _create(request, submission, hook, ledger, files, generation=2)
+
+
+def _create(
+    request: CreateOverdubRequest,
+    submission: Submission,
+    hook: HeyGenHook,
+    ledger: Ledger,
+    files: Mapping[str, Source],
+    generation: int = 1,
+) -> str:
+    submission = _upload(files.values(), submission, hook, ledger, generation)
+    request = _with_assets(request, {name: submission.assets[file.digest] for name, file in files.items()})
     # Before the request: whoever comes after us must know that it may have been sent.
     ledger.write(submission, sent=True, sent_at=time.time())
     try:
@@ -120,6 +152,37 @@ def submit(request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger) -> s
     ledger.write(submission, sent=True, overdub_id=overdub_id, answered=time.time())
     log.info("Started overdub %s (mode %s, key %s).", overdub_id, request.mode or "default", submission.key)
     return overdub_id
+
+
+def upload_once(file: Source, hook: HeyGenHook, ledger: Ledger) -> str:
+    """Upload a file, or go on with what an earlier run of this task has uploaded. Gives the asset's id."""
+    submission = ledger.recall(file.digest)
+    if submission is None or next_step(submission, file.digest, ledger.ti.max_tries) is Step.POST_NEW:
+        submission = ledger.begin(file.digest, submission)
+    return _upload([file], submission, hook, ledger).assets[file.digest]
+
+
+def _upload(
+    files: Iterable[Source], submission: Submission, hook: HeyGenHook, ledger: Ledger, generation: int = 1
+) -> Submission:
+    """Upload what is not uploaded yet; gives the submission with all of its assets."""
+    for file in files:
+        if file.digest in submission.assets:
+            log.info("%s is uploaded already, as asset %s.", file.path, submission.assets[file.digest])
+            continue
+        # Before the request: whoever comes after us must send it under the same key.
+        ledger.write(submission)
+        asset = hook.upload_asset(file, idempotency_key=upload_key(submission, file.digest, generation))
+        log.info("Uploaded %s as asset %s (%s).", file.path, asset.asset_id, file.mime_type)
+        assets = {**submission.assets, file.digest: asset.asset_id}
+        submission = submission.model_copy(update={"assets": assets})
+        ledger.write(submission)
+    return submission
+
+
+def _with_assets(request: CreateOverdubRequest, asset_ids: Mapping[str, str]) -> CreateOverdubRequest:
+    media = {name: MediaAsset(type="asset_id", asset_id=asset_id) for name, asset_id in asset_ids.items()}
+    return request.model_copy(update=media)
 
 
 def _see(

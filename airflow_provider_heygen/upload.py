@@ -1,37 +1,320 @@
-"""Files on their way to HeyGen."""
+"""
+Files on their way to HeyGen: which it takes, and how their bytes are sent.
+
+The type is told by the bytes, as HeyGen does, and not by the name. That is done here: of the libraries for
+it, ``puremagic`` (1.30) takes an m4a for an mp4, and ``filetype`` has had no release since 2022.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from airflow_provider_heygen.api import MAX_MULTIPART_BYTES
-from airflow_provider_heygen.exceptions import HeyGenBadInputError
-from airflow_provider_heygen.media import storage_path
+from requests.exceptions import RequestException
+
+from airflow_provider_heygen.api import MAX_MULTIPART_BYTES, redact_links
+from airflow_provider_heygen.exceptions import (
+    HeyGenBadInputError,
+    HeyGenError,
+    HeyGenPermanentError,
+    HeyGenTransientError,
+)
+from airflow_provider_heygen.media import CHUNK_BYTES, check_link, links_unlogged, storage_path
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from os import PathLike
 
+    import requests
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
+    from airflow_provider_heygen.api import DirectUpload
+    from airflow_provider_heygen.connection import HeyGenConnection
 
-def uploadable(path: str | PathLike[str] | ObjectStoragePath) -> ObjectStoragePath:
-    """
-    Check that HeyGen could take a file.
+# What storage is asked for at once; s3fs would take 50 MB.
+_BLOCK_BYTES = 4 << 20
+_HEAD_BYTES = 512
 
-    :raises HeyGenBadInputError: it is missing, a directory, empty, or over 32 MB.
+# What HeyGen takes (contract notes, section 6) and an overdub can be made from.
+_TAKEN = {
+    "video/webm": rb"\x1aE\xdf\xa3.{0,250}?B\x82.{1,8}?webm",
+    # After the refused brands: the list of mp4's brands is open, so HeyGen decides on an unknown one.
+    "video/mp4": rb".{4}ftyp",
+    "audio/mpeg": rb"ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][^\xf0-\xff]",
+    "audio/wav": rb"RIFF.{4}WAVE",
+    "image/png": rb"\x89PNG\r\n\x1a\n",
+    "image/jpeg": rb"\xff\xd8\xff",
+}
+
+# What is often met and not taken, with the format to convert it to.
+_REFUSED = (
+    (rb".{4}(ftypqt  |moov|mdat|wide|free|skip|pnot)", "a QuickTime movie (mov)", "mp4"),
+    (rb".{4}ftyp(M4A|M4B|M4P|F4A|F4B) ", "an m4a audio file", "mp3 or wav"),
+    (rb".{4}ftyp3g", "a 3GP file", "mp4"),
+    (rb".{4}ftyp(hei[cxms]|hev[cx]|mif1|msf1|avi[fs])", "a HEIF or AVIF image", "png or jpeg"),
+    (rb"\x1aE\xdf\xa3(?!.{0,250}?B\x82.{1,8}?webm)", "a Matroska file (mkv, mka)", "mp4 or mp3"),
+    (rb"OggS", "an Ogg file (ogg, opus)", "mp3 or wav"),
+    (rb"fLaC", "a FLAC file", "mp3 or wav"),
+    (rb"\xff[\xf0\xf1\xf8\xf9]", "an AAC file", "mp3 or wav"),
+    (rb"FORM.{4}AIF", "an AIFF file", "mp3 or wav"),
+    (rb"RF64.{4}WAVE", "an RF64 wave file", "mp3 or wav"),
+    (rb"#!AMR", "an AMR file", "mp3 or wav"),
+    (rb"RIFF.{4}AVI ", "an AVI file", "mp4"),
+    (rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "a Windows Media file (wmv, wma)", "mp4 or mp3"),
+    (rb"FLV\x01", "a Flash video (flv)", "mp4"),
+    (rb"G.{187}G", "an MPEG transport stream (ts)", "mp4"),
+    (rb"\x00\x00\x01[\xba\xb3]", "an MPEG program stream (mpg)", "mp4"),
+    (rb"GIF8", "a GIF image", "png or jpeg"),
+    (rb"RIFF.{4}WEBP", "a WebP image", "png or jpeg"),
+    (rb"%PDF-", "a PDF document", ""),
+    (rb"PK\x03\x04", "a ZIP archive", ""),
+    (rb"(\xef\xbb\xbf)?\s*<", "an HTML or XML page; was an error or login page saved in its place?", ""),
+    (rb"(\xef\xbb\xbf)?\s*[\[{]", "a JSON text; was an error saved in its place?", ""),
+)
+
+
+def _media_type(file: Any) -> str:
+    """Tell a MIME type by the bytes, or raise ``ValueError`` with what it is instead."""
+    head = file.read(_HEAD_BYTES)
+    kind, found, instead = _match(head)
+    if kind == "audio/mpeg" and head.startswith(b"ID3"):
+        # The tag says how long it is, in digits of 7 bits; a FLAC or AAC file may have one, too.
+        length = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+        file.seek(10 + length)
+        _, found, instead = _match(file.read(_HEAD_BYTES))
+        if found not in ("a FLAC file", "an AAC file"):
+            return kind
+        kind = None
+    if kind is not None:
+        return kind
+    raise ValueError(f"{found or 'of no type known here'}{f'. Convert it to {instead}' if instead else ''}")
+
+
+def _match(head: bytes) -> tuple[str | None, str | None, str | None]:
+    for signature, found, instead in _REFUSED:
+        if re.match(signature, head, re.DOTALL):
+            return None, found, instead
+    for kind, signature in _TAKEN.items():
+        if re.match(signature, head, re.DOTALL):
+            return kind, None, None
+    return None, None, None
+
+
+@dataclass(frozen=True)
+class Source:
     """
-    source = storage_path(path, "the file to upload")
-    if source.is_dir():
-        raise HeyGenBadInputError(f"{source} is a directory; name one file.")
+    A file that HeyGen could take, as it was when it was checked.
+
+    :param path: where it is.
+    :param size: in bytes.
+    :param mime_type: told by its bytes.
+    """
+
+    path: ObjectStoragePath
+    size: int
+    mime_type: str
+
+    @classmethod
+    def of(cls, path: Source | str | PathLike[str] | ObjectStoragePath, settings: HeyGenConnection) -> Source:
+        """
+        Check a file, or pass a checked one through. Reads no more of it than its beginning.
+
+        :param path: a local path or any URI that Airflow's ObjectStoragePath understands.
+        :raises HeyGenBadInputError: it is missing, a directory, empty, too large for the connection's
+            ``resource``, or of a type that HeyGen does not take.
+        """
+        if isinstance(path, Source):
+            return path
+        source = storage_path(path, "the file to upload")
+        name = redact_links(str(source))
+        if source.is_dir():
+            raise HeyGenBadInputError(f"{name} is a directory; name one file.")
+        try:
+            size = source.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            raise HeyGenBadInputError(f"There is no file {name}; nothing was uploaded.") from None
+        if not size:
+            raise HeyGenBadInputError(f"{name} is empty, or does not tell its size; nothing was uploaded.")
+        if size > MAX_MULTIPART_BYTES and settings.resource == "overdubs":
+            raise HeyGenBadInputError(
+                f"{name} has {size / 2**20:.1f} MiB, HeyGen takes {MAX_MULTIPART_BYTES >> 20} MiB per upload"
+                " under 'overdubs'. Make it smaller, or pass a public https URL as video or audio, or, if the"
+                " account's API has direct uploads, set the extra 'resource' of Airflow connection"
+                f" '{settings.conn_id}' to 'lipsyncs'."
+            )
+        try:
+            with source.open("rb", block_size=1 << 16) as file:  # type: ignore[no-untyped-call]
+                mime_type = _media_type(file)
+        except ValueError as error:
+            raise HeyGenBadInputError(
+                f"{name} is {error}. HeyGen takes mp4, webm, mp3, wav, png and jpeg, told by their bytes,"
+                " not by the name; nothing was uploaded."
+            ) from None
+        return cls(source, size, mime_type)
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of its bytes, hexadecimal; reads it once."""
+        sha256 = hashlib.sha256()
+        with self.open() as file:
+            for chunk in Chunks(file):
+                sha256.update(chunk)
+        return sha256.hexdigest()
+
+    def open(self) -> Announced:
+        """Open it for reading exactly as many bytes as were announced."""
+        return Announced(self)
+
+
+class Announced:
+    """
+    The bytes of a file whose length was told to the other side.
+
+    :raises HeyGenError: the file has become shorter or longer.
+    :raises HeyGenTransientError: it cannot be read.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._file: Any = source.path.open("rb", block_size=_BLOCK_BYTES)  # type: ignore[no-untyped-call]
+        self.len = source.size
+
+    def __enter__(self) -> Announced:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def read(self, size: int = -1) -> bytes:
+        """Give up to so many bytes, all that are left by default."""
+        name = redact_links(str(self._source.path))
+        wanted = self.len if size < 0 else min(size, self.len)
+        try:
+            chunk: bytes = self._file.read(wanted)
+            self.len -= len(chunk)
+            changed = (not chunk and wanted) or (not self.len and self._file.read(1))
+        except OSError as error:
+            # As it is, it would look like a fault of the network it is sent over.
+            raise HeyGenTransientError(f"{name} cannot be read: {error}.") from None
+        if changed:
+            raise HeyGenError(f"{name} has changed while it was read. Nothing was made of it; try again.")
+        return chunk
+
+
+class Chunks:
+    """
+    A body in pieces that are worth a system call: by itself, urllib3 reads 16 kB at a time.
+
+    :param body: has ``len``, the bytes that are left, and ``read``.
+    """
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+        self.len = body.len
+
+    def __iter__(self) -> Iterator[bytes]:
+        while chunk := self._body.read(CHUNK_BYTES):
+            yield chunk
+
+
+def put(
+    source: Source, slot: DirectUpload, *, session: requests.Session, settings: HeyGenConnection
+) -> str | None:
+    """
+    Send a file to the storage behind an upload URL.
+
+    :param session: a session without HeyGen's credential.
+    :returns: ``None``, or what storage said when the URL is not (any more) good for it.
+    :raises HeyGenTransientError: it broke off, or storage is busy.
+    :raises HeyGenPermanentError: the URL leads where it must not, or storage refuses the file.
+    """
+    link, host = check_link("", slot.upload_url, settings, "The upload URL")
+    # Storage has signed the headers: those it gave, and none that a library is fond of.
+    session.headers.clear()
     try:
-        size = source.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        raise HeyGenBadInputError(f"There is no file {source}; nothing was uploaded.") from None
-    if size == 0:
-        raise HeyGenBadInputError(f"{source} is empty; nothing was uploaded.")
-    if size > MAX_MULTIPART_BYTES:
-        raise HeyGenBadInputError(
-            f"{source} has {size / 2**20:.1f} MiB, HeyGen takes {MAX_MULTIPART_BYTES >> 20} MiB per upload."
-            " Make it smaller, or pass a public https URL as video or audio."
-        )
-    return source
+        with (
+            links_unlogged(),
+            source.open() as file,
+            session.put(
+                link,
+                data=Chunks(file),
+                headers=slot.upload_headers,
+                timeout=(settings.connect_timeout, settings.upload_timeout),
+                allow_redirects=False,
+                stream=True,
+            ) as response,
+        ):
+            status = response.status_code
+            if 200 <= status < 300:
+                return None
+            said = re.search(rb"<Code>(\w{1,100})</Code>", response.raw.read(1000))
+    except RequestException as error:
+        # Its text would quote the link.
+        raise HeyGenTransientError(f"{type(error).__name__} while uploading to {host}.") from None
+    code = said[1].decode() if said else ""
+    answer = f"{status} {code}".strip()
+    if status in (401, 403, 404, 410):
+        return answer
+    message = f"Storage at {host} answered {answer} to the upload of {source.path}"
+    if status in (408, 429) or status >= 500:
+        raise HeyGenTransientError(f"{message}.", status_code=status)
+    if code in ("BadDigest", "XAmzContentChecksumMismatch"):
+        raise HeyGenError(f"{message}: it has changed while it was sent, or was damaged. Try again.")
+    if 300 <= status < 400:
+        message += ". An upload does not follow redirects"
+    raise HeyGenPermanentError(f"{message}.", status_code=status)
+
+
+def storage_uris(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Give those of ``video`` and ``audio`` that name a file in storage, which is to be uploaded.
+
+    A file is named by a URI (``s3://bucket/key``, ``file:///data/a.mp4`` ...), plain or as
+    ``{"type": "url", "url": ...}``, or by an ObjectStoragePath. An ``http`` or ``https`` URL is HeyGen's to
+    fetch.
+
+    :raises HeyGenBadInputError: a text is neither, such as a bare path.
+    """
+    from airflow.providers.common.compat.sdk import ObjectStoragePath
+
+    found: dict[str, Any] = {}
+    for name in ("video", "audio"):
+        value = fields.get(name)
+        if isinstance(value, dict) and value.get("type") == "url" and value.get("asset_id") is None:
+            value = value.get("url")
+        if isinstance(value, ObjectStoragePath):
+            found[name] = value
+        elif isinstance(value, str):
+            scheme, separator, _ = value.partition("://")
+            if not separator:
+                raise HeyGenBadInputError(
+                    f"{name}: must be a public https URL, or the URI of a file (file:///data/talk.mp4,"
+                    " s3://bucket/talk.mp4 ...), or an asset; nothing was sent."
+                )
+            if scheme.lower() not in ("http", "https"):
+                found[name] = value
+    return found
+
+
+def inputs(uris: Mapping[str, Any], settings: HeyGenConnection) -> dict[str, Source]:
+    """
+    Check the files that an overdub is to be made from, all of them before the first is uploaded.
+
+    :param uris: what :func:`storage_uris` gave.
+    :raises HeyGenBadInputError: see :meth:`Source.of`; or it is no video, or for ``audio`` a picture.
+    """
+    sources = {}
+    for name, uri in uris.items():
+        try:
+            source = sources[name] = Source.of(uri, settings)
+        except HeyGenBadInputError as error:
+            raise HeyGenBadInputError(f"{name}: {error}") from None
+        kind = source.mime_type.partition("/")[0]
+        if kind == "image" or (name == "video" and kind != "video"):
+            raise HeyGenBadInputError(
+                f"{name}: {source.path} is {source.mime_type}, no {name}; nothing was sent."
+            )
+    return sources

@@ -1277,8 +1277,9 @@ def test_the_largest_upload(heygen, tmp_path):
 
 
 def test_refused_upload(heygen, pauses, tmp_path):
-    path = tmp_path / "a.gif"
-    path.write_bytes(b"GIF89a")
+    path = write_sound(tmp_path / "a.wav")
+    error = {"code": "invalid_parameter", "message": "We do not like it", "param": "file"}
+    heygen.fail_next(status=400, body=json.dumps({"error": error}))
     with pytest.raises(HeyGenPermanentError, match=r"400 invalid_parameter to the upload.*field 'file'"):
         HeyGenHook().upload_asset(path)
     assert pauses == []

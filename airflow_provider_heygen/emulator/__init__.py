@@ -35,6 +35,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from airflow_provider_heygen.emulator.app import HeyGen
 from airflow_provider_heygen.emulator.state import (
+    Asset,
     Behaviour,
     Fault,
     Job,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from collections import Counter
     from collections.abc import Callable
 
-__all__ = ["Behaviour", "Emulator", "Fault", "Job", "RequestRecord"]
+__all__ = ["Asset", "Behaviour", "Emulator", "Fault", "Job", "RequestRecord"]
 
 API_KEY = "emulator-api-key"
 OAUTH_TOKEN = "emulator-oauth-token"  # noqa: S105 - of a server that holds nothing
@@ -168,6 +169,11 @@ class Emulator:
     def jobs(self) -> list[Job]:
         """All jobs ever created, in order, the deleted ones too."""
         return list(self._state.created)
+
+    @property
+    def assets(self) -> list[Asset]:
+        """All assets that an overdub can be made from, in order."""
+        return [asset for asset in self._state.assets.values() if asset.ready]
 
     @property
     def requests(self) -> list[RequestRecord]:

@@ -26,7 +26,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 
 from airflow_provider_heygen.emulator.contract import (
-    MAX_DIRECT_UPLOAD_BYTES,
     MAX_UPLOAD_BYTES,
     SUFFIXES,
     ApiError,
@@ -62,9 +61,6 @@ if TYPE_CHECKING:
     Handler = Callable[[Request], Awaitable[Response]]
 
 log = logging.getLogger(__name__)
-
-UPLOAD_URL_SECONDS = 3600
-"""Life of a direct upload's URL; only a test fixture of HeyGen's says so."""
 
 _USUAL_CODES = {
     400: "invalid_parameter",
@@ -441,6 +437,9 @@ class HeyGen:
 
     async def _create_direct_upload(self, request: Request) -> Response:
         body = parse(CreateDirectUpload, _content_type(request), await request.body())
+        behaviour = self.state.behaviour
+        if body.size_bytes > behaviour.max_upload_bytes:
+            raise invalid(f"size_bytes: at most {behaviour.max_upload_bytes}", "size_bytes")
         asset = Asset(
             new_id("asset"),
             body.content_type,
@@ -449,13 +448,13 @@ class HeyGen:
             checksum_sha256=body.checksum_sha256 and body.checksum_sha256.lower(),
         )
         self.state.assets[asset.id] = asset
-        url = self.state.presign("PUT", _base_url(request), f"/uploads/{asset.id}", UPLOAD_URL_SECONDS)
+        url = self.state.presign("PUT", _base_url(request), f"/uploads/{asset.id}", behaviour.upload_seconds)
         data = {
             "asset_id": asset.id,
             "upload_url": url,
             "upload_headers": _upload_headers(asset),
-            "expires_in_seconds": UPLOAD_URL_SECONDS,
-            "max_bytes": MAX_DIRECT_UPLOAD_BYTES,
+            "expires_in_seconds": int(behaviour.upload_seconds),
+            "max_bytes": behaviour.max_upload_bytes,
             "status": "pending_upload",
         }
         return self._json({"data": data})

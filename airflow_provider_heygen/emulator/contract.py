@@ -25,9 +25,6 @@ from pydantic import (
 MAX_UPLOAD_BYTES = 33_554_432
 """Of POST /v3/assets: the published 32 MB, read as binary."""
 
-MAX_DIRECT_UPLOAD_BYTES = 209_715_200
-"""Of the direct upload: 200 MB, as in HeyGen's own uploader."""
-
 
 class ApiError(Exception):
     """An answer other than success, in HeyGen's envelope."""
@@ -143,7 +140,7 @@ class CreateDirectUpload(Body):
 
     filename: str
     content_type: str
-    size_bytes: int = Field(ge=1, le=MAX_DIRECT_UPLOAD_BYTES)
+    size_bytes: int = Field(ge=1)
     checksum_sha256: str | None = Field(default=None, pattern=r"^[0-9a-fA-F]{64}$")
 
     @field_validator("size_bytes", mode="before")

@@ -55,6 +55,10 @@ class Behaviour(BaseModel):
         default=False, description="download url inputs; else a short test clip takes their place"
     )
     link_seconds: float = Field(default=7 * 86400, description="life of presigned links")
+    upload_seconds: float = Field(default=3600, description="life of the URL of a direct upload")
+    max_upload_bytes: int = Field(
+        default=209_715_200, ge=1, description="largest direct upload; 200 MB in HeyGen's own uploader"
+    )
     concurrent_jobs: int | None = Field(
         default=None, ge=0, description="active jobs above which create answers 429"
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import mimetypes
 import os
 import re
 import ssl
@@ -74,6 +73,9 @@ notes, section 4)."""
 
 MAX_LOOKS = 100
 """Overdubs without ``callback_id`` in the list that are looked at one by one, at most."""
+
+MAX_UPLOAD_URLS = 3
+"""How many upload URLs are tried for one file, when they expire or are refused."""
 
 _backoff = tenacity.wait_exponential_jitter(initial=1, max=30, jitter=1)
 
@@ -285,21 +287,75 @@ class HeyGenHook(HttpHook):
             with attempt, deletion:
                 self._send(call)
 
-    def upload_asset(self, path: str | PathLike[str] | ObjectStoragePath) -> api.Asset:
+    def upload_asset(
+        self,
+        path: upload.Source | str | PathLike[str] | ObjectStoragePath,
+        *,
+        idempotency_key: str | None = None,
+    ) -> api.Asset:
         """
         Upload one file for use as ``video`` or ``audio``, streamed from where it is.
 
+        Up to 32 MB it goes to HeyGen itself, above that (``lipsyncs`` only) to HeyGen's storage.
+
         :param path: a local path or any URI that Airflow's ObjectStoragePath understands (``file://``,
-            ``s3://conn_id@bucket/key``, ``gs://`` ...), at most 32 MB.
+            ``s3://conn_id@bucket/key``, ``gs://`` ...): mp4, webm, mp3, wav, png or jpeg.
+        :param idempotency_key: 1 to 255 of ``A-Z a-z 0-9 _ - : .``; the same key gets the same asset for
+            24 hours, even for another file. Made up when not given.
         """
-        source = upload.uploadable(path)
-        call = api.upload_asset(str(uuid.uuid4()))
-        content_type = mimetypes.guess_type(source.name)[0] or "application/octet-stream"
+        source = upload.Source.of(path, self.settings)
+        idempotency_key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
+        if source.size > api.MAX_MULTIPART_BYTES:
+            return self._upload_directly(source, idempotency_key)
+        call = api.upload_asset(idempotency_key)
         for attempt in self._retrying():
-            with attempt, source.open("rb") as file:  # type: ignore[no-untyped-call]
+            with attempt, source.open() as file:
                 # The encoder reads the file while the socket takes it: never all of it in memory.
-                form = MultipartEncoder({"file": (source.name, file, content_type)})
+                form = MultipartEncoder({"file": (source.path.name, file, source.mime_type)})
                 return self._send(call, form=form)
+        raise AssertionError
+
+    def _upload_directly(self, source: upload.Source, idempotency_key: str) -> api.Asset:
+        key = idempotency_key
+        for number in range(1, MAX_UPLOAD_URLS + 1):
+            slot = self._call(
+                api.create_direct_upload(
+                    filename=source.path.name,
+                    content_type=source.mime_type,
+                    size_bytes=source.size,
+                    checksum_sha256=source.digest,
+                    idempotency_key=key,
+                )
+            )
+            if slot.max_bytes is not None and source.size > slot.max_bytes:
+                raise HeyGenPermanentError(
+                    f"{source.path} has {source.size / 2**20:.1f} MiB, HeyGen takes"
+                    f" {slot.max_bytes / 2**20:.1f} MiB. Make it smaller; nothing was uploaded."
+                )
+            refusal = self._put(source, slot, time.monotonic())
+            completion = api.complete_direct_upload(slot.asset_id)
+            try:
+                # A URL is also refused when an earlier run has used it, and then there is an asset.
+                return self._send(completion) if refusal else self._call(completion)
+            except HeyGenError as error:
+                if not refusal or error.status_code not in (404, 409):
+                    raise
+            self.log.info("The upload URL of asset %s is no longer good (%s).", slot.asset_id, refusal)
+            # The same key would get the same URL again.
+            key = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{idempotency_key}/{number}"))
+        raise HeyGenTransientError(
+            f"HeyGen's storage refused {MAX_UPLOAD_URLS} upload URLs in a row for {source.path}: {refusal}."
+        )
+
+    def _put(self, source: upload.Source, slot: api.DirectUpload, began: float) -> str | None:
+        """Send a file to an upload URL; gives what is wrong with the URL, if that is why it did not go."""
+        for attempt in self._retrying():
+            with attempt:
+                life = math.inf if slot.expires_in_seconds is None else slot.expires_in_seconds
+                if time.monotonic() - began >= life:
+                    return "it has expired"
+                with _new_session(self.settings) as session:
+                    return upload.put(source, slot, session=session, settings=self.settings)
         raise AssertionError
 
     def download_overdub(
@@ -460,7 +516,7 @@ class HeyGenHook(HttpHook):
                 settings.base_url + call.path,
                 params=call.params,
                 json=call.json,
-                data=form,
+                data=upload.Chunks(form) if form else None,
                 headers={**call.headers, **({"Content-Type": form.content_type} if form else {})},
                 timeout=(settings.connect_timeout, read_timeout),
                 allow_redirects=False,

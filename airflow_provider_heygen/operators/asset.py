@@ -7,26 +7,55 @@ from typing import TYPE_CHECKING, Any
 from airflow.providers.common.compat.sdk import BaseOperator
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
+    import jinja2
     from airflow.providers.common.compat.sdk import Context
 
 
-class HeyGenUploadAssetOperator(BaseOperator):
+class LinksMaskedOperator(BaseOperator):
+    """An operator with fields that may hold links; what is secret in them is masked before it is shown."""
+
+    link_fields: Sequence[str] = ()
+
+    def _do_render_template_fields(
+        self,
+        parent: Any,
+        template_fields: Iterable[str],
+        context: Context,
+        jinja_env: jinja2.Environment,
+        seen_oids: set[int],
+    ) -> None:
+        # The one place that mapped and plain tasks both pass before Airflow stores the rendered fields.
+        super()._do_render_template_fields(parent, template_fields, context, jinja_env, seen_oids)
+        from airflow_provider_heygen.media import mask_links
+
+        mask_links(*(getattr(self, name) for name in self.link_fields))
+
+
+class HeyGenUploadAssetOperator(LinksMaskedOperator):
     """
-    Upload a video or audio file to HeyGen, streamed from where it is.
+    Upload a video or audio file to HeyGen, streamed from where it is and once over all retries.
+
+    A task cleared after success, or a file that has changed, is uploaded again.
 
     Returns ``{"type": "asset_id", "asset_id": ...}``, which is what ``video`` and ``audio`` of
     :class:`~airflow_provider_heygen.operators.overdub.HeyGenCreateOverdubOperator` take; XCom key
     ``asset_id`` holds the bare id.
 
     :param source: a local path, or any URI Airflow's ObjectStoragePath understands: ``file://``,
-        ``s3://conn_id@bucket/key``, ``gs://`` ... At most 32 MB. (templated)
+        ``s3://conn_id@bucket/key``, ``gs://`` ... mp4, webm, mp3, wav, png or jpeg, told by its bytes. At
+        most 32 MB; more (HeyGen's own uploader: 200 MB) where the connection's ``resource`` is ``lipsyncs``.
+        (templated)
     :param heygen_conn_id: the Airflow connection. (templated)
-    :raises HeyGenBadInputError: the file is missing, empty, a directory or too large; nothing was sent.
+    :raises HeyGenBadInputError: the file is missing, empty, a directory, too large or of another type;
+        nothing was sent.
+    :raises HeyGenPermanentError: HeyGen or its storage refused: the task fails without retry.
+    :raises HeyGenTransientError: they could not be reached, or the upload broke off; worth a retry.
     """
 
     template_fields: Sequence[str] = ("source", "heygen_conn_id")
+    link_fields = ("source",)
     ui_color = "#e3d9ff"
 
     def __init__(self, *, source: str, heygen_conn_id: str = "heygen_default", **kwargs: Any) -> None:
@@ -37,9 +66,12 @@ class HeyGenUploadAssetOperator(BaseOperator):
     def execute(self, context: Context) -> dict[str, str]:
         """Upload it."""
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
+        from airflow_provider_heygen.submitter import Ledger, upload_once
+        from airflow_provider_heygen.upload import Source
 
+        ledger = Ledger(context, durable=True)
         with HeyGenHook(self.heygen_conn_id) as hook:
-            asset = hook.upload_asset(self.source)
-        self.log.info("Uploaded as asset %s (%s).", asset.asset_id, asset.mime_type)
-        context["ti"].xcom_push(key="asset_id", value=asset.asset_id)
-        return {"type": "asset_id", "asset_id": asset.asset_id}
+            asset_id = upload_once(Source.of(self.source, hook.settings), hook, ledger)
+        context["ti"].xcom_push(key="asset_id", value=asset_id)
+        ledger.delivered()
+        return {"type": "asset_id", "asset_id": asset_id}

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import BaseOperator, conf
 
+from airflow_provider_heygen.operators.asset import LinksMaskedOperator
+
 # Whatever needs requests, aiohttp or pydantic is imported where a task runs, not where a DAG is parsed.
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
-    import jinja2
-    from airflow.providers.common.compat.sdk import Context
+    from airflow.providers.common.compat.sdk import Context, ObjectStoragePath
 
     from airflow_provider_heygen.api import CreateOverdubRequest
     from airflow_provider_heygen.hooks.heygen import HeyGenHook
+    from airflow_provider_heygen.upload import Source
 
 REQUEST_FIELDS = (
     "video",
@@ -40,7 +42,7 @@ REQUEST_FIELDS = (
 """The 16 fields of the vendor's page."""
 
 
-class HeyGenCreateOverdubOperator(BaseOperator):
+class HeyGenCreateOverdubOperator(LinksMaskedOperator):
     """
     Put a new audio track on a video; HeyGen re-syncs the speaker's lips.
 
@@ -51,8 +53,11 @@ class HeyGenCreateOverdubOperator(BaseOperator):
     The first 16 arguments are the fields of HeyGen's request, all templated; what is not given is left to
     HeyGen's defaults. They are checked when the task runs, before anything is sent.
 
-    :param video: source video: an https URL, ``{"type": "url", "url": ...}`` or
-        ``{"type": "asset_id", "asset_id": ...}`` (which is what :class:`.HeyGenUploadAssetOperator` returns).
+    :param video: source video: a public https URL, which HeyGen fetches; or the URI of a file
+        (``file:///data/talk.mp4``, ``s3://conn_id@bucket/key``, ``gs://`` ..., or an ObjectStoragePath),
+        which is uploaded first, as by :class:`.HeyGenUploadAssetOperator`; or
+        ``{"type": "asset_id", "asset_id": ...}``, which is what that one returns. A file must be there as
+        long as the task may be tried again: its bytes tell whether a retry has the same wish.
     :param audio: the new audio, same forms.
     :param title: name shown in HeyGen's dashboard.
     :param mode: ``speed`` (HeyGen's default) or ``precision``: better, slower, twice the price.
@@ -85,14 +90,15 @@ class HeyGenCreateOverdubOperator(BaseOperator):
     """
 
     template_fields: Sequence[str] = (*REQUEST_FIELDS, "heygen_conn_id", "poke_interval", "timeout")
+    link_fields = ("video", "audio", "callback_url")
     template_fields_renderers = {"video": "json", "audio": "json"}
     ui_color = "#e3d9ff"
 
     def __init__(
         self,
         *,
-        video: str | dict[str, Any],
-        audio: str | dict[str, Any],
+        video: str | dict[str, Any] | ObjectStoragePath,
+        audio: str | dict[str, Any] | ObjectStoragePath,
         title: str | None = None,
         mode: str | None = None,
         enable_caption: bool | None = None,
@@ -144,20 +150,6 @@ class HeyGenCreateOverdubOperator(BaseOperator):
         self._overdub_id: str | None = None
         self._hook: HeyGenHook | None = None
 
-    def _do_render_template_fields(
-        self,
-        parent: Any,
-        template_fields: Iterable[str],
-        context: Context,
-        jinja_env: jinja2.Environment,
-        seen_oids: set[int],
-    ) -> None:
-        # The one place that mapped and plain tasks both pass before Airflow stores the rendered fields.
-        super()._do_render_template_fields(parent, template_fields, context, jinja_env, seen_oids)
-        from airflow_provider_heygen.media import mask_links
-
-        mask_links(self.video, self.audio, self.callback_url)
-
     def execute(self, context: Context) -> str:
         """Start the overdub, then wait for it here or in the triggerer."""
         return self._create(context, deadline=None)
@@ -188,9 +180,12 @@ class HeyGenCreateOverdubOperator(BaseOperator):
         from airflow_provider_heygen.api import CreateOverdubRequest
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.submitter import Ledger
+        from airflow_provider_heygen.upload import inputs, storage_uris
         from airflow_provider_heygen.waiting import first_deadline, seconds
 
         fields = {name: getattr(self, name) for name in REQUEST_FIELDS}
+        uris = storage_uris(fields)
+        fields |= {name: {"type": "asset_id", "asset_id": "not-yet"} for name in uris}
         request = CreateOverdubRequest.of(
             {name: value for name, value in fields.items() if value is not None}
         )
@@ -200,7 +195,8 @@ class HeyGenCreateOverdubOperator(BaseOperator):
         # A deferrable task does not sit through a Retry-After.
         longest_pause = 5 if self.deferrable else 60
         with HeyGenHook(self.heygen_conn_id, longest_pause=longest_pause) as self._hook:
-            self._overdub_id = self._submit(self._hook, request, context, deadline)
+            files = inputs(uris, self._hook.settings)
+            self._overdub_id = self._submit(self._hook, request, files, context, deadline)
             context["ti"].xcom_push(key="overdub_id", value=self._overdub_id)
             if not self.wait_for_completion:
                 self._until_readable(self._hook)
@@ -225,7 +221,12 @@ class HeyGenCreateOverdubOperator(BaseOperator):
             return
 
     def _submit(
-        self, hook: HeyGenHook, request: CreateOverdubRequest, context: Context, deadline: float | None
+        self,
+        hook: HeyGenHook,
+        request: CreateOverdubRequest,
+        files: dict[str, Source],
+        context: Context,
+        deadline: float | None,
     ) -> str:
         """Submit, however often HeyGen says that it is too busy: that is waiting, not failing."""
         from airflow_provider_heygen.exceptions import HeyGenOverdubTimeoutError, HeyGenTransientError
@@ -233,7 +234,8 @@ class HeyGenCreateOverdubOperator(BaseOperator):
 
         while True:
             try:
-                return submit(request, hook, Ledger(context, durable=self.durable, again=self._again))
+                ledger = Ledger(context, durable=self.durable, again=self._again)
+                return submit(request, hook, ledger, files)
             except HeyGenTransientError as error:
                 if error.status_code != 429 and error.retry_after is None:
                     raise
