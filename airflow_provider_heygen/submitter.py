@@ -168,12 +168,12 @@ def _upload(
     """Upload what is not uploaded yet; gives the submission with all of its assets."""
     for file in files:
         if file.digest in submission.assets:
-            log.info("%s is uploaded already, as asset %s.", file.path, submission.assets[file.digest])
+            log.info("%s is uploaded already, as asset %s.", file, submission.assets[file.digest])
             continue
         # Before the request: whoever comes after us must send it under the same key.
         ledger.write(submission)
         asset = hook.upload_asset(file, idempotency_key=upload_key(submission, file.digest, generation))
-        log.info("Uploaded %s as asset %s (%s).", file.path, asset.asset_id, file.mime_type)
+        log.info("Uploaded %s as asset %s (%s).", file, asset.asset_id, file.mime_type)
         assets = {**submission.assets, file.digest: asset.asset_id}
         submission = submission.model_copy(update={"assets": assets})
         ledger.write(submission)

@@ -117,6 +117,9 @@ class Source:
     size: int
     mime_type: str
 
+    def __str__(self) -> str:
+        return redact_links(str(self.path))
+
     @classmethod
     def of(cls, path: Source | str | PathLike[str] | ObjectStoragePath, settings: HeyGenConnection) -> Source:
         """
@@ -190,7 +193,6 @@ class Announced:
 
     def read(self, size: int = -1) -> bytes:
         """Give up to so many bytes, all that are left by default."""
-        name = redact_links(str(self._source.path))
         wanted = self.len if size < 0 else min(size, self.len)
         try:
             chunk: bytes = self._file.read(wanted)
@@ -198,9 +200,11 @@ class Announced:
             changed = (not chunk and wanted) or (not self.len and self._file.read(1))
         except OSError as error:
             # As it is, it would look like a fault of the network it is sent over.
-            raise HeyGenTransientError(f"{name} cannot be read: {error}.") from None
+            raise HeyGenTransientError(f"{self._source} cannot be read: {error}.") from None
         if changed:
-            raise HeyGenError(f"{name} has changed while it was read. Nothing was made of it; try again.")
+            raise HeyGenError(
+                f"{self._source} has changed while it was read. Nothing was made of it; try again."
+            )
         return chunk
 
 
@@ -258,7 +262,7 @@ def put(
     answer = f"{status} {code}".strip()
     if status in (401, 403, 404, 410):
         return answer
-    message = f"Storage at {host} answered {answer} to the upload of {source.path}"
+    message = f"Storage at {host} answered {answer} to the upload of {source}"
     if status in (408, 429) or status >= 500:
         raise HeyGenTransientError(f"{message}.", status_code=status)
     if code in ("BadDigest", "XAmzContentChecksumMismatch"):
@@ -314,7 +318,5 @@ def inputs(uris: Mapping[str, Any], settings: HeyGenConnection) -> dict[str, Sou
             raise HeyGenBadInputError(f"{name}: {error}") from None
         kind = source.mime_type.partition("/")[0]
         if kind == "image" or (name == "video" and kind != "video"):
-            raise HeyGenBadInputError(
-                f"{name}: {source.path} is {source.mime_type}, no {name}; nothing was sent."
-            )
+            raise HeyGenBadInputError(f"{name}: {source} is {source.mime_type}, no {name}; nothing was sent.")
     return sources

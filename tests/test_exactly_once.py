@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
 
 import pytest
 from airflow.sdk.exceptions import TaskDeferred
 from airflow_task import StateStore, Task
 
+from airflow_provider_heygen import upload
+from airflow_provider_heygen.emulator import media
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenOutcomeUnknownError,
@@ -18,6 +22,7 @@ from airflow_provider_heygen.exceptions import (
     HeyGenTransientError,
 )
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.operators.asset import HeyGenUploadAssetOperator
 from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
 
 RESOURCES = pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
@@ -67,6 +72,7 @@ def reaper(monkeypatch):
 
     reaper = Reaper()
     monkeypatch.setattr(HeyGenHook, "_send", reaper.around(HeyGenHook._send))
+    monkeypatch.setattr(upload, "put", reaper.around(upload.put))
     monkeypatch.setattr(StateStore, "set", reaper.around(StateStore.set))
     monkeypatch.setattr(StateStore, "get", reaper.around(StateStore.get))
     return reaper
@@ -295,6 +301,199 @@ def test_a_link_signed_anew_for_a_retry_is_the_same_wish(heygen, deferrable):
     heygen.force(heygen.jobs[0].id, "completed")
     assert finish(task, task.start()) == heygen.jobs[0].id
     assert len(heygen.jobs) == 1
+
+
+# --- Uploads --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("clips")
+    media.make_video(directory / "v.mp4", 0.5)
+    media.make_audio(directory / "a.mp3", 0.5)
+    return directory
+
+
+@pytest.fixture
+def files(clips, tmp_path, monkeypatch):
+    """A video for a direct upload where there are such, and an audio for a form."""
+    monkeypatch.setattr(
+        "airflow_provider_heygen.api.MAX_MULTIPART_BYTES", (clips / "v.mp4").stat().st_size - 1
+    )
+    monkeypatch.setattr("airflow_provider_heygen.upload.MAX_MULTIPART_BYTES", 10**9)
+    for name in ("v.mp4", "a.mp3"):
+        shutil.copy(clips / name, tmp_path)
+    return {"video": f"file://{tmp_path}/v.mp4", "audio": f"file://{tmp_path}/a.mp3"}
+
+
+def uploads(heygen):
+    """How often bytes were sent."""
+    routes = heygen.requests_by_route
+    return routes["POST /v3/assets"] + routes["PUT /uploads/{asset_id}"]
+
+
+@SERVERS
+@MODES
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
+def test_uploads_killed_at_any_step_and_retried(
+    heygen, reaper, pauses, files, idempotency, deferrable, after, store
+):
+    died, step, most = True, 0, 0
+    while died:
+        heygen.reset()
+        heygen.behaviour.idempotency = idempotency
+        step += 1
+        task = Task(dub(deferrable=deferrable, **files), store=StateStore() if store else None)
+        reaper.left, reaper.after, died = step, after, False
+        try:
+            outcome = finish(task, task.start())
+        except Killed:
+            died = True
+            outcome = finish(task, task.start())
+        assert len(heygen.jobs) == 1, f"killed at step {step}"
+        assert outcome == heygen.jobs[0].id
+        if idempotency:
+            assert len(heygen.assets) == 2, f"killed at step {step}"
+        most = max(most, uploads(heygen))
+    assert step >= 7
+    # With a record, no more than the one file that was on its way is sent again.
+    assert most <= (3 if store else 4)
+
+
+@SERVERS
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
+@pytest.mark.parametrize("name", ["video", "audio"])
+def test_an_upload_killed_at_any_step_and_retried(
+    heygen, reaper, pauses, files, name, idempotency, after, store
+):
+    died, step = True, 0
+    while died:
+        heygen.reset()
+        heygen.behaviour.idempotency = idempotency
+        step += 1
+        make = lambda: HeyGenUploadAssetOperator(task_id="upload", source=files[name])  # noqa: E731
+        task = Task(make, store=StateStore() if store else None)
+        reaper.left, reaper.after, died = step, after, False
+        try:
+            outcome = task.start()
+        except Killed:
+            died = True
+            outcome = task.start()
+        assert outcome["asset_id"] == task.xcoms["asset_id"] == heygen.assets[-1].id
+        assert len(heygen.assets) == 1 or not idempotency, f"killed at step {step}"
+    assert step >= (4 if store else 2)
+
+
+def uploading(files):
+    return lambda: HeyGenUploadAssetOperator(task_id="upload", source=files["audio"])
+
+
+def test_an_upload_that_was_recorded_is_not_sent_again(heygen, files):
+    task = Task(uploading(files), store=StateStore())
+    # The worker dies after the last thing it does, and Airflow does not know.
+    first, second = task.start(), task.start()
+    assert first == second
+    assert uploads(heygen) == 1
+
+
+@pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
+def test_a_clear_after_success_uploads_again(heygen, files, store):
+    task = Task(uploading(files), store=StateStore() if store else None)
+    first = task.start()
+    task.clear()
+    assert task.start() != first
+    assert len(heygen.assets) == 2
+
+
+@pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
+def test_a_changed_file_is_uploaded_again_and_a_touched_one_is_not(heygen, files, tmp_path, store):
+    task = Task(uploading(files), store=StateStore() if store else None)
+    first = task.start()
+    os.utime(tmp_path / "a.mp3", (1, 1))
+    assert task.start() == first
+    with (tmp_path / "a.mp3").open("ab") as file:
+        file.write(b"more")
+    assert task.start() != first
+    assert len(heygen.assets) == 2
+
+
+def test_a_changed_file_is_a_new_overdub(heygen, files, tmp_path):
+    heygen.behaviour.job_seconds = 60
+    task = Task(dub(timeout=0.1, **files), store=StateStore())
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        task.start()
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        task.start()
+    assert (len(heygen.jobs), uploads(heygen)) == (1, 2)
+    with (tmp_path / "a.mp3").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        task.start()
+    # The video is the same, and so is its asset.
+    assert (len(heygen.jobs), uploads(heygen)) == (2, 3)
+    first, second = (job.request for job in heygen.jobs)
+    assert first.video == second.video
+    assert first.audio != second.audio
+
+
+def test_a_refused_create_keeps_the_uploads(heygen, files):
+    heygen.fail_next(method="POST", path="/v3/overdubs", status=402, code="insufficient_credit")
+    task = Task(dub(**files), store=StateStore())
+    with pytest.raises(HeyGenPermanentError, match="402"):
+        task.start()
+    task.clear()  # somebody has topped up
+    assert task.start() == heygen.jobs[0].id
+    assert uploads(heygen) == 2
+
+
+def test_a_clear_after_success_uploads_and_dubs_again(heygen, files):
+    task = Task(dub(**files), store=StateStore())
+    first = task.start()
+    task.clear()
+    assert task.start() != first
+    assert (len(heygen.jobs), len(heygen.assets)) == (2, 4)
+
+
+@SERVERS
+@pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
+def test_assets_that_are_gone_are_uploaded_again(heygen, files, monkeypatch, store, idempotency):
+    heygen.behaviour.idempotency = idempotency
+    task = Task(dub(**files), store=StateStore() if store else None)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(HeyGenHook, "create_overdub", killed)
+        task.start()
+    heygen.forget_assets()
+    assert task.start() == heygen.jobs[0].id
+    assert (len(heygen.jobs), len(heygen.assets)) == (1, 2)
+    if store:
+        assert set(task.store.get("heygen_overdub")["assets"].values()) == {
+            asset.id for asset in heygen.assets
+        }
+
+
+def test_assets_that_are_gone_again_and_again_end_the_task(heygen, files):
+    heygen.fail_next(method="POST", path="/v3/overdubs", status=404, code="asset_not_found", count=9)
+    with pytest.raises(HeyGenPermanentError, match="asset_not_found"):
+        Task(dub(**files), store=StateStore()).start()
+    assert uploads(heygen) == 4
+
+
+def test_an_authors_own_asset_that_is_gone_is_told_at_once(heygen):
+    gone = {"type": "asset_id", "asset_id": "asset_gone"}
+    with pytest.raises(HeyGenPermanentError, match="asset_not_found"):
+        Task(dub(video=gone), store=StateStore()).start()
+    assert [request.method for request in heygen.requests] == ["POST"]
+
+
+def test_429_during_an_upload_defers_and_goes_on(heygen, pauses, files):
+    heygen.fail_next(method="POST", path="/v3/assets", status=429, headers={"Retry-After": "40"})
+    task = Task(dub(deferrable=True, **files), store=StateStore())
+    deferred = task.start()
+    assert deferred.method_name == "execute_again"
+    assert finish(task, task.resume(deferred, None)) == heygen.jobs[0].id
+    assert (pauses, len(heygen.assets)) == ([], 2)
 
 
 # --- Being told to wait ---------------------------------------------------------------------------------

@@ -199,6 +199,10 @@ class Emulator:
         """Give a job a status that stays until another is forced. Raises ``ApiError`` for an unknown id."""
         self._in_loop(lambda: self._state.job(job_id).force(status, failure_message))
 
+    def forget_assets(self) -> None:
+        """Have all assets gone, as if HeyGen had deleted them."""
+        self._in_loop(self._state.assets.clear)
+
     def reset(self) -> None:
         """Forget jobs, assets, faults, keys and the log, and restore the behaviour it was started with."""
         self._in_loop(self._state.reset)

@@ -329,7 +329,7 @@ class HeyGenHook(HttpHook):
             )
             if slot.max_bytes is not None and source.size > slot.max_bytes:
                 raise HeyGenPermanentError(
-                    f"{source.path} has {source.size / 2**20:.1f} MiB, HeyGen takes"
+                    f"{source} has {source.size / 2**20:.1f} MiB, HeyGen takes"
                     f" {slot.max_bytes / 2**20:.1f} MiB. Make it smaller; nothing was uploaded."
                 )
             refusal = self._put(source, slot, time.monotonic())
@@ -344,7 +344,7 @@ class HeyGenHook(HttpHook):
             # The same key would get the same URL again.
             key = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{idempotency_key}/{number}"))
         raise HeyGenTransientError(
-            f"HeyGen's storage refused {MAX_UPLOAD_URLS} upload URLs in a row for {source.path}: {refusal}."
+            f"HeyGen's storage refused {MAX_UPLOAD_URLS} upload URLs in a row for {source}: {refusal}."
         )
 
     def _put(self, source: upload.Source, slot: api.DirectUpload, began: float) -> str | None:

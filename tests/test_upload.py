@@ -1,0 +1,676 @@
+"""Uploads: what is taken, what goes over the wire, what is survived, what it costs in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+import time
+
+import jinja2
+import pytest
+from airflow.sdk import ObjectStoragePath
+from airflow.sdk._shared.secrets_masker import redact
+from airflow.sdk.exceptions import AirflowFailException
+from airflow.sdk.io import attach
+from airflow_task import StateStore, Task
+from conftest import forward
+from fsspec.implementations.memory import MemoryFileSystem
+from test_hook import check_requests
+
+from airflow_provider_heygen import api, upload
+from airflow_provider_heygen.emulator import media
+from airflow_provider_heygen.exceptions import (
+    HeyGenBadInputError,
+    HeyGenError,
+    HeyGenNotFoundError,
+    HeyGenPermanentError,
+    HeyGenTransientError,
+)
+from airflow_provider_heygen.hooks.heygen import MAX_UPLOAD_URLS, HeyGenHook
+from airflow_provider_heygen.operators.asset import HeyGenUploadAssetOperator
+from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
+
+MB = 1 << 20
+RESOURCES = pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
+LIPSYNCS = pytest.mark.parametrize("resource", ["lipsyncs"])
+
+
+@pytest.fixture
+def wire(heygen, listen, connect, resource):
+    """The emulator behind a server that keeps what it was sent; the connection leads there."""
+    listener = listen(forward(heygen.url))
+    connect(listener.url, resource=resource, allow_private_hosts=True)
+    return listener
+
+
+def mp4(path, size=0, fill=b"\0"):
+    """Write what is told for an mp4, of that many bytes."""
+    head = b"\0\0\0\x14ftypisom\0\0\2\0mp41\0\0\0\x08mdat"
+    with path.open("wb") as file:
+        file.write(head)
+        if size:
+            file.seek(size - 1)
+            file.write(fill)
+    return path
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A file for a direct upload."""
+    return mp4(tmp_path / "large.mp4", 32 * MB + 1, b"x")
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def routes(heygen):
+    return [f"{request.method} {request.route}" for request in heygen.requests]
+
+
+DIRECT = [
+    "POST /v3/assets/direct-uploads",
+    "PUT /uploads/{asset_id}",
+    "POST /v3/assets/{asset_id}/complete",
+]
+DIRECT_PATH = "/v3/assets/direct-uploads"
+
+
+# --- Types ----------------------------------------------------------------------------------------------
+
+
+PICTURE = ("-f", "lavfi", "-i", "testsrc2=size=176x144:rate=25", "-t", "0.4")
+SOUND = ("-f", "lavfi", "-i", "sine", "-t", "0.4")
+TAKEN = {
+    "v.mp4": ("video/mp4", *PICTURE),
+    "fragmented.mp4": ("video/mp4", *PICTURE, "-movflags", "frag_keyframe+empty_moov"),
+    "dash.mp4": ("video/mp4", *PICTURE, "-movflags", "+dash"),
+    "v.m4v": ("video/mp4", *PICTURE),
+    "v.webm": ("video/webm", *PICTURE),
+    "a.mp3": ("audio/mpeg", *SOUND),
+    "long-tag.mp3": ("audio/mpeg", *SOUND, "-metadata", f"comment={'x' * 3000}"),
+    "bare.mp3": ("audio/mpeg", *SOUND, "-id3v2_version", "0", "-write_xing", "0"),
+    "22kHz.mp3": ("audio/mpeg", *SOUND, "-ar", "22050", "-id3v2_version", "0"),
+    "8kHz.mp3": ("audio/mpeg", *SOUND, "-ar", "8000", "-id3v2_version", "0"),
+    "a.wav": ("audio/wav", *SOUND),
+    "p.png": ("image/png", *PICTURE, "-frames:v", "1"),
+    "p.jpg": ("image/jpeg", *PICTURE, "-frames:v", "1"),
+}
+REFUSED = {
+    "v.mov": ("a QuickTime movie.*Convert it to mp4", *PICTURE),
+    "v.3gp": ("a 3GP file", *PICTURE, "-c:v", "mpeg4"),
+    "v.mkv": ("a Matroska file", *PICTURE),
+    "v.avi": ("an AVI file", *PICTURE),
+    "v.flv": ("a Flash video", *PICTURE),
+    "v.ts": ("an MPEG transport stream", *PICTURE),
+    "v.mpg": ("an MPEG program stream", *PICTURE),
+    "v.wmv": ("a Windows Media file", *PICTURE),
+    "a.m4a": ("an m4a audio file.*Convert it to mp3 or wav", *SOUND),
+    "a.m4b": ("an m4a audio file", *SOUND, "-f", "ipod"),
+    "a.mka": ("a Matroska file", *SOUND),
+    "a.ogg": ("an Ogg file", *SOUND, "-c:a", "libvorbis"),
+    "a.opus": ("an Ogg file", *SOUND),
+    "a.flac": ("a FLAC file", *SOUND),
+    "a.aac": ("an AAC file", *SOUND),
+    "tagged.aac": ("an AAC file", *SOUND, "-write_id3v2", "1"),
+    "a.aiff": ("an AIFF file", *SOUND),
+    "rf64.wav": ("an RF64 wave file", *SOUND, "-rf64", "always"),
+    "a.mp2": ("no type known", *SOUND),
+    "p.gif": ("a GIF image.*Convert it to png or jpeg", *PICTURE, "-frames:v", "1"),
+    "p.webp": ("a WebP image", *PICTURE, "-frames:v", "1"),
+    "p.avif": ("a HEIF or AVIF image", *PICTURE, "-frames:v", "1"),
+}
+WRITTEN = {
+    "page.mp4": ("an HTML or XML page.*login page", b"\n<!DOCTYPE html><html>Sign in</html>"),
+    "error.mp4": ("an HTML or XML page", b"\xef\xbb\xbf<?xml version='1.0'?><Error/>"),
+    "error.mp3": ("a JSON text", b'{"error": "no"}'),
+    "text.mp3": ("no type known", b"not a video at all"),
+    "utf16.mp3": ("no type known", "not a video".encode("utf-16")),
+    "short.mp4": ("no type known", b"\0\0"),
+    "zeros.wav": ("no type known", bytes(1000)),
+    "old.mov": ("a QuickTime movie", b"\0\0\0\x08wide\0\0\x10\0mdat"),
+    "document.pdf": ("a PDF document", b"%PDF-1.7"),
+    "archive.zip": ("a ZIP archive", b"PK\3\4"),
+    "tagged.flac": ("a FLAC file", b"ID3\4\0\0\0\0\1\0" + bytes(128) + b"fLaC"),
+}
+
+
+def make(path, *arguments):
+    subprocess.run([media.ffmpeg_exe(), "-loglevel", "error", *arguments, path], check=True)
+    return path
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_type_that_is_taken(heygen, tmp_path, name):
+    mime_type, *arguments = TAKEN[name]
+    # The name says nothing.
+    path = make(tmp_path / name, *arguments).rename(tmp_path / "file.mov")
+    assert HeyGenHook().upload_asset(path).mime_type == mime_type
+    # The emulator has looked, too; the form says what we think it is.
+    assert upload.Source.of(path, HeyGenHook().settings).mime_type == mime_type
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_type_that_is_refused(heygen, tmp_path, name):
+    error, *arguments = REFUSED[name]
+    path = make(tmp_path / name, *arguments).rename(tmp_path / "file.mp4")
+    with pytest.raises(HeyGenBadInputError, match=f"{error}.*mp4, webm, mp3, wav, png and jpeg"):
+        HeyGenHook().upload_asset(path)
+    assert heygen.requests == []
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_is_no_media_file(heygen, tmp_path, name):
+    error, content = WRITTEN[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(HeyGenBadInputError, match=error):
+        HeyGenHook().upload_asset(tmp_path / name)
+    assert heygen.requests == []
+
+
+def test_an_unknown_brand_of_mp4_is_left_to_heygen(heygen, tmp_path):
+    path = tmp_path / "v.mp4"
+    path.write_bytes(b"\0\0\0\x14ftypnew1\0\0\2\0isom\0\0\0\x08mdat")
+    assert HeyGenHook().upload_asset(path).mime_type == "video/mp4"
+
+
+# --- Files ----------------------------------------------------------------------------------------------
+
+
+def bad_files(tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    mp4(tmp_path / "huge.mp4", 32 * MB + 1)
+    return {
+        "There is no file": tmp_path / "missing.mp4",
+        "is a directory": tmp_path,
+        "is empty": tmp_path / "empty.mp4",
+        r"has 32\.0 MiB.*'resource'.*'heygen_default'.*'lipsyncs'": tmp_path / "huge.mp4",
+        "There is no file ": tmp_path / "empty.mp4" / "below-a-file.mp4",
+    }
+
+
+def test_a_bad_file_sends_nothing(heygen, tmp_path):
+    for error, path in bad_files(tmp_path).items():
+        for source in (str(path), f"file://{path}"):
+            with pytest.raises(HeyGenBadInputError, match=error):
+                HeyGenHook().upload_asset(source)
+    assert heygen.requests == []
+
+
+def test_from_memory_storage(heygen):
+    attach("memory", fs=MemoryFileSystem())
+    path = ObjectStoragePath("memory://bucket/v.mp4")
+    with path.open("wb") as file:
+        file.write(b"\0\0\0\x14ftypisom\0\0\2\0mp41" + bytes(5000))
+    for source in (path, "memory://bucket/v.mp4"):
+        asset = HeyGenHook().upload_asset(source)
+        assert (asset.mime_type, asset.size_bytes) == ("video/mp4", 5020)
+
+
+@LIPSYNCS
+@pytest.mark.parametrize("size", [1 * MB, 33 * MB], ids=["form", "direct"])
+@pytest.mark.parametrize("new_size", [1, 2000, 40 * MB], ids=["shorter", "much shorter", "longer"])
+def test_a_file_that_changes_its_length_on_the_way(heygen, pauses, tmp_path, size, new_size):
+    path = mp4(tmp_path / "v.mp4", size)
+    source = upload.Source.of(path, HeyGenHook().settings)
+    assert source.digest
+    mp4(path, new_size)
+    with pytest.raises(HeyGenError, match="has changed while it was read") as caught:
+        HeyGenHook().upload_asset(source)
+    assert not isinstance(caught.value, AirflowFailException)  # a retry takes it as it is then
+    assert pauses == []
+    assert heygen.assets == []
+
+
+@LIPSYNCS
+def test_a_file_that_changes_its_bytes_on_the_way(heygen, pauses, large):
+    source = upload.Source.of(large, HeyGenHook().settings)
+    assert source.digest == sha256(large)
+    with large.open("r+b") as file:
+        file.seek(1000)
+        file.write(b"other")
+    with pytest.raises(HeyGenError, match=r"400 BadDigest.*has changed") as caught:
+        HeyGenHook().upload_asset(source)
+    assert not isinstance(caught.value, AirflowFailException)
+    assert heygen.assets == []
+
+
+def test_a_file_that_cannot_be_read_is_no_fault_of_the_network(heygen, pauses, tmp_path, monkeypatch):
+    path = mp4(tmp_path / "v.mp4", MB)
+    source = upload.Source.of(path, HeyGenHook().settings)
+    read = upload.Announced.read
+
+    def broken(self, size=-1):
+        self._file.close()
+        self._file = open("/proc/self/mem", "rb")  # noqa: SIM115 - its first bytes give an input/output error
+        return read(self, size)
+
+    monkeypatch.setattr(upload.Announced, "read", broken)
+    with pytest.raises(HeyGenTransientError, match=r"v\.mp4 cannot be read: .*Input/output"):
+        HeyGenHook(max_attempts=1).upload_asset(source)
+
+
+# --- Over the wire --------------------------------------------------------------------------------------
+
+
+@LIPSYNCS
+def test_direct_upload(heygen, wire, large, monkeypatch, tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login somebody password NETRC\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    asset = HeyGenHook().upload_asset(large, idempotency_key="key-1")
+    assert routes(heygen) == DIRECT
+    assert heygen.assets[0].id == asset.asset_id
+    assert heygen.assets[0].sha256 == sha256(large)
+    assert (asset.mime_type, asset.size_bytes) == ("video/mp4", 32 * MB + 1)
+
+    create, put, complete = wire.seen
+    wire.seen.remove(put)
+    check_requests(wire)
+    assert create.headers["Idempotency-Key"] == "key-1"
+    assert json.loads(create.body) == {
+        "filename": "large.mp4",
+        "content_type": "video/mp4",
+        "size_bytes": 32 * MB + 1,
+        "checksum_sha256": sha256(large),
+    }
+    assert json.loads(complete.body) == {}
+    names = {name.lower() for name in put.headers}
+    assert names - {"host", "accept-encoding", "user-agent", "connection"} == {
+        "content-length",
+        "content-type",
+        "x-amz-checksum-sha256",
+    }
+    assert put.headers["Content-Length"] == str(32 * MB + 1)
+    assert "Signature=" in put.path
+    assert "/uploads/" in caplog.text  # urllib3 tells of the PUT
+    assert "Signature=" not in caplog.text
+
+
+@LIPSYNCS
+def test_up_to_32_mb_it_is_a_form_under_either_name(heygen, tmp_path):
+    path = mp4(tmp_path / "v.mp4", 32 * MB)
+    assert HeyGenHook().upload_asset(path).size_bytes == 32 * MB
+    assert routes(heygen) == ["POST /v3/assets"]
+
+
+@LIPSYNCS
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"method": "POST", "path": DIRECT_PATH, "status": 503},
+        {"method": "POST", "path": DIRECT_PATH, "drop": "after"},
+        {"method": "PUT", "status": 500},
+        {"method": "PUT", "status": 503},
+        {"method": "PUT", "status": 429},
+        {"method": "PUT", "drop": "before"},
+        {"method": "PUT", "drop": "after"},
+        {"method": "POST", "path": ".*/complete", "status": 500},
+        {"method": "POST", "path": ".*/complete", "drop": "after"},
+        {"method": "POST", "path": ".*/complete", "status": 409, "code": "conflict"},
+        {"method": "POST", "path": ".*/complete", "status": 409, "body": "{}"},
+    ],
+    ids=str,
+)
+def test_direct_upload_survives(heygen, pauses, large, fault):
+    heygen.fail_next(**fault, count=2)
+    asset = HeyGenHook().upload_asset(large)
+    assert [(kept.id, kept.sha256) for kept in heygen.assets] == [(asset.asset_id, sha256(large))]
+    assert len(pauses) == 2
+    # One request for an upload, however often: its key is the same.
+    assert len({request.idempotency_key for request in heygen.requests if request.route == DIRECT_PATH}) == 1
+
+
+@LIPSYNCS
+def test_storage_that_never_shows_the_file(heygen, pauses, large):
+    heygen.fail_next(
+        path=".*/complete", status=409, code="conflict", message="Uploaded object not found yet.", count=99
+    )
+    with pytest.raises(HeyGenTransientError, match=r"409 conflict to the completion.*not found yet"):
+        HeyGenHook(max_attempts=4).upload_asset(large)
+    assert len(pauses) == 3
+    assert routes(heygen).count(DIRECT[1]) == 1
+
+
+@LIPSYNCS
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_a_refused_upload_url_is_replaced(heygen, pauses, large, status):
+    heygen.fail_next(method="PUT", status=status)
+    asset = HeyGenHook().upload_asset(large, idempotency_key="k")
+    assert [kept.id for kept in heygen.assets] == [asset.asset_id]
+    keys = [request.idempotency_key for request in heygen.requests if request.route == DIRECT_PATH]
+    assert len(keys) == len(set(keys)) == 2  # the same would bring the same URL
+    assert pauses == []
+
+
+@LIPSYNCS
+def test_an_upload_url_that_has_expired(heygen, pauses, large):
+    heygen.behaviour.upload_seconds = 1
+    hook = HeyGenHook()
+    call = api.create_direct_upload(
+        filename="large.mp4",
+        content_type="video/mp4",
+        size_bytes=32 * MB + 1,
+        checksum_sha256=sha256(large),
+        idempotency_key="k",
+    )
+    old = hook._send(call)
+    time.sleep(1.1)
+    heygen.behaviour.upload_seconds = 3600
+    # As a retry does a while later: the same key brings the old URL.
+    asset = hook.upload_asset(large, idempotency_key="k")
+    assert asset.asset_id != old.asset_id
+    assert [kept.id for kept in heygen.assets] == [asset.asset_id]
+    assert [request.status for request in heygen.requests if request.method == "PUT"] == [403, 200]
+
+
+@LIPSYNCS
+def test_upload_urls_that_are_dead_on_arrival(heygen, pauses, large):
+    heygen.behaviour.upload_seconds = 0
+    with pytest.raises(HeyGenTransientError, match=r"3 upload URLs in a row.*it has expired"):
+        HeyGenHook().upload_asset(large)
+    assert routes(heygen).count(DIRECT[0]) == MAX_UPLOAD_URLS
+    assert DIRECT[1] not in routes(heygen)
+
+
+@LIPSYNCS
+def test_storage_that_refuses_every_url_is_quoted(heygen, pauses, large, listen):
+    storage = listen(lambda _: (403, {}, b"<Error><Code>SignatureDoesNotMatch</Code></Error>"))
+    upload_to(heygen, storage.url, count=3)
+    heygen.fail_next(path=".*/complete", status=409, code="conflict", count=3)
+    with pytest.raises(HeyGenTransientError, match="403 SignatureDoesNotMatch") as caught:
+        HeyGenHook().upload_asset(large)
+    assert "SECRET" not in str(caught.value)
+
+
+@LIPSYNCS
+def test_the_same_key_brings_the_same_asset_without_the_bytes(heygen, large):
+    first = HeyGenHook().upload_asset(large, idempotency_key="k")
+    again = HeyGenHook().upload_asset(large, idempotency_key="k")
+    assert again.asset_id == first.asset_id
+    assert len(heygen.assets) == 1
+
+
+def upload_to(heygen, url, count=1, **changes):
+    """Have HeyGen send the next uploads somewhere else."""
+    slot = {
+        "asset_id": "asset_1",
+        "upload_url": f"{url}/bucket/asset_1?X-Amz-Signature=SECRET",
+        "upload_headers": {"Content-Type": "video/mp4", "x-amz-meta-token": "SECRET"},
+        "expires_in_seconds": 60,
+        "max_bytes": 100 * MB,
+        "status": "pending_upload",
+        **changes,
+    }
+    heygen.fail_next(path=DIRECT_PATH, body=json.dumps({"data": slot}), count=count)
+
+
+@LIPSYNCS
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_put_follows_no_redirect(heygen, pauses, large, listen, status):
+    other = listen()
+    storage = listen(lambda _: (status, {"Location": f"{other.url}/elsewhere"}, b""))
+    upload_to(heygen, storage.url)
+    with pytest.raises(HeyGenPermanentError, match=f"answered {status}.*does not follow redirects") as caught:
+        HeyGenHook().upload_asset(large)
+    assert other.seen == []
+    assert len(storage.seen) == 1
+    assert "SECRET" not in str(caught.value)
+
+
+@LIPSYNCS
+@pytest.mark.parametrize("status", [400, 411, 413, 501])
+def test_what_storage_refuses(heygen, pauses, large, listen, status):
+    storage = listen(
+        lambda _: (status, {}, b"<Error><Code>Strange</Code><Message>?sig=SECRET</Message></Error>")
+    )
+    upload_to(heygen, storage.url)
+    with pytest.raises(HeyGenError, match=f"127.0.0.1 answered {status} Strange to the upload") as caught:
+        HeyGenHook(max_attempts=2).upload_asset(large)
+    assert isinstance(caught.value, HeyGenPermanentError) is (status < 500)
+    assert "SECRET" not in str(caught.value)
+
+
+@LIPSYNCS
+def test_storage_that_cannot_be_reached(heygen, pauses, large):
+    upload_to(heygen, "http://127.0.0.1:9")
+    with pytest.raises(HeyGenTransientError, match=r"ConnectionError while uploading to 127\.0\.0\.1"):
+        HeyGenHook(max_attempts=2).upload_asset(large)
+
+
+@LIPSYNCS
+@pytest.mark.parametrize(
+    ("url", "error"),
+    [
+        ("https://169.254.169.254", "private or loopback"),
+        ("https://10.0.0.1", "private or loopback"),
+        ("https://[::1]:1", "private or loopback"),
+        ("http://storage.example", "not https"),
+        ("ftp://storage.example", "not https"),
+        ("//storage.example", "not https"),
+        ("https://", "not https"),
+        ("https://[", "not a URL"),
+    ],
+)
+def test_an_upload_url_that_leads_where_it_must_not(heygen, connect, pauses, large, url, error):
+    connect(heygen.url, resource="lipsyncs")
+    upload_to(heygen, url)
+    with pytest.raises(HeyGenPermanentError, match=error) as caught:
+        HeyGenHook().upload_asset(large)
+    assert "The upload URL" in str(caught.value)
+    assert "SECRET" not in str(caught.value)
+
+
+@LIPSYNCS
+def test_what_heygen_says_of_the_size(heygen, pauses, large, listen):
+    storage = listen()
+    upload_to(heygen, storage.url, max_bytes=20 * MB)
+    with pytest.raises(HeyGenPermanentError, match=r"has 32\.0 MiB, HeyGen takes 20\.0 MiB"):
+        HeyGenHook().upload_asset(large)
+    assert storage.seen == []
+    heygen.behaviour.max_upload_bytes = 20 * MB
+    with pytest.raises(HeyGenPermanentError, match=r"400 invalid_parameter.*field 'size_bytes'"):
+        HeyGenHook().upload_asset(large)
+
+
+@LIPSYNCS
+def test_an_api_without_direct_uploads(heygen, pauses, large):
+    heygen.fail_next(path=DIRECT_PATH, status=404)
+    with pytest.raises(HeyGenNotFoundError, match="no direct uploads: make the file smaller"):
+        HeyGenHook().upload_asset(large)
+
+
+@LIPSYNCS
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"asset_id": None}, "asset_id"),
+        ({"asset_id": "../x"}, "asset_id"),
+        ({"upload_url": None}, "upload_url"),
+        ({"upload_url": ["https://x.y"]}, "upload_url"),
+        ({"upload_headers": "none"}, "upload_headers"),
+        ({"upload_headers": {"a": []}}, "upload_headers"),
+    ],
+    ids=str,
+)
+def test_an_answer_that_cannot_be_used(heygen, pauses, large, changes, error):
+    upload_to(heygen, heygen.url, **changes)
+    with pytest.raises(HeyGenTransientError, match=error) as caught:
+        HeyGenHook(max_attempts=1).upload_asset(large)
+    assert "SECRET" not in str(caught.value)
+
+
+@LIPSYNCS
+def test_an_answer_that_says_little_is_enough(heygen, large, listen):
+    storage = listen()
+    changes = {"upload_headers": None, "expires_in_seconds": "soon", "max_bytes": None, "status": 7}
+    upload_to(heygen, storage.url, **changes)
+    heygen.fail_next(path=".*/complete", body='{"data": {}}')
+    assert HeyGenHook().upload_asset(large).asset_id == "asset_1"
+    (seen,) = storage.seen
+    assert hashlib.sha256(seen.body).hexdigest() == sha256(large)
+    assert "Content-Type" not in seen.headers
+
+
+def test_a_slot_does_not_show_its_secrets():
+    slot = api.DirectUpload(
+        asset_id="a", upload_url="https://x.y/?sig=SECRET", upload_headers={"token": "SECRET"}
+    )
+    assert "SECRET" not in f"{slot!r} {slot}"
+
+
+MEASURE = """
+import resource, sys
+from airflow_provider_heygen.hooks.heygen import HeyGenHook
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+with HeyGenHook() as hook:
+    hook.upload_asset(sys.argv[1])  # whatever is loaded on first use
+    before = peak()
+    hook.upload_asset(sys.argv[2])
+    print(peak() - before)
+"""
+
+
+@LIPSYNCS
+def test_memory_does_not_grow_with_the_file(heygen, tmp_path):
+    files = [mp4(tmp_path / "small.mp4", MB), mp4(tmp_path / "huge.mp4", 200 * MB)]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, files)], capture_output=True, text=True, check=True
+    )
+    assert heygen.assets[1].size_bytes == 200 * MB
+    assert float(done.stdout.splitlines()[-1]) < 32
+
+
+# --- Inputs of an overdub -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("clips")
+    media.make_video(directory / "v.mp4", 1.0)
+    media.make_audio(directory / "a.mp3", 1.0)
+    return directory
+
+
+def dub(clips, **changes):
+    uris = {"video": f"file://{clips}/v.mp4", "audio": f"file://{clips}/a.mp3"}
+    return lambda: HeyGenCreateOverdubOperator(task_id="dub", poke_interval=0.02, **uris | changes)
+
+
+@RESOURCES
+def test_files_are_uploaded_and_dubbed(heygen, clips):
+    task = Task(dub(clips), store=StateStore())
+    assert task.start() == heygen.jobs[0].id
+    sent = heygen.jobs[0].request
+    assets = {asset.id: asset for asset in heygen.assets}
+    assert len(assets) == 2
+    assert assets[sent.video.asset_id].path.read_bytes() == (clips / "v.mp4").read_bytes()
+    assert assets[sent.audio.asset_id].path.read_bytes() == (clips / "a.mp3").read_bytes()
+    assert task.store.get("heygen_overdub")["assets"] == {
+        sha256(clips / "v.mp4"): sent.video.asset_id,
+        sha256(clips / "a.mp3"): sent.audio.asset_id,
+    }
+    assert task.xcoms["overdub"]["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda path: {"type": "url", "url": f"file://{path}"},
+        lambda path: ObjectStoragePath(f"file://{path}"),
+        lambda path: f"FILE://{path}",
+    ],
+    ids=["mapping", "ObjectStoragePath", "upper case"],
+)
+def test_other_forms_of_a_file(heygen, clips, form):
+    video, audio = form(clips / "v.mp4"), "https://x.y/a.mp3"
+    operator = dub(clips, video=video, audio=audio, wait_for_completion=False)()
+    operator.render_template_fields({}, jinja2.Environment(autoescape=True))
+    Task(lambda: operator, store=StateStore()).start()
+    assert heygen.jobs[0].request.video.asset_id == heygen.assets[0].id
+    assert heygen.jobs[0].request.audio.url == audio
+
+
+def test_one_file_for_both_is_uploaded_once(heygen, clips):
+    Task(dub(clips, audio=f"file://{clips}/v.mp4"), store=StateStore()).start()
+    sent = heygen.jobs[0].request
+    assert sent.video.asset_id == sent.audio.asset_id == heygen.assets[0].id
+    assert len(heygen.assets) == 1
+
+
+@LIPSYNCS
+def test_a_large_video_is_dubbed(heygen, clips, tmp_path):
+    # A box of nothing makes any mp4 as long as one likes.
+    video = tmp_path / "large.mp4"
+    padding = 33 * MB
+    video.write_bytes((clips / "v.mp4").read_bytes() + padding.to_bytes(4, "big") + b"free")
+    with video.open("r+b") as file:
+        file.truncate(video.stat().st_size - 8 + padding)
+    assert Task(dub(clips, video=f"file://{video}"), store=StateStore()).start() == heygen.jobs[0].id
+    assert routes(heygen)[:4] == [*DIRECT, "POST /v3/assets"]
+    assert heygen.jobs[0].status == "completed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"audio": "file:///missing.mp3"}, "audio: There is no file"),
+        ({"audio": "file://{clips}"}, "audio: .* is a directory"),
+        ({"audio": "nope://bucket/a.mp3"}, "audio: .*cannot be used"),
+        ({"video": "file://{clips}/a.mp3"}, "video: .*is audio/mpeg, no video"),
+        ({"audio": "file://{clips}/p.png"}, "audio: .*is image/png, no audio"),
+        ({"video": "file://{clips}/p.png"}, "video: .*is image/png, no video"),
+        ({"video": "{clips}/v.mp4"}, "video: .*file:///data/talk.mp4"),
+        ({"video": "v.mp4"}, "video: .*file:///data/talk.mp4"),
+        ({"audio": "http://x.y/a.mp3"}, "audio: must be a public https URL"),
+        ({"mode": "fast"}, "mode"),
+    ],
+    ids=str,
+)
+def test_nothing_is_uploaded_before_all_is_checked(heygen, clips, changes, error):
+    if not (clips / "p.png").exists():
+        make(clips / "p.png", *PICTURE, "-frames:v", "1")
+    changes = {name: value.format(clips=clips) for name, value in changes.items()}
+    task = Task(dub(clips, **changes), store=StateStore())
+    with pytest.raises(HeyGenBadInputError, match=error):
+        task.start()
+    assert heygen.requests == []
+    assert not task.store
+
+
+def test_an_upload_that_is_refused_creates_nothing(heygen, pauses, clips):
+    heygen.fail_next(path="/v3/assets", status=402)
+    with pytest.raises(HeyGenPermanentError, match="402"):
+        Task(dub(clips), store=StateStore()).start()
+    assert heygen.jobs == []
+
+
+def test_what_is_secret_in_a_uri_is_masked_and_a_connection_id_is_not():
+    uris = {"video": "s3://aws_masked@bucket/v.mp4?sig=MASKED1", "audio": "sftp://user:MASKED2@x.y/a.mp3"}
+    operator = HeyGenCreateOverdubOperator(task_id="task", **uris)
+    operator.render_template_fields({}, jinja2.Environment(autoescape=True))
+    assert redact(operator.video) == "s3://aws_masked@bucket/v.mp4?***"
+    assert "MASKED2" not in redact(operator.audio)
+    operator = HeyGenUploadAssetOperator(task_id="task", source="https://x.y/v.mp4?sig=MASKED3")
+    operator.render_template_fields({}, jinja2.Environment(autoescape=True))
+    assert "MASKED3" not in redact(operator.source)
+
+
+def test_no_secret_is_in_the_record_or_the_log(heygen, clips, caplog):
+    caplog.set_level(logging.DEBUG)
+    task = Task(dub(clips, wait_for_completion=False), store=StateStore())
+    task.start()
+    for text in (json.dumps(task.store), json.dumps(task.xcoms), caplog.text):
+        assert "Signature" not in text
+        assert heygen.api_key not in text
+
+
+def test_the_form_is_sent_in_large_pieces(heygen, tmp_path):
+    """What urllib3 does with a body that can be read would be 16 kB at a time."""
+    with upload.Source.of(mp4(tmp_path / "v.mp4", 3 * MB), HeyGenHook().settings).open() as file:
+        assert [len(chunk) for chunk in upload.Chunks(file)] == [MB] * 3
