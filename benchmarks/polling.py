@@ -1,0 +1,491 @@
+"""
+What waiting costs the triggerer: our trigger and other providers' side by side on one server.
+
+    python benchmarks/polling.py [--only TEXT] [--plot PATH]
+
+Each case is N triggers of one kind in a process of its own (:mod:`polling_client`), all in one event loop as
+in Airflow's triggerer; N = 1 is measured on 21 loops with one trigger each. The server (:mod:`polling_server`)
+is another process, speaks TLS and answers after 20 ms. Peers poll each 5 s and keep their defaults otherwise:
+
+- HttpSensorTrigger asks a URL that is 404 until the job has completed;
+- DbtCloudRunJobTrigger, FivetranTrigger and AnthropicBatchTrigger ask for a run, a connector and a batch. The
+  address of Fivetran's API is a class attribute, which is set; the others' are in the Airflow connection.
+
+All trust the usual bundle of certificates plus the server's. A case goes through three phases:
+
+- *join*: the triggers start, evenly over 5 s, so that their polls are spread as well; a peer gets up to 40 s
+  until each of its triggers has polled once;
+- *hold*: nothing completes, for 10 s (5 s with N >= 1,000). Requests, connections, CPU and memory are taken
+  here. A **job-poll** is one job looked at once; N x seconds / poll interval of them are due. A peer that
+  makes clearly less than one request per job-poll does not keep up; its CPU is divided by the polls it made;
+- *finish*: up to 500 jobs complete, evenly over 5 s, the others go on. **Notice** is the time from there to
+  the trigger's event. What was not noticed at the end of the case counts with the time until then (``>``).
+
+**KB per trigger** is the growth of resident memory, **stall** how much longer than 10 ms a 10 ms sleep on the
+event loop takes, in join and finish. Only ratios within one run are worth comparing: other machines, and other
+work on this one, change all figures. Exits with an error when a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from bisect import bisect_left
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+LATENCY = 0.02
+JOIN = 5.0
+FINISH = 5.0
+FINISHING = 500
+PATIENCE = 40.0
+
+PEERS = {
+    "http": ("HttpSensorTrigger", "apache-airflow-providers-http"),
+    "dbt": ("DbtCloudRunJobTrigger", "apache-airflow-providers-dbt-cloud"),
+    "fivetran": ("FivetranTrigger", "airflow-provider-fivetran-async"),
+    "anthropic": ("AnthropicBatchTrigger", "apache-airflow-providers-anthropic"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """
+    One line of the table.
+
+    :param kind: ``heygen``, ``idle`` or a peer.
+    :param n: how many triggers.
+    :param interval: poll interval in seconds.
+    :param extra: what the Airflow connection says beyond the defaults.
+    :param jobs: what else there is in the account, see :class:`polling_server.Jobs`.
+    """
+
+    kind: str
+    n: int
+    note: str = ""
+    interval: float = 5.0
+    extra: dict[str, Any] = field(default_factory=dict)
+    jobs: dict[str, Any] = field(default_factory=dict)
+    join: float = JOIN
+    finish: float = FINISH
+    drain: float = 12.0
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        if self.kind == "idle":
+            return "idle trigger"
+        name = PEERS[self.kind][0] if self.kind in PEERS else "HeyGenOverdubTrigger"
+        return ", ".join(filter(None, [name, f"{self.interval:g} s", self.note]))
+
+    @property
+    def hold(self) -> float:
+        """How many seconds nothing completes; whole intervals, enough of them for a good mean."""
+        return 5.0 if self.n >= 1000 else 10.0
+
+    @property
+    def loops(self) -> int:
+        """How many event loops share the triggers; odd, see :func:`completions`."""
+        return 21 if self.n == 1 else 1
+
+
+def capped(rate: float, **more: Any) -> dict[str, Any]:
+    """Give the extra of a connection that allows so many requests per second."""
+    return {"max_requests_per_second": rate, **more}
+
+
+# The rate cap binds no peer. Where a case is about the cost of GETs, ours must be free to make as many.
+FREE = 1000
+OURS_5 = {n: Case("heygen", n) for n in (1, 100, 1000, 3000)}
+OURS_1 = {n: Case("heygen", n, "cap 20/s", interval=1.0, extra=capped(20)) for n in (1000, 3000)}
+MANY = Case("heygen", 10_000, "cap 20/s", extra=capped(20), join=10.0)
+GETS = Case("heygen", 1000, "list unusable", extra=capped(FREE), jobs={"listed": False})
+IDLE = Case("idle", 1000)
+FOREIGN_GETS = Case("heygen", 200, "list unusable", extra=capped(FREE), jobs={"listed": False})
+FOREIGN = {
+    others: Case("heygen", 200, f"{others} foreign each", extra=capped(FREE), jobs={"foreign": others})
+    for others in (1, 9, 99)
+}
+BULK = Case(
+    "heygen", 200, "99 foreign each, lipsyncs", extra=capped(FREE, resource="lipsyncs"), jobs={"foreign": 99}
+)
+OLD = Case("heygen", 200, "20,000 old ones", jobs={"finished": 20_000})
+
+
+def peers(n: int) -> list[Case]:
+    """Give the peers' cases for one N."""
+    return [Case(kind, n) for kind in PEERS]
+
+
+# Those that cost next to nothing go side by side, each with its own server; all others go alone.
+GROUPS = [
+    [OURS_5[1], *peers(1), OURS_5[100], *peers(100)],
+    [FOREIGN_GETS, *FOREIGN.values(), BULK, OLD],
+    *([case] for case in [IDLE, OURS_5[1000], OURS_1[1000], GETS, *peers(1000)]),
+    *([case] for case in [OURS_5[3000], OURS_1[3000], *peers(3000)]),
+    [MANY],
+]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """
+    What one case gave.
+
+    :param requests: per job-poll.
+    :param connections: new ones per job-poll, while nothing starts or ends.
+    :param opened: all connections of the case.
+    :param cpu: seconds per 1,000 job-polls.
+    :param memory: KB per trigger; ``None`` where there are too few to tell.
+    :param notice_50: seconds from a completion to the event, median.
+    :param unnoticed: how many were not noticed at the end.
+    :param stall_max: seconds.
+    :param peak: most requests within any one second.
+    :param server: share of one core the server took.
+    """
+
+    requests: float
+    connections: float
+    opened: int
+    cpu: float
+    memory: float | None
+    notice_50: float = math.nan
+    notice_99: float = math.nan
+    unnoticed: int = 0
+    stall_99: float = math.nan
+    stall_max: float = math.nan
+    peak: int = 0
+    server: float = 0.0
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Give the value that a share of all values does not exceed."""
+    return sorted(values)[math.ceil(share * len(values)) - 1] if values else math.nan
+
+
+def completions(case: Case, waiting: int, at: float) -> list[float | None]:
+    """
+    Say when which job completes.
+
+    The jobs that complete are spread over all that wait. A step of two against their order makes the times
+    since each trigger's own last poll as even as the completions themselves, so chance plays no part.
+    """
+    if case.kind == "idle":
+        return [None] * waiting
+    ending = min(waiting, FINISHING)
+    found: list[float | None] = [None] * waiting
+    for turn in range(ending):
+        found[turn * waiting // ending] = at + (2 * turn % ending) / ending * case.finish
+    return found
+
+
+def client(*args: Any) -> None:
+    """Be the client process of a case."""
+    import polling_client  # Airflow and all peers; the process was forked from one that has them already
+
+    polling_client.run(*args)
+
+
+class Running:
+    """A case under way: its server and its client."""
+
+    def __init__(self, case: Case, certificate: str, context: Any, stack: ExitStack) -> None:
+        self.case, self.waiting = case, max(case.n, case.loops)
+        settings = {
+            "jobs": {"awaited": self.waiting, **case.jobs},
+            "latency": LATENCY,
+            "certificate": certificate,
+        }
+        self.server = stack.enter_context(
+            subprocess.Popen(
+                [sys.executable, str(HERE / "polling_server.py"), json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+        port = int(self.server.stdout.readline())
+        what = {"kind": case.kind, "n": self.waiting, "loops": case.loops, "interval": case.interval}
+        self.pipe, theirs = context.Pipe()
+        self.client = context.Process(
+            target=client, args=({**what, "extra": case.extra}, port, theirs), daemon=True
+        )
+        self.client.start()
+        theirs.close()
+
+    def _tell(self, command: Any) -> None:
+        self.server.stdin.write(json.dumps(command) + "\n")
+        self.server.stdin.flush()
+
+    def _ask(self, command: str) -> Any:
+        self._tell(command)
+        return json.loads(self.server.stdout.readline())
+
+    def begin(self) -> None:
+        """Let the triggers join."""
+        self.pipe.recv()  # warm
+        self.before = self._ask("seen")
+        self.join = time.monotonic()
+        self.pipe.send({"join": self.join, "join_seconds": self.case.join})
+
+    def schedule(self) -> None:
+        """Say when hold begins, and all that follows."""
+        time.sleep(max(0.0, self.join + self.case.join + 1.0 - time.monotonic()))
+        while self.case.kind in PEERS and time.monotonic() < self.join + PATIENCE:
+            if self._ask("count") - len(self.before["requests"]) >= self.waiting:
+                break
+            time.sleep(0.5)
+        self.hold = time.monotonic() + 0.2
+        self.finish = self.hold + self.case.hold
+        self.done_at = completions(self.case, self.waiting, self.finish)
+        self.finishing = sum(at is not None for at in self.done_at)
+        self._tell(self.done_at)
+        end = self.finish + self.case.finish + self.case.drain
+        times = {"hold": self.hold, "finish": self.finish, "end": end, "finishing": self.finishing}
+        self.pipe.send(times)
+
+    def figures(self) -> Figures:
+        """Wait for the end and count."""
+        got = self.pipe.recv()
+        seen = self._ask("seen")
+        case = self.case
+        if got["wrong"]:
+            sys.exit(
+                f"{case.name}: {len(got['wrong'])} triggers ended wrong, the first with {got['wrong'][0]}"
+            )
+        polls = self.waiting * case.hold / case.interval
+        held = {
+            kind: bisect_left(seen[kind], self.finish) - bisect_left(seen[kind], self.hold)
+            for kind in ("requests", "connections")
+        }
+        waits = [
+            got["ended"].get(number, got["end"]) - at
+            for number, at in enumerate(self.done_at, start=1)
+            if at is not None
+        ]
+        after_warm = seen["requests"][len(self.before["requests"]) :]
+        return Figures(
+            requests=held["requests"] / polls,
+            connections=held["connections"] / polls,
+            opened=len(seen["connections"]) - len(self.before["connections"]),
+            cpu=got["cpu"] / (min(polls, held["requests"]) if case.kind in PEERS else polls) * 1000,
+            memory=got["memory"] / 1024 / got["started"] if case.n >= 1000 else None,
+            notice_50=percentile(waits, 0.5),
+            notice_99=percentile(waits, 0.99),
+            unnoticed=self.finishing - len(got["ended"]),
+            stall_99=percentile(got["stalls"], 0.99),
+            stall_max=max(got["stalls"]),
+            peak=max((bisect_left(after_warm, at + 1) - i for i, at in enumerate(after_warm)), default=0),
+            server=(seen["cpu"] - self.before["cpu"]) / (got["end"] - self.join),
+        )
+
+
+def measure(group: list[Case], certificate: str, context: Any) -> dict[Case, Figures]:
+    """Run some cases side by side."""
+    with ExitStack() as stack:
+        running = [Running(case, certificate, context, stack) for case in group]
+        for each in running:
+            each.begin()
+        for each in running:
+            each.schedule()
+        found = {each.case: each.figures() for each in running}
+        for each in running:
+            each.server.stdin.close()
+    return found
+
+
+def make_certificate(directory: Path) -> tuple[str, str]:
+    """Make a certificate for localhost; give the paths of it with its key, and of a bundle that trusts it."""
+    import certifi
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]),
+            critical=False,
+        )
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = certificate.public_bytes(serialization.Encoding.PEM)
+    own, bundle = directory / "own.pem", directory / "bundle.pem"
+    own.write_bytes(
+        pem
+        + key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    bundle.write_bytes(Path(certifi.where()).read_bytes() + b"\n" + pem)
+    return str(own), str(bundle)
+
+
+HEADER = (
+    f"{'trigger':44} {'N':>6} {'requests':>9} {'new TLS':>8} {'CPU s per':>9} {'KB per':>8}"
+    f" {'notice, s':>15} {'stall, ms':>13} {'opened':>7} {'peak':>6} {'server':>7}\n"
+    f"{'':44} {'':>6} {'per poll':>9} {'per poll':>8} {'1k polls':>9} {'trigger':>8}"
+    f" {'p50':>7} {'p99':>7} {'p99':>6} {'max':>6} {'in all':>7} {'req/s':>6} {'CPU':>7}"
+)
+
+
+def line(case: Case, found: Figures) -> str:
+    """Give a line of the table."""
+    memory = "" if found.memory is None else f"{found.memory:.1f}"
+    late = f"{'>' if found.unnoticed else ''}{found.notice_99:.2f}"
+    return (
+        f"{case.name:44} {case.n:6} {found.requests:9.3f} {found.connections:8.3f} {found.cpu:9.3f}"
+        f" {memory:>8} {found.notice_50:7.2f} {late:>7} {found.stall_99 * 1000:6.0f}"
+        f" {found.stall_max * 1000:6.0f} {found.opened:7} {found.peak:6} {found.server:7.0%}"
+    )
+
+
+COLUMNS = ("requests", "connections", "cpu", "memory", "notice_50", "notice_99", "stall_99", "stall_max")
+
+
+class Results(dict[Case, Figures]):
+    """The figures of all cases that ran."""
+
+    def best(self, n: int, column: str) -> float:
+        """Give the best figure of any peer."""
+        figures = [
+            getattr(found, column) for case, found in self.items() if case.kind in PEERS and case.n == n
+        ]
+        # To make few requests because one does not keep up is no merit.
+        return max(figures) if column in ("requests", "connections") else min(figures)
+
+    def has_peers(self, case: Case) -> bool:
+        """Tell whether there is something to compare a case with."""
+        return any(other.kind in PEERS and other.n == case.n for other in self)
+
+    def ratios(self, case: Case) -> dict[str, float]:
+        """Divide each figure by the best peer's."""
+        ours = self[case]
+        return {
+            column: getattr(ours, column) / self.best(case.n, column)
+            for column in COLUMNS
+            if getattr(ours, column) is not None
+        }
+
+
+def targets(results: Results) -> list[tuple[str, float, float]]:
+    """Give what is aimed at, what was reached, and the limit."""
+    found = []
+
+    def at_most(limit: float, what: str, figure: float) -> None:
+        found.append((what, figure, limit))
+
+    def ratio(case: Case, column: str, limit: float, what: str) -> None:
+        if case in results and results.has_peers(case):
+            at_most(limit, f"{case.name}, N = {case.n}: {what}", results.ratios(case)[column])
+
+    case = OURS_5[1000]
+    ratio(case, "requests", 0.02, "requests")
+    ratio(case, "cpu", 0.02, "CPU")
+    ratio(case, "memory", 0.4, "memory")
+    ratio(case, "notice_50", 1.02, "notice p50")
+    ratio(case, "notice_99", 1.0, "notice p99")
+    if case in results:
+        ours = results[case]
+        at_most(2, f"{case.name}, N = 1000: connections in all", ours.opened)
+        at_most(0, f"{case.name}, N = 1000: new connections after start", ours.connections)
+        at_most(0.05, f"{case.name}, N = 1000: longest stall, s", ours.stall_max)
+        if IDLE in results:
+            more = ours.memory - results[IDLE].memory
+            at_most(2, f"{case.name}, N = 1000: KB more than an idle trigger", more)
+    case = OURS_1[1000]
+    ratio(case, "notice_99", 0.3, "notice p99")
+    if case in results and results.has_peers(case):
+        # Five times as many job-polls are due in the same time.
+        per_second = results[case].requests / case.interval / (results.best(1000, "requests") / 5.0)
+        at_most(0.06, f"{case.name}, N = 1000: requests in the same time", per_second)
+    ratio(GETS, "cpu", 0.3, "CPU")
+    ratio(OURS_5[3000], "notice_99", 0.5, "notice p99")
+    ratio(OURS_1[3000], "notice_99", 1 / 6, "notice p99")
+    case = OURS_5[1]
+    for column in ("requests", "connections", "notice_50", "notice_99"):
+        ratio(case, column, 1.05, column)  # no worse, as far as can be measured
+    ratio(case, "cpu", 0.4, "CPU")
+    if MANY in results:
+        sweep = MANY.n / 100 / MANY.extra["max_requests_per_second"]
+        at_most(0.2, f"{MANY.name}, N = 10000: longest stall, s", results[MANY].stall_max)
+        at_most(1.3, f"{MANY.name}, N = 10000: notice p99 in sweeps", results[MANY].notice_99 / sweep)
+    for case in (*FOREIGN.values(), BULK):
+        if case in results and FOREIGN_GETS in results:
+            base = results[FOREIGN_GETS]
+            at_most(
+                1.0, f"{case.name}: requests to those of GET each", results[case].requests / base.requests
+            )
+            at_most(1.0, f"{case.name}: CPU to that of GET each", results[case].cpu / base.cpu)
+    return found
+
+
+def main() -> None:
+    """Measure, print table and ratios, judge."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in 'N=... name'")
+    only = parser.parse_args().only
+
+    results = Results()
+    with tempfile.TemporaryDirectory() as directory:
+        certificate, bundle = make_certificate(Path(directory))
+        # aiohttp and httpx read the one, requests and our hook the other.
+        os.environ |= {
+            "SSL_CERT_FILE": bundle,
+            "REQUESTS_CA_BUNDLE": bundle,
+            "AIRFLOW_HOME": directory,
+            "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}",
+            "PYTHONWARNINGS": "ignore",
+        }
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["polling_client"])
+        print(f"Airflow {version('apache-airflow')}, Python {sys.version.split()[0]}", end="")
+        print("".join(f", {package} {version(package)}" for _, package in PEERS.values()))
+        print(f"\n{HEADER}")
+        for group in GROUPS:
+            if group := [case for case in group if only in f"N={case.n} {case.name}"]:
+                for case, found in measure(group, certificate, context).items():
+                    results[case] = found
+                    print(line(case, found), flush=True)
+
+    print("\nTo the best peer of the same N:")
+    for case in results:
+        if case.kind == "heygen" and results.has_peers(case):
+            ratios = results.ratios(case)
+            print(
+                f"{case.name:44} {case.n:6} ",
+                "  ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()),
+            )
+    print("\nTargets:")
+    missed = 0
+    for what, figure, limit in targets(results):
+        met = figure <= limit
+        missed += not met
+        print(f"{'met   ' if met else 'MISSED'}  {what}: {figure:.3g} (at most {limit:.3g})")
+    if missed:
+        sys.exit(f"MISSED {missed} targets")
+
+
+if __name__ == "__main__":
+    main()
