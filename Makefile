@@ -21,8 +21,9 @@ test-stack: .venv/done ## kill the parts of a real Airflow at the worst moments;
 chaos_kills chaos_random: .venv/done
 	$(BIN)/python -m pytest tests/stack/$@.py
 
-bench: .venv-bench/done  ## what importing costs, ours beside the peers'
+bench: .venv-bench/done  ## what importing and waiting cost, ours beside the peers'; takes a quarter of an hour
 	.venv-bench/bin/python benchmarks/import_cost.py
+	.venv-bench/bin/python benchmarks/polling.py
 
 lint: .venv/done
 	$(BIN)/ruff check .

@@ -6,8 +6,8 @@ takes ``latency`` seconds for each answer. What it has seen (each request and ea
 the time of the machine's monotonic clock) is what the benchmark counts.
 
 Started with its settings as one JSON argument, it prints its port. Each line on stdin is a command: a JSON
-list says when the jobs will complete, ``"count"`` asks for the number of requests, ``"seen"`` for all that was
-seen; the end of stdin ends it.
+list says when the jobs will complete, ``"count"`` asks for the number of requests, ``"seen"`` for all that
+was seen; the end of stdin ends it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Jobs:
         others = range(awaited + 1, awaited + 1 + (awaited * foreign if listed else PAGE))
         newest_first = [*reversed(range(1, awaited + 1)), *others] if listed else list(others)
         if foreign:
-            random.Random(1).shuffle(newest_first)  # noqa: S311
+            random.Random(1).shuffle(newest_first)
         old = range(10**9, 10**9 + finished)
         self.order = [*newest_first, *([0] if listed else []), *old]
         self.old = frozenset(old)
@@ -114,7 +114,7 @@ class Routes:
         first = int(base64.b64decode(token)[8:]) if token else 0
         rows = [self.jobs.row(number) for number in self.jobs.order[first : first + limit]]
         more = first + limit < len(self.jobs.order)
-        cursor = base64.b64encode(b"%08x%d" % (random.getrandbits(32), first + limit)).decode()  # noqa: S311
+        cursor = base64.b64encode(b"%08x%d" % (random.getrandbits(32), first + limit)).decode()
         return 200, {"data": rows, "has_more": more, "next_token": cursor if more else None}
 
     def _statuses(self, query: dict[str, list[str]]) -> tuple[int, Any]:

@@ -223,14 +223,19 @@ class Stack:
         """What a part has printed."""
         return (self.home / f"{part}.stdout").read_text(errors="replace")
 
-    def worker_seconds(self, since: int = 0) -> float:
+    def workloads(self, since: int = 0) -> list[float]:
         """
-        How long a worker is held by one start of a task, on average, by its own account.
+        How long each start of a task has held a worker, in seconds by its own account.
 
         :param since: how much of the scheduler's output to leave out.
         """
         found = re.findall(r"Workload finished .*?duration=([0-9.]+)", self.output("scheduler")[since:])
-        return sum(map(float, found)) / max(len(found), 1)
+        return [float(seconds) for seconds in found]
+
+    def worker_seconds(self, since: int = 0) -> float:
+        """The mean of ``workloads``."""
+        found = self.workloads(since)
+        return sum(found) / max(len(found), 1)
 
     # The database
 
