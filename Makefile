@@ -21,7 +21,7 @@ test-stack: .venv/done ## kill the parts of a real Airflow at the worst moments;
 chaos_kills chaos_random: .venv/done
 	$(BIN)/python -m pytest tests/stack/$@.py
 
-bench: .venv-bench/done  ## what importing and waiting cost, ours beside the peers'; takes a quarter of an hour
+bench: .venv-bench/done  ## what importing and waiting cost, ours beside the peers'; takes 10 minutes
 	.venv-bench/bin/python benchmarks/import_cost.py
 	.venv-bench/bin/python benchmarks/polling.py
 

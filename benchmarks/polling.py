@@ -4,7 +4,7 @@ What waiting costs the triggerer: our trigger and other providers' side by side 
     python benchmarks/polling.py [--only TEXT] [--plot PATH]
 
 Each case is N triggers of one kind in a process of its own (:mod:`polling_client`), all in one event loop as
-in Airflow's triggerer; N = 1 is measured on 101 loops with one trigger each. The server
+in Airflow's triggerer; N = 1 is measured on 41 loops with one trigger each. The server
 (:mod:`polling_server`) is another process, speaks TLS and answers after 20 ms. Peers poll each 5 s and keep
 their other defaults:
 
@@ -12,8 +12,10 @@ their other defaults:
 - DbtCloudRunJobTrigger, FivetranTrigger and AnthropicBatchTrigger ask for a run, a connector and a batch. The
   address of Fivetran's API is a class attribute, which is set; the others' are in the Airflow connection.
 
-All trust the server's certificate and no other. (That flatters AnthropicBatchTrigger, which has a client of its
-own: with the usual 130 certificates each takes half a MB, and 30 ms to start.) A case goes through three phases:
+All trust the server's certificate and no other. That flatters AnthropicBatchTrigger, which has a client for
+each job: with the usual bundle of 130 certificates, each takes half a MB and some 30 ms to start.
+
+A case goes through three phases:
 
 - *join*: the triggers start, evenly over 5 s, so that their polls are spread as well; a peer gets up to 40 s
   until each of its triggers has polled once;
@@ -106,7 +108,7 @@ class Case:
     @property
     def loops(self) -> int:
         """How many event loops there are: a lonely trigger is measured more than once."""
-        return 101 if self.n == 1 else 1
+        return 41 if self.n == 1 else 1
 
 
 def capped(rate: float, **more: Any) -> dict[str, Any]:
@@ -139,7 +141,8 @@ def peers_at(n: int) -> list[Case]:
 
 # Those that cost next to nothing go side by side, each with its own server; all others go alone.
 GROUPS = [
-    [OURS_5[1], *peers_at(1), OURS_5[100], *peers_at(100)],
+    [OURS_5[1], *peers_at(1)],
+    [OURS_5[100], *peers_at(100)],
     [FOREIGN_GETS, *FOREIGN.values(), BULK, OLD],
     *([case] for case in [IDLE, OURS_5[1000], OURS_1[1000], GETS, *peers_at(1000)]),
     *([case] for case in [OURS_5[3000], OURS_1[3000], *peers_at(3000)]),
@@ -426,9 +429,9 @@ def targets(results: Results) -> list[tuple[str, float, float]]:
     ratio(OURS_1[3000], "notice_99", 1 / 6, "notice p99")
     case = OURS_5[1]
     ratio(case, "cpu", 0.4, "CPU")
-    # No worse, as far as can be measured: the moments of our polls are random, which leaves the median of 101
-    # waits a standard deviation of a tenth.
-    for column, limit in {"requests": 1.05, "connections": 1.0, "notice_50": 1.2, "notice_99": 1.05}.items():
+    # No worse, as far as can be measured: the moments of our polls are random, which leaves the median of 41
+    # waits a standard deviation of 15 %.
+    for column, limit in {"requests": 1.05, "connections": 1.0, "notice_50": 1.3, "notice_99": 1.05}.items():
         ratio(case, column, limit, column)
     if MANY in results:
         sweep = MANY.n / 100 / MANY.extra["max_requests_per_second"]
