@@ -22,7 +22,7 @@ from airflow_provider_heygen.exceptions import (
     HeyGenPermanentError,
     HeyGenTransientError,
 )
-from airflow_provider_heygen.media import CHUNK_BYTES, check_link, links_unlogged, storage_path
+from airflow_provider_heygen.media import check_link, links_unlogged, storage_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 # What storage is asked for at once; s3fs would take 50 MB.
 _BLOCK_BYTES = 4 << 20
 _HEAD_BYTES = 512
+# By itself, urllib3 would send 16 kB at a time, which is slow. A piece has to be on its way within the
+# connection's connect_timeout, so a large one would fail on a slow line.
+_PIECE_BYTES = 256 << 10
 
 # What HeyGen takes (contract notes, section 6) and an overdub can be made from.
 _TAKEN = {
@@ -210,7 +213,7 @@ class Announced:
 
 class Chunks:
     """
-    A body in pieces that are worth a system call: by itself, urllib3 reads 16 kB at a time.
+    A body in pieces that are worth a system call.
 
     :param body: has ``len``, the bytes that are left, and ``read``.
     """
@@ -220,7 +223,7 @@ class Chunks:
         self.len = body.len
 
     def __iter__(self) -> Iterator[bytes]:
-        while chunk := self._body.read(CHUNK_BYTES):
+        while chunk := self._body.read(_PIECE_BYTES):
             yield chunk
 
 
