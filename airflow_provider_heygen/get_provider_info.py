@@ -98,7 +98,7 @@ def get_provider_info() -> dict[str, Any]:
                     "allow_private_hosts": {
                         "label": "Allow private hosts",
                         "schema": {"type": ["boolean", "null"], "default": False},
-                        "description": "Follow result links into private networks,"
+                        "description": "Follow result and upload links into private networks,"
                         " as with the emulator on this machine.",
                     },
                 },

@@ -90,9 +90,15 @@ def derived_key(ti: Any, digest: str) -> str:
     return str(uuid.uuid5(_NAMESPACE, json.dumps(parts)))
 
 
-def upload_key(submission: Submission, digest: str, generation: int) -> str:
-    """Give the idempotency key of one upload for a submission; a generation begins when assets are gone."""
-    return str(uuid.uuid5(_NAMESPACE, f"{submission.key}/{generation}/{digest}"))
+def upload_key(submission: Submission, digest: str, max_tries: int, generation: int) -> str:
+    """
+    Give the idempotency key of one upload for a submission.
+
+    :param digest: SHA-256 of the file.
+    :param max_tries: the task's ``max_tries`` now: after a clear the same key would bring the old asset.
+    :param generation: begins when HeyGen has forgotten the asset.
+    """
+    return str(uuid.uuid5(_NAMESPACE, json.dumps((submission.key, max_tries, generation, digest))))
 
 
 def digest(request: CreateOverdubRequest) -> str:

@@ -58,7 +58,11 @@ class Ledger:
     def recall(self, body_digest: str) -> Submission | None:
         """Give what an earlier run of this task instance has left behind."""
         if self.store is not None:
-            return Submission.load(self.store.get(STATE_KEY))
+            submission = Submission.load(self.store.get(STATE_KEY))
+            if submission is not None and submission.max_tries != self.ti.max_tries:
+                # Somebody has cleared the task, perhaps because of what was uploaded.
+                submission = submission.model_copy(update={"assets": {}})
+            return submission
         if not self.durable or (self.ti.try_number == 1 and not self.again):
             return None
         began = self.dag_run_began.timestamp() if self.dag_run_began else time.time()
@@ -74,8 +78,7 @@ class Ledger:
             key=derived_key(self.ti, body_digest) if derive else str(uuid.uuid4()),
             began=time.time(),
             max_tries=self.ti.max_tries,
-            # A clear wants all of it again.
-            assets=before.assets if before and before.max_tries == self.ti.max_tries else {},
+            assets=before.assets if before else {},
         )
 
     def write(self, submission: Submission, **changes: Any) -> None:
@@ -172,7 +175,8 @@ def _upload(
             continue
         # Before the request: whoever comes after us must send it under the same key.
         ledger.write(submission)
-        asset = hook.upload_asset(file, idempotency_key=upload_key(submission, file.digest, generation))
+        key = upload_key(submission, file.digest, ledger.ti.max_tries, generation)
+        asset = hook.upload_asset(file, idempotency_key=key)
         log.info("Uploaded %s as asset %s (%s).", file, asset.asset_id, file.mime_type)
         assets = {**submission.assets, file.digest: asset.asset_id}
         submission = submission.model_copy(update={"assets": assets})

@@ -438,14 +438,16 @@ def test_a_changed_file_is_a_new_overdub(heygen, files, tmp_path):
     assert first.audio != second.audio
 
 
-def test_a_refused_create_keeps_the_uploads(heygen, files):
-    heygen.fail_next(method="POST", path="/v3/overdubs", status=402, code="insufficient_credit")
+@pytest.mark.parametrize(("cleared", "sent"), [(False, 2), (True, 4)])
+def test_a_refused_create_keeps_the_uploads_until_a_clear(heygen, pauses, files, cleared, sent):
+    heygen.fail_next(method="POST", path="/v3/overdubs", status=409, code="asset_not_available", count=6)
     task = Task(dub(**files), store=StateStore())
-    with pytest.raises(HeyGenPermanentError, match="402"):
+    with pytest.raises(HeyGenTransientError, match="asset_not_available"):
         task.start()
-    task.clear()  # somebody has topped up
+    if cleared:
+        task.clear()
     assert task.start() == heygen.jobs[0].id
-    assert uploads(heygen) == 2
+    assert uploads(heygen) == len(heygen.assets) == sent
 
 
 def test_a_clear_after_success_uploads_and_dubs_again(heygen, files):
