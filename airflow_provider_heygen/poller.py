@@ -1,9 +1,9 @@
 """
 One poller for all triggers of an event loop that wait on the same Airflow connection.
 
-Each tick it looks at the overdubs that are due, by whatever costs the fewest requests: pages of the list,
-which tell of 100 overdubs each; the bulk status call of ``lipsyncs``; or a GET each. Which pages hold what
-it learns as it goes, so no order of the list is relied on. A GET has the last word: what is not in the list may
+Each tick it looks at the overdubs that are due, by what costs the fewest requests: pages of the list, which
+tell of 100 overdubs each; the bulk status call of ``lipsyncs``; or a GET for each. Which pages hold what it
+learns as it goes, so no order of the list is relied on. A GET has the last word: what is not in the list may
 be there all the same, and a list that lags behind is found out by a GET now and then.
 
 The rules of a single wait are not here but in :class:`~airflow_provider_heygen.waiting.Watch`.
@@ -20,7 +20,6 @@ from collections import Counter
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakKeyDictionary
 
 from airflow_provider_heygen import api
 from airflow_provider_heygen.exceptions import HeyGenError, HeyGenPermanentError, HeyGenTransientError
@@ -121,7 +120,8 @@ class _Source:
         log.info("Doing without %s for %.0f s: %s", self.name, self.pause, api.redact_links(reason))
 
 
-_pollers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Poller]] = WeakKeyDictionary()
+# A poller without work stays, as a few bytes that know when the next request may be sent.
+_pollers: dict[tuple[asyncio.AbstractEventLoop, str], _Poller] = {}
 
 
 async def wait(heygen_conn_id: str, watch: Watch) -> WaitEvent:
@@ -137,30 +137,28 @@ async def wait(heygen_conn_id: str, watch: Watch) -> WaitEvent:
         api.check_id(watch.overdub_id)
     except HeyGenError as error:
         return watch.give_up(error)
-    loop = asyncio.get_running_loop()
-    of_loop = _pollers.setdefault(loop, {})
-    poller = of_loop.get(heygen_conn_id)
-    if poller is None:
-        poller = of_loop[heygen_conn_id] = _Poller(heygen_conn_id, loop)
+    key = loop, _ = asyncio.get_running_loop(), heygen_conn_id
+    if key not in _pollers:
+        for gone in [other for other in _pollers if other[0].is_closed()]:
+            del _pollers[gone]
+        _pollers[key] = _Poller(heygen_conn_id, loop)
+    poller = _pollers[key]
     waiter = poller.join(watch)
     try:
         return await waiter.ended
     finally:
-        poller.leave(waiter)
-        if not poller.jobs:
-            del of_loop[heygen_conn_id]
-            await poller.stop()
+        await poller.leave(waiter)
 
 
 class _Poller:
     def __init__(self, heygen_conn_id: str, loop: asyncio.AbstractEventLoop) -> None:
         self.conn_id = heygen_conn_id
-        self.jobs: dict[str, _Job] = {}
         self._loop = loop
+        self.jobs: dict[str, _Job] = {}
+        self._task: asyncio.Task[None] | None = None
         self._phase = random.random()  # noqa: S311 - not all triggerers at the same moment
         self._hook: HeyGenHook | None = None
         self._resolved_at = -math.inf
-        self._session = AsyncExitStack()
         self._wake = asyncio.Event()
         self._turn = asyncio.Lock()
         self._next_turn = -math.inf
@@ -169,9 +167,6 @@ class _Poller:
         self._tick_at = -math.inf
         self._open: dict[str, _Job] = {}
         self._forget()
-        # Not in the context of the first trigger, whose log would get all lines.
-        self._task = loop.create_task(self._run(), context=contextvars.Context())
-        self._task.add_done_callback(self._died)
 
     def _forget(self) -> None:
         """Forget what was learned of the server: a new connection may lead to another one."""
@@ -196,21 +191,25 @@ class _Poller:
             timer = self._loop.call_later(watch.left + GRACE_SECONDS, self._give_up, waiter)
             waiter.ended.add_done_callback(lambda _: timer.cancel())
         self._wake.set()
+        if self._task is None:
+            # Not in the context of the first trigger, whose log would get all lines.
+            self._task = self._loop.create_task(self._run(), context=contextvars.Context())
+            self._task.add_done_callback(self._died)
         return waiter
 
-    def leave(self, waiter: _Waiter) -> None:
+    async def leave(self, waiter: _Waiter) -> None:
         job = self.jobs[waiter.watch.overdub_id]
         job.waiters.remove(waiter)
         if not job.waiters:
             del self.jobs[job.overdub_id]
             self._open.pop(job.overdub_id, None)
-
-    async def stop(self) -> None:
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        if not self.jobs and self._task:
+            task, self._task = self._task, None
+            task.cancel()
+            await asyncio.wait([task])
 
     def _died(self, task: asyncio.Task[None]) -> None:
-        for job in self.jobs.values():
+        for job in self.jobs.values() if task is self._task else ():
             for waiter in job.waiters:
                 if not waiter.ended.done():  # better a failed task than one that waits for ever
                     waiter.ended.set_exception(RuntimeError(f"The poller of '{self.conn_id}' died: {task!r}"))
@@ -218,15 +217,14 @@ class _Poller:
     # --- The rhythm -----------------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        try:
+        self._hook = None
+        async with AsyncExitStack() as session:
             while True:
                 await self._until_due()
                 try:
-                    await self._tick()
+                    await self._tick(session)
                 except Exception as error:
                     await self._fail(self._open, error)
-        finally:
-            await self._session.aclose()
 
     async def _until_due(self) -> None:
         while True:
@@ -240,13 +238,13 @@ class _Poller:
             finally:
                 timer.cancel()
 
-    async def _tick(self) -> None:
+    async def _tick(self, session: AsyncExitStack) -> None:
         """Look at all that is due, once; what is not reached remains due for the next tick."""
         self._tick_at = now = self._loop.time()
         self._trouble_in_tick = 0
         due = sorted((job for job in self.jobs.values() if job.due <= now), key=lambda job: job.due)
         self._open = {job.overdub_id: job for job in due}
-        settings = await self._connect()
+        settings = await self._connect(session)
         eager = min((w.watch.poke_interval for job in due for w in job.waiters), default=0.0)
         interval = max(eager, 1 / settings.max_requests_per_second)
         bulk = settings.resource == "lipsyncs" and len(due) > 2 and self._bulk.usable_from <= now
@@ -362,7 +360,8 @@ class _Poller:
     async def _sweep(self, settings: HeyGenConnection, interval: float) -> list[_Job]:
         """Read pages of the list while they are worth it, and give the awaited overdubs that were in them."""
         now = self._loop.time()
-        depth = self._depth(interval, 1 / settings.max_requests_per_second)
+        spacing = 1 / settings.max_requests_per_second
+        depth = self._depth(interval, spacing)
         again = self._explore_at <= now
         hopes = [job for job in self._open.values() if job.page is None and (again or not job.sought)]
         hopes = hopes if len(hopes) > 2 else []
@@ -372,7 +371,12 @@ class _Poller:
         allowance, loss = max(1, len(hopes) // 4), 0
         seen: list[_Job] = []
         token, tokens, page = None, set[str](), 0
-        while sought and (page < depth or (loss < allowance and len(sought) > 1)):
+        asked_at = now
+        while sought:
+            if page >= depth:
+                in_time = asked_at - now < max(interval, len(sought) * spacing)
+                if loss >= allowance or len(sought) == 1 or not in_time:
+                    break
             page += 1
             asked_at = self._loop.time()
             answer = await self._ask(
@@ -400,7 +404,8 @@ class _Poller:
         if hopes:
             for job in hopes:
                 job.sought = True
-            self._explore_pause = EXPLORE_SECONDS if loss < 0 else min(self._explore_pause * 2, 3600)
+            worth_it = loss < 0 and asked_at - now < interval
+            self._explore_pause = EXPLORE_SECONDS if worth_it else min(self._explore_pause * 2, 3600)
             self._explore_at = self._loop.time() + self._explore_pause
         return seen
 
@@ -456,8 +461,8 @@ class _Poller:
 
     # --- Requests -------------------------------------------------------------------------------------
 
-    async def _connect(self) -> HeyGenConnection:
-        """Read the Airflow connection when it is time to, and keep a session for it."""
+    async def _connect(self, session: AsyncExitStack) -> HeyGenConnection:
+        """Read the Airflow connection when it is time to, and keep an HTTP session for it."""
         now = self._loop.time()
         if self._hook is None or self._trouble or now - self._resolved_at >= REFRESH_SECONDS:
             hook = HeyGenHook(self.conn_id, max_attempts=1)
@@ -470,9 +475,9 @@ class _Poller:
             self._resolved_at = now
             if self._hook is None or settings != self._hook.settings:
                 self._hook = None
-                await self._session.aclose()
+                await session.aclose()
                 self._forget()
-                await self._session.enter_async_context(hook)
+                await session.enter_async_context(hook)
                 self._hook = hook
         return self._hook.settings
 

@@ -1,0 +1,582 @@
+"""The poller that all waiting triggers share: on a simulated clock and server, and against the emulator."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import math
+import random
+import selectors
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from airflow_provider_heygen import poller, waiting
+from airflow_provider_heygen.connection import HeyGenConnection
+from airflow_provider_heygen.exceptions import HeyGenTransientError
+from airflow_provider_heygen.waiting import Watch
+
+EPOCH = 1_800_000_000.0
+
+# --- A clock and a server to turn by hand ---------------------------------------------------------------
+
+
+class Deadlock(AssertionError):
+    """Everybody waits and nothing will ever happen."""
+
+
+class _Jump(selectors.SelectSelector):
+    def select(self, timeout=None):
+        if timeout is None:
+            raise Deadlock
+        self.loop.now += max(0.0, timeout)
+        return super().select(0)
+
+
+class SimulatedLoop(asyncio.SelectorEventLoop):
+    """An event loop that does not sleep: its clock jumps to the next moment at which something happens."""
+
+    def __init__(self):
+        self.now = 0.0
+        selector = _Jump()
+        selector.loop = self
+        super().__init__(selector)
+
+    def time(self):
+        return self.now
+
+
+@dataclass
+class Server:
+    """What HeyGen could be like. Times are seconds of the clock, ``ends`` when and how jobs end."""
+
+    ends: dict[str, tuple[float, str]] = field(default_factory=dict)  # "gone": deleted then
+    order: str = "desc"
+    latency: float = 0.02
+    page_latency: float | None = None
+    page_lag: float = 0.0
+    lean_rows: bool = False
+    list_status: int = 200
+    bulk_status: int = 404
+    resource: str = "overdubs"
+    rate: float = 5.0
+    key: str = "key-1"
+    connection_key: str | None = None  # the same, unless given
+    faults: list[tuple[float, float, str, float]] = field(default_factory=list)  # from, until, kind, share
+    poison: set[str] = field(default_factory=set)
+    seed: int = 0
+    loop: Any = None
+    requests: list[tuple[float, str]] = field(default_factory=list)
+    open_sessions: int = 0
+
+    def __post_init__(self):
+        self.random = random.Random(self.seed)
+        self.ids = list(self.ends)
+        self.some_go = any(word == "gone" for _, word in self.ends.values())
+        self.shuffled = {}
+
+    def status(self, overdub_id, at):
+        moment, word = self.ends[overdub_id]
+        return word if at >= moment else "running"
+
+    def row(self, overdub_id, at, lean):
+        status = self.status(overdub_id, at)
+        row = {"id": overdub_id, "status": status, "title": None, "duration": 1.0, "video_url": None}
+        reason = "no face" if status == "failed" else None
+        return row if lean else row | {"callback_id": f"cb-{overdub_id}", "failure_message": reason}
+
+    def answer(self, call, key):
+        now, path = self.loop.now, call.path
+        kind = "bulk" if path.endswith("/statuses") else "list" if path.count("/") == 2 else "get"
+        for begin, end, fault, share in self.faults:
+            if begin <= now < end and self.random.random() < share:
+                if fault == "dropped":
+                    raise HeyGenTransientError("ServerDisconnectedError")
+                status, _, after = fault.partition("/")
+                return int(status), {"Retry-After": after} if after else {}, {"error": {"code": "fault"}}
+        if key != self.key:
+            return 401, {}, {"error": {"code": "unauthorized"}}
+        if kind == "list":
+            if self.list_status != 200:
+                return self.list_status, {}, {}
+            return 200, {}, self.page(call.params.get("token", ""), now)
+        if kind == "bulk":
+            if self.bulk_status != 200:
+                return self.bulk_status, {}, {}
+            ids = call.params["lipsync_ids"].split(",")
+            assert len(ids) <= 100
+            words = {"running": "processing", "gone": "not_found"}
+            said = {i: self.status(i, now - self.page_lag) for i in ids}
+            return 200, {}, {"data": [{"video_id": i, "status": words.get(w, w)} for i, w in said.items()]}
+        overdub_id = unquote(path.rpartition("/")[2])
+        if overdub_id in self.poison:
+            return 500, {}, {}
+        if overdub_id not in self.ends or self.status(overdub_id, now) == "gone":
+            return 404, {}, {"error": {"code": "not_found"}}
+        return 200, {}, {"data": self.row(overdub_id, now, lean=False)}
+
+    def page(self, token, now):
+        """One page; the order is that of the whole listing, however many orders there are."""
+        seed, _, first = token.partition(":")
+        seed, first = seed or str(self.random.random()), int(first or 0)
+        if self.order == "shuffle" and seed not in self.shuffled:
+            self.shuffled = {seed: random.Random(seed).sample(self.ids, len(self.ids))}
+        ids = self.shuffled[seed] if self.order == "shuffle" else self.ids
+        ids = [i for i in ids if self.status(i, now) != "gone"] if self.some_go else ids
+        end = len(ids) - first
+        some = ids[max(0, end - 100) : end][::-1] if self.order == "desc" else ids[first : first + 100]
+        rows = [self.row(i, now - self.page_lag, self.lean_rows) for i in some]
+        more = first + 100 < len(ids)
+        return {"data": rows, "has_more": more, "next_token": f"{seed}:{first + 100}" if more else None}
+
+    @property
+    def kinds(self):
+        return Counter(kind for _, kind in self.requests)
+
+    def check_rate(self):
+        times = sorted(moment for moment, _ in self.requests)
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+        assert min(gaps, default=math.inf) >= 1 / self.rate - 1e-6
+
+
+class Hook:
+    """Stands in for HeyGenHook: the real calls and the real reading of answers, without a network."""
+
+    def __init__(self, server, conn_id, max_attempts):
+        self.server = server
+        self.settings = HeyGenConnection(
+            conn_id=conn_id,
+            base_url="https://x.y",
+            credential=server.connection_key or server.key,
+            resource=server.resource,
+            max_requests_per_second=server.rate,
+        )
+
+    async def asettings(self):
+        return self.settings
+
+    async def __aenter__(self):
+        self.server.open_sessions += 1
+
+    async def __aexit__(self, *_):
+        self.server.open_sessions -= 1
+
+    async def asend(self, call):
+        server = self.server
+        listing = call.path.count("/") == 2
+        kind = "bulk" if call.path.endswith("/statuses") else "list" if listing else "get"
+        server.requests.append((server.loop.now, kind))
+        latency = server.page_latency if listing and server.page_latency is not None else server.latency
+        await asyncio.sleep(latency / 2)
+        status, headers, body = server.answer(call, self.settings.credential.get_secret_value())
+        await asyncio.sleep(latency / 2)
+        return call.answer(status, headers, json.dumps(body).encode(), self.settings)
+
+
+class Log:
+    def __init__(self):
+        self.lines = []
+
+    def info(self, text, *values):
+        self.lines.append(text % values)
+
+    warning = info
+
+
+def watch(overdub_id, poke_interval=5.0, deadline=None, failures=10, **changes):
+    return Watch(
+        overdub_id,
+        poke_interval=poke_interval,
+        deadline=None if deadline is None else EPOCH + deadline,
+        max_consecutive_failures=failures,
+        not_found_until=0.0,
+        log=Log(),
+        **changes,
+    )
+
+
+@contextmanager
+def simulation(server):
+    """Have the poller talk to a simulated server on a simulated clock."""
+    with pytest.MonkeyPatch.context() as patch, asyncio.Runner(loop_factory=SimulatedLoop) as runner:
+        server.loop = runner.get_loop()
+        patch.setattr(poller, "HeyGenHook", lambda conn_id, max_attempts: Hook(server, conn_id, max_attempts))
+        patch.setattr(waiting, "time", SimpleNamespace(time=lambda: EPOCH + server.loop.now))
+        yield runner
+        assert server.open_sessions == 0
+
+
+@dataclass
+class Ending:
+    at: float
+    event: dict[str, Any]
+    watch: Watch
+
+
+def run(server, watches, joins=None, leaves=None, meanwhile=None):
+    """Wait for all of them; give how each ended. ``joins`` and ``leaves`` are moments by number."""
+
+    async def one(number, rules):
+        await asyncio.sleep((joins or {}).get(number, 0.0))
+        waits = asyncio.ensure_future(poller.wait("heygen_default", rules))
+        left = (leaves or {}).get(number)
+        if left is not None:
+            await asyncio.wait([waits], timeout=left)
+            if not waits.done():
+                waits.cancel()
+                await asyncio.wait([waits])
+                return None
+        event = await waits
+        return Ending(server.loop.now, event, rules)
+
+    async def main():
+        tasks = [asyncio.create_task(one(number, rules)) for number, rules in enumerate(watches)]
+        if meanwhile:
+            tasks.append(asyncio.create_task(meanwhile()))
+        ends = await asyncio.gather(*tasks)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return ends[: len(watches)]
+
+    with simulation(server) as runner:
+        ends = runner.run(main())
+    server.check_rate()
+    return ends
+
+
+def late(server, ends):
+    """How late each end was noticed, sorted."""
+    return sorted(end.at - server.ends[end.event["overdub_id"]][0] for end in ends)
+
+
+def jobs(count, first_end=60.0, spread=60.0, word="completed", prefix="od", seed=1):
+    dice = random.Random(seed)
+    return {f"{prefix}_{n}": (first_end + dice.random() * spread, word) for n in range(count)}
+
+
+def mixed(ours, foreign_per_job, seed=2):
+    """Jobs of ours among those of others, which have ended long ago."""
+    others = [(f"other_{n}", (-1.0, "completed")) for n in range(len(ours) * foreign_per_job)]
+    every = list(ours.items()) + others
+    random.Random(seed).shuffle(every)
+    return dict(every)
+
+
+# --- Any server, any course of events -------------------------------------------------------------------
+
+moments = st.floats(0, 120)
+
+
+@st.composite
+def worlds(draw):
+    count = draw(st.integers(1, 40) | st.sampled_from([150, 260]))
+    seed = draw(st.integers(0, 2**16))
+    dice = random.Random(seed)
+    longest = draw(st.sampled_from([10, 60, 300]))
+    words = draw(st.sampled_from([["completed"], ["completed", "completed", "failed", "gone"]]))
+    ours = {f"od_{n}": (dice.random() * longest, dice.choice(words)) for n in range(count)}
+    server = Server(
+        mixed(ours, draw(st.sampled_from([0, 0, 1, 9]))),
+        order=draw(st.sampled_from(["desc", "asc", "shuffle"])),
+        latency=draw(st.sampled_from([0.0, 0.02, 1.5])),
+        page_latency=draw(st.sampled_from([None, None, 4.0])),
+        page_lag=draw(st.sampled_from([0, 0, 3, 1e9])),
+        lean_rows=draw(st.booleans()),
+        list_status=draw(st.sampled_from([200, 200, 404, 500])),
+        bulk_status=draw(st.sampled_from([200, 404, 503])),
+        resource=draw(st.sampled_from(["overdubs", "lipsyncs"])),
+        rate=draw(st.sampled_from([5.0, 20.0, 100.0])),
+        faults=draw(
+            st.lists(
+                st.tuples(
+                    moments,
+                    st.floats(0, 30),
+                    st.sampled_from(["503", "429/2", "429", "dropped"]),
+                    st.sampled_from([0.3, 1.0]),
+                ).map(lambda fault: (fault[0], fault[0] + fault[1], *fault[2:])),
+                max_size=3,
+            )
+        ),
+        seed=seed,
+    )
+    names = [dice.choice(list(ours)) for _ in range(3)] + list(ours)  # some overdubs are awaited twice
+    watches = [watch(name, dice.choice([1.0, 5.0, 5.0, 30.0]), failures=1000) for name in names]
+    joins = {n: dice.random() * 40 for n in range(len(names)) if draw_share(dice, 0.5)}
+    leaves = {n: dice.random() * 40 for n in range(len(names)) if draw_share(dice, 0.1)}
+    return server, watches, joins, leaves
+
+
+def draw_share(dice, share):
+    return dice.random() < share
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(worlds())
+def test_every_wait_ends_with_what_the_server_says(world):
+    server, watches, joins, leaves = world
+    ends = run(server, watches, joins, leaves)
+    for number, end in enumerate(ends):
+        if end is None:
+            assert number in leaves
+            continue
+        moment, word = server.ends[end.event["overdub_id"]]
+        assert end.event["status"] == {"gone": "error"}.get(word, word)
+        assert end.at >= moment
+        if word == "completed":
+            assert end.event["overdub"]["callback_id"] == f"cb-{end.event['overdub_id']}"
+        if word == "failed":
+            assert "no face" in end.event["message"]
+
+
+# --- What it costs, and how soon it notices -------------------------------------------------------------
+
+
+def asked(server, begin, end):
+    """Count the requests of a stretch of time, by kind."""
+    return Counter(kind for moment, kind in server.requests if begin <= moment < end)
+
+
+@pytest.mark.parametrize("order", ["desc", "asc", "shuffle"])
+def test_a_thousand_waits_cost_ten_pages(order):
+    server = Server(jobs(1000), order=order)
+    ends = run(server, [watch(name) for name in server.ends])
+    steady = asked(server, 10, 60)
+    assert 100 <= steady["list"] <= 110  # ten times ten pages
+    assert steady["get"] <= 11  # one each 5 s, to see that the list is right
+    assert late(server, ends)[989] < 7.5
+
+
+def test_an_eager_poller():
+    server = Server(jobs(1000), rate=20.0)
+    ends = run(server, [watch(name, 1.0) for name in server.ends])
+    assert asked(server, 10, 60).total() <= 520
+    assert late(server, ends)[989] < 1.6
+
+
+def test_ten_thousand_waits_at_the_cap():
+    server = Server(jobs(10_000), rate=20.0)
+    ends = run(server, [watch(name) for name in server.ends])
+    assert late(server, ends)[9899] <= 1.3 * 100 / 20.0
+
+
+def test_the_bulk_call_of_lipsyncs():
+    server = Server(jobs(1000, spread=300), resource="lipsyncs", bulk_status=200, order="shuffle")
+    ends = run(server, [watch(name) for name in server.ends])
+    steady = asked(server, 10, 60)
+    assert steady["list"] == 0
+    assert 100 <= steady["bulk"] <= 120
+    assert steady["get"] <= 11
+    assert {end.event["status"] for end in ends} == {"completed"}
+
+
+@pytest.mark.parametrize("waits", [1, 2])
+def test_few_waits_get_a_look_each(waits):
+    server = Server(mixed(jobs(waits), 50))
+    ends = run(server, [watch(f"od_{n}") for n in range(waits)])
+    assert server.kinds["list"] == 0
+    assert asked(server, 0, 60)["get"] <= 13 * waits
+    assert late(server, ends)[-1] < 6
+
+
+@pytest.mark.parametrize("foreign", [1, 9, 99])
+@pytest.mark.parametrize("order", ["desc", "asc", "shuffle"])
+def test_foreign_jobs_never_cost_more_than_a_get_each(foreign, order):
+    waits = 200
+    server = Server(mixed(jobs(waits, first_end=200, spread=1), foreign), order=order, rate=100.0)
+    run(server, [watch(f"od_{n}") for n in range(waits)])
+    per_round = asked(server, 100, 200).total() / 20
+    assert per_round <= min(waits * 1.01, (foreign + 1) * waits / 100 + 2)
+
+
+def test_slow_pages_give_way_to_looks_at_the_same_time():
+    """20 pages of 3 s each would take a minute."""
+    server = Server(mixed(jobs(200, first_end=120), 9), page_latency=3.0, rate=100.0)
+    ends = run(server, [watch(f"od_{n}") for n in range(200)])
+    assert asked(server, 20, 120)["list"] <= 2 * 20
+    assert late(server, ends)[-1] < 12
+
+
+@pytest.mark.parametrize("order", ["desc", "asc", "shuffle"])
+def test_an_old_account(order):
+    waits = 200
+    old = {f"old_{n}": (-1.0, "completed") for n in range(20_000)}
+    server = Server(old | jobs(waits), order=order)
+    ends = run(server, [watch(f"od_{n}") for n in range(waits)])
+    assert len(ends) == waits
+    assert {end.event["status"] for end in ends} == {"completed"}
+    if order == "desc":
+        assert asked(server, 20, 60).total() <= 9 * 3
+        assert late(server, ends)[197] < 6
+    else:
+        assert late(server, ends)[-1] < 2 * waits / 5 + 10  # a GET each, at the cap
+
+
+def test_waits_that_join_one_by_one_meet_in_one_tick():
+    server = Server(jobs(100, first_end=200))
+    run(server, [watch(f"od_{n}") for n in range(100)], joins={n: n * 0.3 for n in range(100)})
+    assert asked(server, 60, 200).total() <= 29 * 2
+
+
+def test_a_new_wait_is_looked_at_soon():
+    server = Server({"od_0": (-1.0, "completed"), "od_1": (90.0, "completed")})
+    ends = run(server, [watch("od_0", 60.0), watch("od_1", 60.0)], joins={0: 20.0})
+    assert ends[0].at < 20.5
+
+
+def test_the_most_eager_wait_for_an_overdub_serves_all():
+    server = Server({"od_0": (31.0, "completed")})
+    ends = run(server, [watch("od_0", 300.0), watch("od_0", 1.0)])
+    assert all(end.at < 33 for end in ends)
+
+
+def test_slow_waits_are_not_looked_at_for_the_sake_of_an_eager_one():
+    server = Server(jobs(50, first_end=300, spread=1))
+    run(server, [watch(f"od_{n}", 1.0 if n == 0 else 100.0) for n in range(50)])
+    assert asked(server, 10, 300)["list"] <= 4
+    assert asked(server, 10, 300)["get"] <= 300
+
+
+# --- What the list does not tell ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
+@pytest.mark.parametrize("lag", [3.0, 60.0, 1e9], ids=["a little", "a minute", "for ever"])
+def test_a_list_that_lags_behind(lag, resource):
+    server = Server(jobs(20, spread=20), page_lag=lag, resource=resource, bulk_status=200)
+    ends = run(server, [watch(name) for name in server.ends])
+    assert {end.event["status"] for end in ends} == {"completed"}
+    # One GET each 5 s finds the first, ten seconds later the list is out, and the others get a GET each.
+    assert late(server, ends)[-1] < {3.0: 10, 60.0: 60, 1e9: 60}[lag]
+
+
+def test_rows_that_lack_something_are_completed_by_a_get():
+    server = Server(
+        {f"od_{n}": (20.0 + n, "failed" if n % 2 else "completed") for n in range(10)}, lean_rows=True
+    )
+    for end in run(server, [watch(name) for name in server.ends]):
+        if end.event["status"] == "completed":
+            assert end.event["overdub"]["callback_id"] == f"cb-{end.event['overdub_id']}"
+        else:
+            assert "no face" in end.event["message"]
+
+
+def test_a_deleted_overdub_ends_its_own_wait_only():
+    server = Server(jobs(30) | {"gone": (20.0, "gone")})
+    ends = run(server, [watch(name) for name in server.ends])
+    by_id = {end.event["overdub_id"]: end for end in ends}
+    assert by_id["gone"].event["status"] == "error"
+    assert "404" in by_id["gone"].event["message"]
+    assert by_id["gone"].at < 30
+    assert Counter(end.event["status"] for end in ends) == {"completed": 30, "error": 1}
+
+
+@pytest.mark.parametrize("status", [404, 403, 500, 503])
+def test_a_list_that_cannot_be_used(status):
+    server = Server(jobs(20), list_status=status)
+    ends = run(server, [watch(name) for name in server.ends])
+    assert {end.event["status"] for end in ends} == {"completed"}
+    assert late(server, ends)[-1] < 15
+    assert server.kinds["list"] <= (2 if status < 500 else 14)
+
+
+def test_a_server_without_the_bulk_call():
+    server = Server(jobs(100), resource="lipsyncs")
+    run(server, [watch(name) for name in server.ends])
+    assert server.kinds["bulk"] <= 2
+    assert server.kinds["list"] >= 12
+
+
+# --- Trouble ----------------------------------------------------------------------------------------------
+
+
+def test_429_is_waited_out_by_all():
+    server = Server(jobs(300, first_end=20), faults=[(30, 31, "429/40", 1.0)])
+    ends = run(server, [watch(name) for name in server.ends])
+    begin = min(moment for moment, _ in server.requests if moment >= 30)
+    assert not [moment for moment, _ in server.requests if begin < moment < begin + 40]
+    assert {end.event["status"] for end in ends} == {"completed"}
+    assert not [line for end in ends for line in end.watch.log.lines if "429" in line]
+
+
+def test_a_storm_of_429_fails_nobody():
+    server = Server(jobs(1000, first_end=100, spread=200), faults=[(10, 400, "429/1", 0.5)])
+    ends = run(server, [watch(name) for name in server.ends])
+    assert {end.event["status"] for end in ends} == {"completed"}
+
+
+@pytest.mark.parametrize("fault", ["503", "dropped", "429"])
+def test_an_outage_of_30_seconds(fault):
+    server = Server(jobs(1000, first_end=0, spread=120), faults=[(40, 70, fault, 1.0)])
+    ends = run(server, [watch(name) for name in server.ends])
+    assert {end.event["status"] for end in ends} == {"completed"}
+    assert asked(server, 42, 70).total() <= 10  # patience
+    assert late(server, ends)[-1] < 30 + 40
+    assert asked(server, 110, 120).total() >= 10  # and it recovers
+
+
+def test_an_outage_without_end_is_given_up_by_all():
+    server = Server(jobs(50), faults=[(10, 1e9, "503", 1.0)])
+    ends = run(server, [watch(name, failures=3) for name in server.ends])
+    assert {end.event["status"] for end in ends} == {"error"}
+    assert all("after 3 failed looks" in end.event["message"] for end in ends)
+    assert all("503" in end.event["message"] for end in ends)
+
+
+def test_an_overdub_that_cannot_be_read_is_given_up_alone():
+    server = Server(jobs(20), list_status=404, poison={"od_7"})
+    ends = run(server, [watch(name, failures=4) for name in server.ends])
+    assert Counter(end.event["status"] for end in ends) == {"completed": 19, "error": 1}
+    assert late(server, [end for end in ends if end.event["status"] == "completed"])[-1] < 20
+
+
+def test_the_deadline_holds_when_nothing_can_be_asked():
+    server = Server({"od_0": (500.0, "completed")}, faults=[(5, 400, "429/3000", 1.0)])
+    (end,) = run(server, [watch("od_0", deadline=60.0)])
+    assert end.event["status"] == "timeout"
+    assert 60 <= end.at <= 60 + poller.GRACE_SECONDS + 0.1
+
+
+def test_the_last_look_is_at_the_deadline():
+    server = Server({"od_0": (98.0, "completed"), "od_1": (102.0, "completed")})
+    ends = run(server, [watch(name, 60.0, deadline=100.0) for name in server.ends])
+    assert [end.event["status"] for end in ends] == ["completed", "timeout"]
+    assert all(100 <= end.at < 101 for end in ends)
+
+
+# --- The connection ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("waits", [1, 50])
+def test_a_rotated_key_is_picked_up(waits):
+    server = Server(jobs(waits, first_end=40, spread=10))
+
+    async def rotate():
+        await asyncio.sleep(20)
+        server.key = "key-2"
+
+    ends = run(server, [watch(name) for name in server.ends], meanwhile=rotate)
+    assert {end.event["status"] for end in ends} == {"completed"}
+    assert not [line for end in ends for line in end.watch.log.lines if "401" in line]
+
+
+def test_a_refused_key_ends_all_waits():
+    server = Server(jobs(300))
+    refused = []
+
+    async def revoke():
+        await asyncio.sleep(20)
+        server.key = "another"
+        refused.append(len(server.requests))
+
+    server.connection_key = "key-1"
+    ends = run(server, [watch(name) for name in server.ends], meanwhile=revoke)
+    assert {end.event["status"] for end in ends} == {"error"}
+    assert all("401" in end.event["message"] for end in ends)
+    assert len(server.requests) - refused[0] <= 3
