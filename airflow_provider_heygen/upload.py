@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -257,10 +258,13 @@ def put(
             status = response.status_code
             if 200 <= status < 300:
                 return None
-            said = re.search(rb"<Code>(\w{1,100})</Code>", response.raw.read(1000))
+            page = b""
+            with suppress(RequestException):  # the status says enough
+                page = next(response.iter_content(1000), b"")
     except RequestException as error:
         # Its text would quote the link.
         raise HeyGenTransientError(f"{type(error).__name__} while uploading to {host}.") from None
+    said = re.search(rb"<Code>(\w{1,100})</Code>", page)
     code = said[1].decode() if said else ""
     answer = f"{status} {code}".strip()
     if status in (401, 403, 404, 410):

@@ -436,6 +436,14 @@ def test_what_storage_refuses(heygen, pauses, large, listen, status):
 
 
 @LIPSYNCS
+def test_an_error_page_that_breaks_off(heygen, pauses, large, listen):
+    storage = listen(lambda _: b"HTTP/1.1 507 Full\r\nContent-Length: 999\r\n\r\n<Error>")
+    upload_to(heygen, storage.url)
+    with pytest.raises(HeyGenTransientError, match=r"127\.0\.0\.1 answered 507 to the upload"):
+        HeyGenHook(max_attempts=1).upload_asset(large)
+
+
+@LIPSYNCS
 def test_storage_that_cannot_be_reached(heygen, pauses, large):
     upload_to(heygen, "http://127.0.0.1:9")
     with pytest.raises(HeyGenTransientError, match=r"ConnectionError while uploading to 127\.0\.0\.1"):
