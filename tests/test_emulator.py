@@ -453,7 +453,7 @@ def test_large_uploads(heygen, api):
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "payload_too_large")
 
 
-def test_direct_upload(api, files):
+def test_direct_upload(heygen, api, files):
     content = (files / "v.mp4").read_bytes()
 
     def slot(**changes):
@@ -479,11 +479,14 @@ def test_direct_upload(api, files):
     early = api.post("/v3/overdubs", json=source)
     assert (early.status_code, early.json()["error"]["code"]) == (409, "asset_not_available")
     assert put(good).status_code == 200
+    assert heygen.assets == []
     complete = api.post(f"/v3/assets/{good['asset_id']}/complete", json={"checksum_sha256": "0" * 64})
     assert complete.status_code == 400
     done = api.post(f"/v3/assets/{good['asset_id']}/complete", json={}).json()["data"]
     assert requests.get(done["url"], timeout=10).content == content
+    assert [kept.id for kept in heygen.assets] == [good["asset_id"]]
     assert api.ended(api.create(source))["status"] == "completed"
+    assert put(good).status_code == 404  # filled and taken
 
     wrong_sum = put(slot(checksum_sha256="0" * 64))
     assert (wrong_sum.status_code, "BadDigest" in wrong_sum.text) == (400, True)
@@ -491,6 +494,16 @@ def test_direct_upload(api, files):
     assert put(wrong_type).status_code == 200
     answer = api.post(f"/v3/assets/{wrong_type['asset_id']}/complete", json={})
     assert answer.json()["error"]["param"] == "content_type"
+
+    heygen.behaviour.upload_seconds = 0
+    dead = slot()
+    assert (dead["expires_in_seconds"], put(dead).status_code) == (0, 403)
+    heygen.behaviour.max_upload_bytes = len(content) - 1
+    body = {"filename": "v.mp4", "content_type": "video/mp4", "size_bytes": len(content)}
+    answer = api.post("/v3/assets/direct-uploads", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "size_bytes")
+    heygen.forget_assets()
+    assert api.post("/v3/overdubs", json=source).json()["error"]["code"] == "asset_not_found"
 
 
 # Media
