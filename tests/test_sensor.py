@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
+from airflow.sdk import DAG, Asset
 from airflow.sdk.exceptions import (
     AirflowFailException,
     AirflowRescheduleException,
@@ -14,6 +16,9 @@ from airflow.sdk.exceptions import (
     AirflowSkipException,
     TaskDeferred,
 )
+from airflow.sdk.execution_time.comms import SetXCom
+from airflow.sdk.module_loading import import_string
+from airflow.triggers.base import TaskSuccessEvent
 from airflow_task import Task
 
 from airflow_provider_heygen.exceptions import (
@@ -225,3 +230,112 @@ def test_a_bad_id_sends_nothing(heygen, mode, overdub_id):
     with pytest.raises(HeyGenBadInputError, match="overdub_id"):
         wait(overdub_id, mode)
     assert heygen.requests == []
+
+
+# --- Ending in the triggerer --------------------------------------------------------------------------
+
+
+class Comms:
+    """What a triggerer has of Airflow: takes the messages that would go to the API server."""
+
+    def __init__(self, error=None):
+        self.sent, self.error = [], error
+
+    def send(self, message):
+        if isinstance(message, SetXCom):  # not what is to be masked
+            self.sent.append(message)
+            if self.error:
+                raise self.error
+
+    async def asend(self, message):
+        self.send(message)
+
+
+@pytest.fixture
+def comms(monkeypatch):
+    from airflow.sdk.execution_time import task_runner
+
+    comms = Comms()
+    monkeypatch.setattr(task_runner, "SUPERVISOR_COMMS", comms, raising=False)
+    return comms
+
+
+def end_in_triggerer(overdub_id, *, ti="a task instance", do_before=lambda: None, **changes):
+    """Defer a sensor and give the event its trigger ends with, in a triggerer (or without one)."""
+    with DAG("dag"):
+        sensor = HeyGenOverdubSensor(
+            task_id="task",
+            overdub_id=overdub_id,
+            deferrable=True,
+            poke_interval=0.02,
+            **{"end_from_trigger": True} | changes,
+        )
+    (deferred,) = [Task(lambda: sensor).start()]
+    assert isinstance(deferred, TaskDeferred)
+    do_before()
+    path, kwargs = deferred.trigger.serialize()
+    trigger = import_string(path)(**json.loads(json.dumps(kwargs)))
+    if ti:
+        trigger.task_instance = SimpleNamespace(dag_id="dag", task_id="task", run_id="run", map_index=3)
+    return asyncio.run(anext(trigger.run()))
+
+
+@pytest.fixture
+def running(heygen):
+    heygen.behaviour.job_seconds = 0.4
+    with HeyGenHook() as hook:
+        return hook.create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
+
+
+def test_a_completed_wait_ends_in_the_triggerer(running, comms):
+    event = end_in_triggerer(running)
+    assert isinstance(event, TaskSuccessEvent)
+    assert not event.xcoms
+    (push,) = comms.sent
+    assert (push.dag_id, push.task_id, push.run_id, push.map_index) == ("dag", "task", "run", 3)
+    assert push.key == "return_value"
+    with HeyGenHook() as hook:
+        assert push.value == hook.get_overdub(running).details()
+
+
+def test_nothing_is_pushed_that_is_not_wanted(running, comms):
+    assert isinstance(end_in_triggerer(running, do_xcom_push=False), TaskSuccessEvent)
+    assert comms.sent == []
+
+
+def test_other_ends_are_for_a_worker(heygen, running, comms):
+    def fail():
+        heygen.force(running, "failed")
+
+    assert end_in_triggerer(running, do_before=fail).payload["status"] == "failed"
+    assert comms.sent == []
+
+
+def test_without_a_triggerer_the_event_is_the_usual_one(running, comms):
+    assert end_in_triggerer(running, ti=None).payload["status"] == "completed"
+    assert comms.sent == []
+
+
+def test_an_xcom_that_cannot_be_pushed_is_left_to_a_worker(running, comms):
+    comms.error = OSError("no")
+    assert end_in_triggerer(running).payload["status"] == "completed"
+
+
+def test_ending_in_the_triggerer_is_off_by_default(running, comms):
+    event = end_in_triggerer(running, end_from_trigger=False)
+    assert event.payload["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("duty", "name"),
+    [
+        ({"outlets": [Asset("a")]}, "outlets"),
+        ({"on_success_callback": print}, "on_success_callback"),
+        ({"post_execute": print}, "post_execute"),
+        ({"multiple_outputs": True}, "multiple_outputs"),
+    ],
+    ids=str,
+)
+def test_what_a_worker_has_to_do_is_not_skipped(running, comms, duty, name, capsys):
+    assert end_in_triggerer(running, **duty).payload["status"] == "completed"
+    assert f"a worker is needed for: {name}." in capsys.readouterr().out

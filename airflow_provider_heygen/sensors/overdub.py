@@ -30,6 +30,11 @@ class HeyGenOverdubSensor(BaseSensorOperator):
     :param heygen_conn_id: the Airflow connection. (templated)
     :param deferrable: wait in the triggerer, not on a worker.
     :param poke_interval: seconds (or timedelta) between looks.
+    :param end_from_trigger: with ``deferrable``, let the triggerer end the task when the overdub is
+        completed, which saves the second start of a worker. The return value is the same; a failure or a
+        timeout is still dealt with by a worker. Where only a worker can do what is left to do (``outlets``,
+        ``on_success_callback`` ...) one is started all the same, and the log says why. Listeners, such as
+        OpenLineage's, do not hear of a task that ends so.
     :raises HeyGenOverdubFailedError: HeyGen says it failed; the message carries HeyGen's reason.
     :raises HeyGenNotFoundError: there is no such overdub.
     :raises AirflowSensorTimeout: ``timeout`` passed.
@@ -45,12 +50,14 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         heygen_conn_id: str = "heygen_default",
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         poke_interval: timedelta | float = 30,
+        end_from_trigger: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(poke_interval=poke_interval, **kwargs)
         self.overdub_id = overdub_id
         self.heygen_conn_id = heygen_conn_id
         self.deferrable = deferrable
+        self.end_from_trigger = end_from_trigger
 
     def execute(self, context: Context) -> Any:
         """Wait here, or after one look in the triggerer."""
@@ -87,10 +94,10 @@ class HeyGenOverdubSensor(BaseSensorOperator):
             if overdub.status == OverdubStatus.COMPLETED:
                 return PokeReturnValue(is_done=True, xcom_value=overdub.details())
         if self.deferrable:
-            self._defer(first_deadline(self.timeout, self.execution_timeout, context))
+            self._defer(context, first_deadline(self.timeout, self.execution_timeout, context))
         return PokeReturnValue(is_done=False)
 
-    def _defer(self, deadline: float | None, given_up: int = 0) -> None:
+    def _defer(self, context: Context, deadline: float | None, given_up: int = 0) -> None:
         from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
         from airflow_provider_heygen.waiting import backstop
 
@@ -100,11 +107,31 @@ class HeyGenOverdubSensor(BaseSensorOperator):
                 overdub_id=self.overdub_id,
                 poke_interval=self.poke_interval or 1.0,
                 deadline=deadline,
+                end_task=self.end_from_trigger and not self._needs_worker(context),
+                do_xcom_push=self.do_xcom_push,
             ),
             method_name="execute_complete",
             kwargs={"deadline": deadline, "given_up": given_up},
             timeout=backstop(deadline, self.poke_interval),
         )
+
+    def _needs_worker(self, context: Context) -> bool:
+        """Tell whether something is left to do after the wait that Airflow does on workers only."""
+        own = type(self)
+        duties = {
+            "outlets": self.outlets,
+            "on_success_callback": self.on_success_callback,
+            "post_execute": self._post_execute_hook or own.post_execute != BaseSensorOperator.post_execute,
+            "its own execute_complete": own.execute_complete != HeyGenOverdubSensor.execute_complete,
+            "multiple_outputs": self.multiple_outputs,
+            "being the DAG's result": getattr(self, "returns_dag_result", False),
+            "a task that expands over its result": context["ti"].map_index in (None, -1)
+            and any(True for _ in self.iter_mapped_dependants()),
+        }
+        found = [name for name, duty in duties.items() if duty]
+        if found:
+            self.log.info("end_from_trigger is off, a worker is needed for: %s.", ", ".join(found))
+        return bool(found)
 
     def execute_complete(
         self,
@@ -126,7 +153,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         if details is None:
             if deadline is None:  # `airflow dags test` forgets it
                 deadline = first_deadline(self.timeout, self.execution_timeout, context)
-            self._defer(deadline, given_up + 1)
+            self._defer(context, deadline, given_up + 1)
             raise AssertionError  # defer() raises; this tells mypy
         return details
 
