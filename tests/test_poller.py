@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import gc
 import itertools
 import json
+import logging
 import math
 import random
 import selectors
+import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,12 +20,16 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+from conftest import forward
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from airflow_provider_heygen import poller, waiting
 from airflow_provider_heygen.connection import HeyGenConnection
 from airflow_provider_heygen.exceptions import HeyGenTransientError
+from airflow_provider_heygen.hooks import heygen as heygen_hook
+from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
 from airflow_provider_heygen.waiting import Watch
 
 EPOCH = 1_800_000_000.0
@@ -580,3 +588,164 @@ def test_a_refused_key_ends_all_waits():
     assert {end.event["status"] for end in ends} == {"error"}
     assert all("401" in end.event["message"] for end in ends)
     assert len(server.requests) - refused[0] <= 3
+
+
+# --- Over HTTP ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_leak(caplog):
+    """Nothing is left open, neither tasks nor sessions nor sockets."""
+    yield
+    gc.collect()
+    assert [record.message for record in caplog.records if "Unclosed" in record.message] == []
+    assert not any(heygen_hook._sessions.values())
+
+
+def create(count):
+    request = {"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"}
+    with HeyGenHook() as hook:
+        return [hook.create_overdub(request) for _ in range(count)]
+
+
+def trigger(overdub_id, conn_id="heygen_default", **changes):
+    arguments = {"poke_interval": 0.1, "deadline": time.time() + 60} | changes
+    return HeyGenOverdubTrigger(heygen_conn_id=conn_id, overdub_id=overdub_id, **arguments)
+
+
+async def event_of(waiting):
+    (event,) = [event.payload async for event in waiting.run()]
+    return event
+
+
+@pytest.mark.filterwarnings("error::ResourceWarning")
+@pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
+def test_triggers_share_a_connection(heygen, resource, connect, listen, no_leak):
+    wire = listen(forward(heygen.url))
+    connect(wire.url, max_requests_per_second=50, resource=resource, allow_private_hosts=True)
+    heygen.behaviour.job_seconds = 1.5
+    ids = create(150)
+    created = len(wire.seen)
+
+    async def main():
+        events = await asyncio.gather(*(event_of(trigger(overdub_id)) for overdub_id in ids))
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return events
+
+    events = asyncio.run(main())
+    assert [event["overdub_id"] for event in events] == ids
+    assert {event["status"] for event in events} == {"completed"}
+    with HeyGenHook() as hook:
+        assert events[0]["overdub"] == hook.get_overdub(ids[0]).details()
+    looks = wire.seen[created:]
+    shared = "statuses" if resource == "lipsyncs" else "limit=100"
+    assert sum(shared in seen.path for seen in looks) > 5
+    assert len({seen.client for seen in looks if shared in seen.path}) == 1  # all over one connection
+
+
+def test_two_connections_are_never_mixed(heygen, monkeypatch, no_leak):
+    ids = create(6)
+    heygen.behaviour.job_seconds = 0.5
+    ids += create(6)
+    other = heygen.connection(auth_type="oauth")
+    monkeypatch.setenv("AIRFLOW_CONN_HEYGEN_OTHER", json.dumps(other))
+    conn_ids = ["heygen_default", "heygen_other"] * 6
+
+    async def main():
+        pairs = zip(ids, conn_ids, strict=True)
+        return await asyncio.gather(*(event_of(trigger(*pair)) for pair in pairs))
+
+    before = len(heygen.requests)
+    assert {event["status"] for event in asyncio.run(main())} == {"completed"}
+    used = {"api_key": set(), "oauth": set()}
+    for record in heygen.requests[before:]:
+        used[record.credential].add(record.path)
+    for overdub_id, conn_id in zip(ids, conn_ids, strict=True):
+        wrong = "oauth" if conn_id == "heygen_default" else "api_key"
+        assert not [path for path in used[wrong] if overdub_id in path]
+    assert all(used.values())
+
+
+def test_a_rotated_key_is_picked_up_in_a_running_triggerer(heygen, connect, monkeypatch, no_leak):
+    monkeypatch.setattr(poller, "FRESH_CONNECTION_SECONDS", 0.05)
+    (overdub_id,) = create(1)
+    heygen.force(overdub_id, "running")
+
+    async def main():
+        waits = asyncio.create_task(event_of(trigger(overdub_id)))
+        await asyncio.sleep(0.5)
+        connect(heygen.url, heygen.oauth_token, auth_type="oauth", max_requests_per_second=50)
+        heygen.fail_next(method="GET", status=401, code="unauthorized")  # the old key is gone
+        await asyncio.sleep(0.5)
+        heygen.force(overdub_id, "completed")
+        return await waits
+
+    assert asyncio.run(main())["status"] == "completed"
+    looks = [record.credential for record in heygen.requests if record.method == "GET"]
+    assert looks[0] == "api_key"
+    assert looks[-1] == "oauth"
+
+
+def test_a_restarted_triggerer_goes_on(heygen, connect, no_leak):
+    """1,000 waits, of which each but the first hundred is cut off twice: one event each."""
+    connect(heygen.url, max_requests_per_second=100, allow_private_hosts=True)
+    heygen.behaviour.job_seconds = 0.0
+    ids = create(100)
+    heygen.behaviour.job_seconds = 600.0
+    ids += create(900)
+    events = Counter()
+
+    async def one(overdub_id):
+        event = await event_of(trigger(overdub_id, poke_interval=1.0))
+        events[event["overdub_id"], event["status"]] += 1
+
+    async def main(*, end):
+        tasks = [asyncio.create_task(one(i)) for i in ids if (i, "completed") not in events]
+        if end:
+            await asyncio.gather(*tasks)
+            return
+        await asyncio.wait(tasks, timeout=1.5)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main(end=False))
+    assert 100 <= len(events) < 1000
+    asyncio.run(main(end=False))
+    for overdub_id in ids[100:]:
+        heygen.force(overdub_id, "completed")
+    asyncio.run(main(end=True))
+    assert events == {(overdub_id, "completed"): 1 for overdub_id in ids}
+
+
+def test_lines_go_to_the_log_of_their_own_trigger(heygen, no_leak):
+    whose = contextvars.ContextVar("whose")
+    heard = []
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            heard.append((whose.get("nobody"), record.getMessage()))
+
+    ids = create(5)
+
+    async def one(overdub_id):
+        whose.set(overdub_id)
+        waiting = trigger(overdub_id)
+        waiting._log = logging.getLogger("test.trigger")
+        return await event_of(waiting)
+
+    logger = logging.getLogger("test.trigger")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(listener := Listener())
+    try:
+        asyncio.run(asyncio.wait_for(gather(one, ids), 60))
+    finally:
+        logger.removeHandler(listener)
+    assert {owner for owner, _ in heard} == set(ids)
+    assert all(owner in line for owner, line in heard)
+
+
+async def gather(function, values):
+    return await asyncio.gather(*map(function, values))
