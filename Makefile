@@ -21,8 +21,9 @@ test-stack: .venv/done ## kill the parts of a real Airflow at the worst moments;
 chaos_kills chaos_random: .venv/done
 	$(BIN)/python -m pytest tests/stack/$@.py
 
-bench: .venv-bench/done  ## what importing and waiting cost, ours beside the peers'; takes 10 minutes
+bench: .venv/done .venv-bench/done  ## what importing and waiting cost, ours beside the peers'; 12 minutes
 	.venv-bench/bin/python benchmarks/import_cost.py
+	$(BIN)/python benchmarks/worker_seconds.py
 	.venv-bench/bin/python benchmarks/polling.py
 
 lint: .venv/done

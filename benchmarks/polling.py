@@ -17,7 +17,7 @@ each job: with the usual bundle of 130 certificates, each takes half a MB and so
 
 A case goes through three phases:
 
-- *join*: the triggers start, evenly over 5 s, so that their polls are spread as well; a peer gets up to 40 s
+- *join*: the triggers start, evenly over 5 s, so that their polls are spread as well; a peer gets up to 25 s
   until each of its triggers has polled once;
 - *hold*: nothing completes, for 5 or 10 s. Requests, connections, CPU and memory are taken here. A
   **job-poll** is one job looked at once; N x seconds / poll interval of them are due. A peer that makes
@@ -55,7 +55,7 @@ LATENCY = 0.02
 JOIN = 5.0
 FINISH = 5.0
 FINISHING = 500
-PATIENCE = 40.0
+PATIENCE = 25.0
 
 PEERS = {
     "http": ("HttpSensorTrigger", "apache-airflow-providers-http"),
@@ -454,12 +454,17 @@ def plot(results: Results, path: Path) -> None:
     for case, found in sorted(results.items(), key=lambda item: item[0].n):
         if not case.jobs and case.kind != "idle":
             series.setdefault(f"{case.name.split(',')[0]}, {case.interval:g} s", []).append((case, found))
+
+    def per_second(case: Case, found: Figures, figure: float) -> float:
+        made = found.requests if case.asks_for_each else 1.0
+        return figure * made * case.n / case.interval
+
     panels = {
         "requests per second": lambda case, found: found.requests * case.n / case.interval,
-        "CPU, ms per second": lambda case, found: found.cpu * case.n / case.interval,
+        "CPU, ms per second": lambda case, found: per_second(case, found, found.cpu),
         "notice p99, s": lambda _, found: found.notice_99,
     }
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 4), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(12, 4.5), layout="constrained")
     for axis, (title, value) in zip(axes, panels.items(), strict=True):
         for name, points in sorted(series.items(), key=lambda item: "HeyGen" not in item[0]):
             ours = "HeyGen" in name
@@ -473,7 +478,7 @@ def plot(results: Results, path: Path) -> None:
             )
         axis.set(title=title, xlabel="waiting triggers", xscale="log", yscale="log")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     print(f"\nPlotted to {path}")

@@ -1,4 +1,4 @@
-"""One sensor for each overdub of the environment, once ending on a worker and once in the triggerer."""
+"""A sensor for each overdub of the environment: some end on a worker, some in the triggerer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from airflow.sdk import DAG
 
 from airflow_provider_heygen.sensors.overdub import HeyGenOverdubSensor
 
-for dag_id, options in {"on_a_worker": {}, "from_the_trigger": {"end_from_trigger": True}}.items():
-    with DAG(dag_id, schedule=None):
-        HeyGenOverdubSensor.partial(task_id="wait", deferrable=True, poke_interval=1, **options).expand(
-            overdub_id=os.environ[f"OVERDUBS_{dag_id.upper()}"].split(",")
-        )
+with DAG("waiting", schedule=None):
+    for task_id, end_from_trigger in {"on_a_worker": False, "from_the_trigger": True}.items():
+        HeyGenOverdubSensor.partial(
+            task_id=task_id, deferrable=True, poke_interval=1, end_from_trigger=end_from_trigger
+        ).expand(overdub_id=os.environ[task_id.upper()].split(","))
