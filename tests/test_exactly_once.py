@@ -333,24 +333,21 @@ def uploads(heygen):
 
 
 @SERVERS
-@MODES
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
-def test_uploads_killed_at_any_step_and_retried(
-    heygen, reaper, pauses, files, idempotency, deferrable, after, store
-):
+def test_uploads_killed_at_any_step_and_retried(heygen, reaper, pauses, files, idempotency, after, store):
     died, step, most = True, 0, 0
     while died:
         heygen.reset()
         heygen.behaviour.idempotency = idempotency
         step += 1
-        task = Task(dub(deferrable=deferrable, **files), store=StateStore() if store else None)
+        task = Task(dub(wait_for_completion=False, **files), store=StateStore() if store else None)
         reaper.left, reaper.after, died = step, after, False
         try:
-            outcome = finish(task, task.start())
+            outcome = task.start()
         except Killed:
             died = True
-            outcome = finish(task, task.start())
+            outcome = task.start()
         assert len(heygen.jobs) == 1, f"killed at step {step}"
         assert outcome == heygen.jobs[0].id
         if idempotency:
