@@ -4,7 +4,7 @@ export AIRFLOW_HOME ?= $(CURDIR)/.local/airflow
 export AIRFLOW__CORE__LOAD_EXAMPLES := False
 
 .DELETE_ON_ERROR:
-.PHONY: demo ui test test-stack chaos_kills chaos_random bench lint format dist clean
+.PHONY: demo ui test test-stack chaos_kills chaos_random bench docs lint format dist clean
 
 demo: .venv/done       ## dub a real video with a real Airflow DAG, on the HeyGen emulator
 	@$(BIN)/python example_dags/run_local.py demo
@@ -25,6 +25,9 @@ bench: .venv/done .venv-bench/done  ## what importing and waiting cost, ours bes
 	.venv-bench/bin/python benchmarks/import_cost.py
 	$(BIN)/python benchmarks/worker_seconds.py
 	.venv-bench/bin/python benchmarks/polling.py
+
+docs: .venv/done       ## the documentation, in .local/docs/index.html
+	$(BIN)/python -m sphinx -q -W --keep-going docs .local/docs
 
 lint: .venv/done
 	$(BIN)/ruff check .
