@@ -1,34 +1,26 @@
-"""Files on their way in and out: where they are stored, and how a result link is fetched."""
+"""What files have in common on their way in and out: paths in storage, and links that may be followed."""
 
 from __future__ import annotations
 
 import contextlib
 import ipaddress
 import logging
+import os
 import socket
-import uuid
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from requests.exceptions import RequestException
-
 from airflow_provider_heygen.api import redact_links
 from airflow_provider_heygen.connection import HeyGenConnection, is_loopback
-from airflow_provider_heygen.exceptions import (
-    HeyGenBadInputError,
-    HeyGenPermanentError,
-    HeyGenTransientError,
-)
+from airflow_provider_heygen.exceptions import HeyGenBadInputError, HeyGenPermanentError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from os import PathLike
 
-    import requests
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
 CHUNK_BYTES = 1 << 20
-MAX_REDIRECTS = 5
 
 
 def mask_links(*values: Any) -> None:
@@ -74,44 +66,11 @@ def storage_path(path: str | PathLike[str] | ObjectStoragePath, what: str) -> Ob
     return found
 
 
-def save(
-    link: str,
-    destination: ObjectStoragePath,
-    *,
-    session: requests.Session,
-    settings: HeyGenConnection,
-    overwrite: bool,
-) -> int:
-    """
-    Stream what a presigned link leads to into storage; constant memory, whole or not at all.
-
-    :param session: a session without HeyGen's credential.
-    :param overwrite: replace what is there; otherwise a file of the same size is kept as it is.
-    :returns: its size in bytes.
-    :raises HeyGenBadInputError: the destination is a directory.
-    :raises HeyGenTransientError: the link has expired or the download broke off; try a fresh link.
-    :raises HeyGenPermanentError: the link leads where it must not, or the destination is taken.
-    """
-    if destination.is_dir():
-        raise HeyGenBadInputError(f"{destination} is a directory; name a file, or end it with a slash.")
-    try:
-        with links_unlogged(), _open(link, session, settings) as response:
-            length = response.headers.get("Content-Length")
-            size = int(length) if length and length.isdigit() else None
-            if not overwrite and destination.exists():
-                there: int = destination.stat().st_size
-                if there == size:
-                    return there
-                raise HeyGenPermanentError(
-                    f"{destination} exists with {there} bytes, the video has {size or 'unknown'}."
-                    " Choose another destination or set overwrite."
-                )
-            return _publish(response, size, destination)
-    except RequestException as error:
-        # Its text would quote the link.
-        raise HeyGenTransientError(
-            f"{type(error).__name__} while downloading from {urlsplit(link).hostname}."
-        ) from None
+def plain_uri(path: ObjectStoragePath) -> str:
+    """Give the URI of a file as lineage knows it: whole, and without the name of an Airflow connection."""
+    if path.protocol in ("", "file"):
+        return f"file://{os.path.abspath(path.path)}"
+    return str(path).replace(f"://{path.conn_id}@", "://", 1)
 
 
 @contextlib.contextmanager
@@ -134,57 +93,6 @@ def _cut_links(record: logging.LogRecord) -> bool:
     if isinstance(record.args, tuple):
         record.args = tuple(redact_links(arg) if isinstance(arg, str) else arg for arg in record.args)
     return True
-
-
-def _publish(response: requests.Response, size: int | None, destination: ObjectStoragePath) -> int:
-    if destination.protocol in ("", "file"):
-        destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.part"
-    written = 0
-    try:
-        with temporary.open("wb") as file:  # type: ignore[no-untyped-call]
-            for chunk in response.iter_content(CHUNK_BYTES):
-                file.write(chunk)
-                written += len(chunk)
-        if written == 0 or (size is not None and written != size):
-            raise HeyGenTransientError(f"The download ended after {written} of {size} bytes.")
-        temporary.fs.mv(temporary.path, destination.path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    return written
-
-
-def _open(link: str, session: requests.Session, settings: HeyGenConnection) -> requests.Response:
-    base = ""
-    for _ in range(MAX_REDIRECTS + 1):
-        link, host = check_link(base, link, settings, _WHAT)
-        response = session.get(
-            link,
-            stream=True,
-            allow_redirects=False,
-            timeout=(settings.connect_timeout, settings.read_timeout),
-            headers={"Accept-Encoding": "identity"},  # Content-Length must be that of the file
-        )
-        if response.is_redirect:
-            base, link = link, response.headers["Location"]
-            response.close()
-            continue
-        kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if response.status_code == 200 and not kind.startswith("text/") and kind not in _NOT_VIDEO:
-            return response
-        response.close()
-        raise HeyGenTransientError(
-            f"{_WHAT} at {host} answered {response.status_code} ({kind or 'no type'}) instead"
-            " of the video; it may have expired.",
-            status_code=response.status_code,
-        )
-    raise HeyGenPermanentError(f"{_WHAT} was redirected more than {MAX_REDIRECTS} times.")
-
-
-_WHAT = "The link to the video"
-_NOT_VIDEO = {"application/json", "application/xml", "application/xhtml+xml"}
 
 
 def check_link(base: str, link: str, settings: HeyGenConnection, what: str) -> tuple[str, str]:

@@ -11,6 +11,7 @@ import shutil
 import socket
 import tempfile
 import threading
+import urllib.request
 from dataclasses import dataclass
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -31,6 +32,9 @@ os.environ.update(
 )
 
 import tenacity  # noqa: E402
+from airflow.sdk import ObjectStoragePath  # noqa: E402
+from airflow.sdk.io import attach  # noqa: E402
+from fsspec.implementations.memory import MemoryFileSystem  # noqa: E402
 
 from airflow_provider_heygen.emulator import Behaviour, Emulator  # noqa: E402
 from airflow_provider_heygen.hooks import heygen as heygen_hook  # noqa: E402
@@ -220,3 +224,76 @@ def forward(url: str) -> Callable[[Seen], tuple[int, dict[str, str], bytes]]:
             upstream.close()
 
     return answer
+
+
+@pytest.fixture
+def wire(
+    heygen: Emulator, listen: Callable[..., Listener], connect: Callable[..., None], resource: str
+) -> Listener:
+    """The emulator behind a server that keeps what it was sent; the connection leads there."""
+    listener = listen(forward(heygen.url))
+    connect(listener.url, resource=resource, allow_private_hosts=True)
+    return listener
+
+
+class Storage:
+    """A place for files: ``uri(name)`` is what a DAG would say, the rest is for looking from outside."""
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+        self.path = ObjectStoragePath(base)
+
+    def uri(self, name: str) -> str:
+        return f"{self.base}/{name}"
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def write(self, name: str, content: bytes) -> None:
+        (self.path / name).write_bytes(content)
+
+    def names(self) -> list[str]:
+        """All that is there, a file with a temporary name or half an upload, too."""
+        fs = self.path.fs
+        fs.invalidate_cache()
+        names = [path.rpartition("/")[2] for path in fs.find(self.path.path)]
+        if self.path.protocol == "s3":
+            names += [f"upload of {upload['Key']}" for upload in fs.list_multipart_uploads("bucket")]
+        return sorted(names)
+
+
+@pytest.fixture(scope="session")
+def _s3_url() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def s3(_s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """An empty bucket in an S3 on loopback, through the Amazon provider; its connection is ``s3``."""
+    extra = {"endpoint_url": _s3_url, "region_name": "us-east-1"}
+    connection = {"conn_type": "aws", "login": "key", "password": "secret", "extra": extra}
+    monkeypatch.setenv("AIRFLOW_CONN_S3", json.dumps(connection))
+    request = urllib.request.Request(f"{_s3_url}/moto-api/reset", method="POST")
+    urllib.request.urlopen(request, timeout=10).close()
+    storage = Storage("s3://s3@bucket")
+    storage.path.fs.invalidate_cache()
+    storage.path.fs.mkdir("bucket")
+    return storage
+
+
+@pytest.fixture(params=["file", "memory", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """An empty place, on each kind of storage in turn."""
+    if request.param == "s3":
+        found: Storage = request.getfixturevalue("s3")
+        return found
+    if request.param == "file":
+        return Storage(str(tmp_path))
+    attach("memory", fs=MemoryFileSystem())
+    MemoryFileSystem.store.clear()  # it outlives each file system
+    return Storage(f"memory://{tmp_path.name}")

@@ -16,7 +16,6 @@ from airflow.sdk._shared.secrets_masker import redact
 from airflow.sdk.exceptions import AirflowFailException
 from airflow.sdk.io import attach
 from airflow_task import StateStore, Task
-from conftest import forward
 from fsspec.implementations.memory import MemoryFileSystem
 from test_hook import check_requests
 
@@ -36,14 +35,6 @@ from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperato
 MB = 1 << 20
 RESOURCES = pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
 LIPSYNCS = pytest.mark.parametrize("resource", ["lipsyncs"])
-
-
-@pytest.fixture
-def wire(heygen, listen, connect, resource):
-    """The emulator behind a server that keeps what it was sent; the connection leads there."""
-    listener = listen(forward(heygen.url))
-    connect(listener.url, resource=resource, allow_private_hosts=True)
-    return listener
 
 
 def mp4(path, size=0, fill=b"\0"):

@@ -25,6 +25,7 @@ import aiohttp
 import certifi
 import requests
 import tenacity
+from airflow.providers.common.compat.sdk import get_hook_lineage_collector
 from airflow.providers.http.hooks.http import HttpHook
 from requests.auth import AuthBase
 from requests.exceptions import (
@@ -40,7 +41,7 @@ from requests.exceptions import (
 from requests_toolbelt import MultipartEncoder
 from urllib3.exceptions import NameResolutionError, NewConnectionError
 
-from airflow_provider_heygen import __version__, api, media, upload
+from airflow_provider_heygen import __version__, api, download, media, upload
 from airflow_provider_heygen.connection import HeyGenConnection
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
@@ -366,35 +367,66 @@ class HeyGenHook(HttpHook):
         overwrite: bool = False,
     ) -> int:
         """
-        Stream the video of a completed overdub to storage; each attempt gets a fresh link.
+        Stream the video of a completed overdub to storage, over as many links and connections as it takes.
 
         :param destination: a local path or any URI that Airflow's ObjectStoragePath understands.
         :param overwrite: replace what is there; otherwise a file of the same size is kept as it is.
         :returns: its size in bytes.
         """
         path = media.storage_path(destination, "the destination")
-        for attempt in self._retrying():
-            with attempt:
-                overdub = self._send(api.get_overdub(self.settings.resource, overdub_id))
-                if overdub.status == api.OverdubStatus.FAILED:
-                    raise HeyGenOverdubFailedError(failure(overdub))
-                if overdub.status != api.OverdubStatus.COMPLETED:
-                    raise HeyGenError(
-                        f"Overdub {overdub_id} is {overdub.status}, there is no video yet."
-                        " Wait for it first, with HeyGenOverdubSensor or wait_for_completion."
-                    )
-                if not overdub.video_url:
-                    # Seen for a short time after completion (contract notes, section 7).
-                    raise HeyGenTransientError(f"Overdub {overdub_id} is completed but has no link yet.")
-                with _new_session(self.settings) as session:
-                    return media.save(
-                        overdub.video_url,
-                        path,
-                        session=session,
-                        settings=self.settings,
-                        overwrite=overwrite,
-                    )
-        raise AssertionError
+        return self._download("video", overdub_id, path, overwrite)
+
+    def download_captions(
+        self,
+        overdub_id: str,
+        destination: str | PathLike[str] | ObjectStoragePath,
+        *,
+        overwrite: bool = False,
+    ) -> int:
+        """
+        Stream the captions of a completed overdub to storage: :meth:`download_overdub` for its SRT file.
+
+        HeyGen has them under ``lipsyncs`` only (contract, ``caption_url``).
+        """
+        path = media.storage_path(destination, "the destination of the captions")
+        return self._download("captions", overdub_id, path, overwrite)
+
+    def _download(self, what: str, overdub_id: str, path: ObjectStoragePath, overwrite: bool) -> int:
+        call = api.get_overdub(self.settings.resource, overdub_id)
+
+        def fresh_link() -> str:
+            overdub = self._send(call)
+            if overdub.status == api.OverdubStatus.FAILED:
+                raise HeyGenOverdubFailedError(failure(overdub))
+            if overdub.status != api.OverdubStatus.COMPLETED:
+                raise HeyGenError(
+                    f"Overdub {overdub_id} is {overdub.status}, there is no video yet."
+                    " Wait for it first, with HeyGenOverdubSensor or wait_for_completion."
+                )
+            link = overdub.video_url if what == "video" else overdub.caption_url
+            if not link:
+                # Seen for a short time after completion (contract notes, section 7).
+                hint = "" if what == "video" else ". HeyGen makes captions under resource 'lipsyncs' only"
+                raise HeyGenTransientError(
+                    f"Overdub {overdub_id} is completed but has no link to the {what} yet{hint}."
+                )
+            return link
+
+        with _new_session(self.settings) as session:
+            size = download.save(
+                fresh_link,
+                path,
+                what=what,
+                overwrite=overwrite,
+                attempts=self._retrying(),
+                session=session,
+                settings=self.settings,
+                say=self.log.info,
+            )
+        lineage = get_hook_lineage_collector()
+        lineage.add_input_asset(context=self, uri=self.settings.base_url + call.path)
+        lineage.add_output_asset(context=self, uri=media.plain_uri(path))
+        return size
 
     def test_connection(self) -> tuple[bool, str]:
         """Try the connection with a free look at the resource itself, as Airflow's "Test" button does."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from airflow.providers.common.compat.sdk import BaseOperator
+from airflow.providers.common.compat.sdk import Asset, BaseOperator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,8 +17,13 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
     """
     Stream the video of a completed overdub to storage. Returns the URI it was written to.
 
-    The link is fetched anew for each run and never stored. Nobody sees half a file: the video is written
-    under a temporary name beside the destination and moved when it is whole.
+    The link is fetched anew for each attempt and never stored; an attempt goes on where the last one broke
+    off. Nobody sees half a file: an object store shows the object when its upload is complete, elsewhere the
+    video is written under a temporary name beside the destination and moved when it is whole. What happens
+    when a task is killed half-way is told in the documentation, under "What happens when ...".
+
+    Airflow's lineage gets the overdub as input and the file as output. An Asset in ``outlets`` gets
+    ``overdub_id``, ``uri`` and ``size_bytes`` as extra of its event.
 
     :param overdub_id: the overdub; it must be completed. (templated)
     :param destination: a local path, or any URI Airflow's ObjectStoragePath understands: ``file://``,
@@ -26,10 +31,14 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
         ``<overdub_id>.mp4``. (templated)
     :param overwrite: replace what is there. Without it, a file of the same size is taken for this video and
         kept, and any other is an error.
+    :param captions: keep the captions, too, beside the video and with the suffix ``.srt``; their URI goes to
+        XCom key ``captions``. The video is kept first; then it is an error if there are no captions. HeyGen
+        has them under ``resource`` ``lipsyncs`` only.
     :param heygen_conn_id: the Airflow connection. (templated)
     :raises HeyGenBadInputError: id or destination is wrong.
     :raises HeyGenOverdubFailedError: there is no video, the overdub failed.
-    :raises HeyGenTransientError: the overdub is not completed yet, or the download broke off.
+    :raises HeyGenTransientError: there are no captions, or the download broke off again and again.
+    :raises HeyGenError: the overdub is not completed yet, or the destination cannot be written.
     """
 
     template_fields: Sequence[str] = ("overdub_id", "destination", "heygen_conn_id")
@@ -41,6 +50,7 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
         overdub_id: str,
         destination: str,
         overwrite: bool = False,
+        captions: bool = False,
         heygen_conn_id: str = "heygen_default",
         **kwargs: Any,
     ) -> None:
@@ -48,9 +58,10 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
         self.overdub_id = overdub_id
         self.destination = destination
         self.overwrite = overwrite
+        self.captions = captions
         self.heygen_conn_id = heygen_conn_id
 
-    def execute(self, context: Context) -> str:  # noqa: ARG002
+    def execute(self, context: Context) -> str:
         """Fetch and store it."""
         from airflow_provider_heygen.api import check_id
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
@@ -58,7 +69,17 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
         destination = str(self.destination)
         if destination.endswith("/"):
             destination += f"{check_id(self.overdub_id)}.mp4"
+        if "://" not in destination:
+            destination = f"file://{os.path.abspath(destination)}"
         with HeyGenHook(self.heygen_conn_id) as hook:
             size = hook.download_overdub(self.overdub_id, destination, overwrite=self.overwrite)
-        self.log.info("Overdub %s is at %s (%.1f MB).", self.overdub_id, destination, size / 1e6)
-        return destination if "://" in destination else f"file://{os.path.abspath(destination)}"
+            self.log.info("Overdub %s is at %s (%.1f MB).", self.overdub_id, destination, size / 1e6)
+            if self.captions:
+                captions = f"{os.path.splitext(destination)[0]}.srt"
+                hook.download_captions(self.overdub_id, captions, overwrite=self.overwrite)
+                context["ti"].xcom_push(key="captions", value=captions)
+        for outlet in self.outlets:
+            if isinstance(outlet, Asset):
+                extra = context["outlet_events"][outlet].extra
+                extra.update(overdub_id=self.overdub_id, uri=destination, size_bytes=size)
+        return destination

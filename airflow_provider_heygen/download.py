@@ -1,0 +1,357 @@
+"""Files on their way from HeyGen: whole or not at all, over as many links and connections as it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import re
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from requests.exceptions import RequestException
+from urllib3.exceptions import HTTPError
+
+from airflow_provider_heygen.api import redact_links
+from airflow_provider_heygen.exceptions import (
+    HeyGenBadInputError,
+    HeyGenError,
+    HeyGenPermanentError,
+    HeyGenTransientError,
+)
+from airflow_provider_heygen.media import CHUNK_BYTES, check_link, links_unlogged
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    import requests
+    import tenacity
+    from airflow.providers.common.compat.sdk import ObjectStoragePath
+
+    from airflow_provider_heygen.connection import HeyGenConnection
+
+MAX_REDIRECTS = 5
+
+# What an object store is sent at once; s3fs would collect 50 MB. S3 takes 10,000 parts, so 80 GB.
+_PART_BYTES = 8 << 20
+
+# Stores that show an object when its upload is completed, and not before: a temporary name would only cost a
+# copy of it. Seen in s3fs, gcsfs and adlfs; any other file system gets the temporary name.
+_SHOWN_WHEN_WHOLE = {"s3", "s3a", "s3n", "gs", "gcs", "abfs", "abfss", "adl", "az"}
+
+_NO_FILE = {"application/json", "application/xml", "application/xhtml+xml", "text/html", "text/xml"}
+
+
+def save(
+    fresh_link: Callable[[], str],
+    destination: ObjectStoragePath,
+    *,
+    what: str,
+    overwrite: bool,
+    attempts: tenacity.Retrying,
+    session: requests.Session,
+    settings: HeyGenConnection,
+    say: Callable[..., None],
+) -> int:
+    """
+    Stream what presigned links lead to into storage: in constant memory, whole or not at all.
+
+    After a break it goes on where it was, by Range and with a fresh link. Where it cannot be told that the
+    rest belongs to the same file, it starts over.
+
+    :param fresh_link: gives a link; called for each attempt.
+    :param what: "video" or "captions".
+    :param overwrite: replace what is there; otherwise a file of the same size is kept as it is.
+    :param attempts: how often to try in a row without getting on by a MiB.
+    :param session: a session without HeyGen's credential.
+    :param say: writes to the log, as ``Logger.info`` does.
+    :returns: its size in bytes.
+    :raises HeyGenBadInputError: the destination is a directory.
+    :raises HeyGenError: the destination cannot be read or written.
+    :raises HeyGenTransientError: no link works, or the download breaks off again and again.
+    :raises HeyGenPermanentError: the link leads where it must not, or the destination is taken.
+    """
+    target = _Target(destination)
+    there = target.size_there()
+    progress = _Progress(say, f"The {what} for {target}")
+    furthest = 0
+    with links_unlogged(), target:
+        for attempt in attempts:
+            with attempt:
+                link = fresh_link()
+                try:
+                    with _missing_part(link, what, target, session, settings) as response:
+                        if there is not None and not overwrite:
+                            if there == target.size:
+                                say("%s is there already (%d bytes); it is kept.", target, there)
+                                return there
+                            raise HeyGenPermanentError(
+                                f"{target} exists with {there} bytes, the {what} has"
+                                f" {target.size or 'unknown'}. Choose another destination or set overwrite."
+                            )
+                        # What comes is written at once: a break loses none of it.
+                        while chunk := response.raw.read1(CHUNK_BYTES):
+                            target.write(chunk)
+                            progress.add(len(chunk), target)
+                except (RequestException, HTTPError) as error:
+                    # Its text would quote the link.
+                    raise HeyGenTransientError(
+                        f"{type(error).__name__} while downloading the {what} from {urlsplit(link).hostname}."
+                    ) from None
+                finally:
+                    if target.written >= furthest + CHUNK_BYTES:
+                        furthest, attempt.retry_state.attempt_number = target.written, 1
+                target.check(what)
+        target.publish()
+        progress.end()
+        return target.written
+
+
+class _Target:
+    """
+    A file that is being written, and that nobody sees before it is published.
+
+    In an object store it is an upload that is completed or aborted. Elsewhere it has a temporary name beside
+    its own; what a killed writer has left under such a name goes when the same file is written again, on a
+    local disk. Data is not forced to disk: when its host loses power, a file may be lost after the task has
+    succeeded, like any that was just written.
+
+    :ivar written: bytes so far.
+    :ivar size: bytes of the whole, as announced; ``None`` when the server did not say.
+    :ivar version: name and value of the header that tells one version of the file from another.
+    """
+
+    def __init__(self, destination: ObjectStoragePath) -> None:
+        self._path = destination
+        self._fs = destination.fs
+        self._local = destination.protocol in ("", "file")
+        self._direct = destination.protocol in _SHOWN_WHEN_WHOLE
+        self._file: Any = None
+        self._name = ""
+        self.written = 0
+        self.size: int | None = None
+        self.version: tuple[str, str] | None = None
+
+    def __str__(self) -> str:
+        return redact_links(str(self._path))
+
+    def __enter__(self) -> _Target:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.discard()
+
+    def size_there(self) -> int | None:
+        """Tell the size of what is at the destination, or ``None`` if nothing is."""
+        with self._explained("looked at"):
+            if self._path.is_dir():
+                raise HeyGenBadInputError(f"{self} is a directory; name a file, or end it with a slash.")
+            try:
+                return int(self._path.stat().st_size)
+            except FileNotFoundError:
+                return None
+
+    def write(self, chunk: bytes) -> None:
+        """Add to it."""
+        with self._explained("written"):
+            if self._file is None:
+                self._open()
+            self._file.write(chunk)
+        self.written += len(chunk)
+
+    def check(self, what: str) -> None:
+        """
+        Raise unless it is as long as announced.
+
+        :raises HeyGenTransientError: it is not; one that is too long is dropped.
+        """
+        written, size = self.written, self.size
+        if written and written == (size or written):
+            return
+        if size is not None and written > size:
+            self.discard()
+        raise HeyGenTransientError(f"The download of the {what} ended after {written} of {size} bytes.")
+
+    def publish(self) -> None:
+        """Let everybody see it, at once and whole."""
+        with self._explained("written"):
+            self._file.close()
+            if not self._direct:
+                self._fs.mv(self._name, self._path.path)
+        self._file = None
+
+    def discard(self) -> None:
+        """Forget what was written."""
+        file, self._file = self._file, None
+        self.written, self.size, self.version = 0, None, None
+        if file is None:
+            return
+        # What went wrong before is what matters.
+        if self._direct:
+            # fsspec completes an upload on close(), in a `with` that fails as well as on collection.
+            file.closed = True
+            with contextlib.suppress(Exception):
+                file.discard()
+            return
+        with contextlib.suppress(Exception):
+            file.close()
+        with contextlib.suppress(Exception):
+            self._fs.rm_file(self._name)
+
+    def _open(self) -> None:
+        # By the file system, not the path, which would tell Airflow's lineage of the temporary name.
+        if self._direct:
+            self._file = self._fs.open(self._path.path, "wb", block_size=_PART_BYTES)
+            return
+        folder, name = self._path.parent, self._path.name
+        if self._local:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(Path(folder.path), name)
+        self._name = (folder / f".{name}.{uuid.uuid4().hex[:8]}.part").path
+        self._file = self._fs.open(self._name, "wb")
+        if self._local:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_SH)
+
+    @contextlib.contextmanager
+    def _explained(self, done: str) -> Iterator[None]:
+        try:
+            yield
+        except HeyGenError:
+            raise
+        except Exception as error:  # each storage has errors of its own
+            reason = redact_links(str(error)) or type(error).__name__
+            raise HeyGenError(f"{self} cannot be {done}: {reason}.") from None
+
+
+def _remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what killed writers of the same file have left; a lock is the sign of one that lives."""
+    for path in folder.glob(f".{glob.escape(name)}.????????.part"):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+class _Progress:
+    """Says in the log how far a download is: every 10 s, and less and less often when it takes long."""
+
+    def __init__(self, say: Callable[..., None], label: str) -> None:
+        self._say, self._label = say, label
+        self._began = self._said = time.monotonic()
+        self._received = self._told = 0
+
+    def add(self, received: int, target: _Target) -> None:
+        """Count bytes, and say so if it is time."""
+        self._received += received
+        now = time.monotonic()
+        if now - self._said < max(10.0, (self._said - self._began) / 4):
+            return
+        of = f" of {target.size / 1e6:.1f} MB, {target.written / target.size:.0%}" if target.size else " MB"
+        speed = (self._received - self._told) / 1e6 / (now - self._said)
+        self._say("%s: %.1f%s, %.1f MB/s.", self._label, target.written / 1e6, of, speed)
+        self._said, self._told = now, self._received
+
+    def end(self) -> None:
+        """Say what it came to."""
+        seconds = max(time.monotonic() - self._began, 1e-3)
+        megabytes = self._received / 1e6
+        self._say("%s: %.1f MB in %.1f s, %.1f MB/s.", self._label, megabytes, seconds, megabytes / seconds)
+
+
+@contextlib.contextmanager
+def _missing_part(
+    link: str, what: str, target: _Target, session: requests.Session, settings: HeyGenConnection
+) -> Iterator[requests.Response]:
+    """
+    Open what is still missing of a file; all of it, if the server has another one or knows no Range.
+
+    :raises HeyGenTransientError: the server gives something else; a fresh link may help.
+    """
+    headers = {"Accept-Encoding": "identity"}  # Content-Length must be that of the file
+    if target.written:
+        headers["Range"] = f"bytes={target.written}-"
+        if target.version is not None:
+            headers["If-Range"] = target.version[1]
+    response, host = _follow(link, what, headers, session, settings)
+    with response:
+        status = response.status_code
+        kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        usable = (
+            kind not in _NO_FILE
+            and not (what == "video" and kind.startswith("text/"))
+            and response.headers.get("Content-Encoding", "identity") == "identity"
+        )
+        if status == 200 and usable:
+            target.discard()
+            length = response.headers.get("Content-Length", "")
+            target.size = int(length) if length.isdigit() else None
+            target.version = _version(response.headers)
+        elif status in (206, 416) and target.written:
+            if status == 416 or not _continues(target, response.headers):
+                target.discard()
+                raise HeyGenTransientError(
+                    f"The {what} at {host} has changed while it was downloaded ({status}); starting over.",
+                    status_code=status,
+                )
+        else:
+            raise HeyGenTransientError(
+                f"{_the_link(what)} at {host} answered {status} ({kind or 'no type'}) instead"
+                f" of the {what}; it may have expired.",
+                status_code=status,
+            )
+        yield response
+
+
+def _version(headers: Mapping[str, str]) -> tuple[str, str] | None:
+    # A weak ETag is not good for If-Range (RFC 9110, section 13.1.5).
+    for name in ("ETag", "Last-Modified"):
+        if (value := headers.get(name)) and not value.startswith("W/"):
+            return name, value
+    return None
+
+
+def _continues(target: _Target, headers: Mapping[str, str]) -> bool:
+    """Whether an answer 206 goes on where we are, to the end of the same file."""
+    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
+    if found is None or int(found[1]) != target.written:
+        return False
+    if target.version is not None and headers.get(target.version[0], target.version[1]) != target.version[1]:
+        return False
+    total = int(found[2]) + 1
+    if found[3] not in ("*", str(total)) or target.size not in (None, total):
+        return False
+    target.size = total
+    return True
+
+
+def _follow(
+    link: str, what: str, headers: dict[str, str], session: requests.Session, settings: HeyGenConnection
+) -> tuple[requests.Response, str]:
+    """
+    Give the answer at the end of all redirects, and its host; each hop is checked.
+
+    A name that leads elsewhere a moment after the check is met by TLS: who has our own network answer for it
+    has no certificate.
+    """
+    base = ""
+    for _ in range(MAX_REDIRECTS + 1):
+        link, host = check_link(base, link, settings, _the_link(what))
+        response = session.get(
+            link,
+            stream=True,
+            allow_redirects=False,
+            timeout=(settings.connect_timeout, settings.read_timeout),
+            headers=headers,
+        )
+        if not response.is_redirect:
+            return response, host
+        base, link = link, response.headers["Location"]
+        response.close()
+    raise HeyGenPermanentError(f"{_the_link(what)} was redirected more than {MAX_REDIRECTS} times.")
+
+
+def _the_link(what: str) -> str:
+    return f"The link to the {what}"

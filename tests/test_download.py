@@ -1,0 +1,827 @@
+"""Downloads: which links are followed, what is survived, and that a file is right or absent."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import resource as limits
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from airflow.sdk import Asset
+from airflow.sdk.execution_time.context import OutletEventAccessors
+from airflow_task import Task
+from test_hook import REQUEST, both_resources, completed
+
+from airflow_provider_heygen import download
+from airflow_provider_heygen.exceptions import (
+    HeyGenBadInputError,
+    HeyGenError,
+    HeyGenNotFoundError,
+    HeyGenOverdubFailedError,
+    HeyGenPermanentError,
+    HeyGenTransientError,
+)
+from airflow_provider_heygen.hooks import heygen as module
+from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.transfers.heygen_to_object_storage import HeyGenOverdubToObjectStorageOperator
+
+MB = 1 << 20
+LIPSYNCS = pytest.mark.parametrize("resource", ["lipsyncs"])
+
+
+@pytest.fixture(scope="module")
+def video():
+    """20 MiB, more than one part of an upload to S3."""
+    return random.Random(1).randbytes(20 * MB)
+
+
+@pytest.fixture
+def overdub_id(heygen, video, tmp_path_factory):
+    """A completed overdub with that video."""
+    overdub_id = completed(heygen)
+    path = tmp_path_factory.mktemp("heygen") / "v.mp4"
+    path.write_bytes(video)
+    heygen.jobs[0].output = path
+    return overdub_id
+
+
+def fetches(heygen):
+    """Status and Range of each request for a file."""
+    return [
+        (record.status, record.headers.get("range"))
+        for record in heygen.requests
+        if record.path.startswith("/files/")
+    ]
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+# --- Breaks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_five_drops_at_random_places(heygen, pauses, storage, overdub_id, video, seed):
+    for _ in range(5):
+        # What has been sent is sent again, so that all five strike.
+        heygen.fail_next(path="/files/", drop_after_bytes=random.Random(seed).randrange(4 * MB))
+    assert HeyGenHook().download_overdub(overdub_id, storage.uri("v.mp4")) == len(video)
+    assert sha256(storage.read("v.mp4")) == sha256(video)
+    assert storage.names() == ["v.mp4"]
+    assert len(pauses) == 5
+    (first, *later) = fetches(heygen)
+    assert first == (200, None)
+    starts = [int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) for _, wanted in later]
+    assert starts == sorted(starts)
+    assert {status for status, _ in later} == {206}
+    links = {record.query for record in heygen.requests if record.path.startswith("/files/")}
+    assert len(links) > 1
+
+
+def test_only_attempts_that_bring_nothing_count(heygen, pauses, storage, overdub_id, video):
+    heygen.fail_next(path="/files/", drop_after_bytes=3 * MB // 2, count=12)
+    assert HeyGenHook(max_attempts=2).download_overdub(overdub_id, storage.uri("v.mp4")) == len(video)
+    assert storage.read("v.mp4") == video
+    assert len(pauses) == 12
+    heygen.fail_next(path="/files/", drop_after_bytes=1000, count=100)
+    with pytest.raises(HeyGenTransientError):
+        HeyGenHook(max_attempts=3).download_overdub(overdub_id, storage.uri("w.mp4"))
+    assert len(pauses) == 14
+    assert storage.names() == ["v.mp4"]
+
+
+def test_a_link_that_expires_midway(heygen, pauses, storage, overdub_id, video):
+    heygen.fail_next(path="/files/", drop_after_bytes=5 * MB)
+    for status in (401, 403, 404):
+        heygen.fail_next(path="/files/", status=status)
+    HeyGenHook().download_overdub(overdub_id, storage.uri("v.mp4"))
+    assert storage.read("v.mp4") == video
+    assert fetches(heygen) == [
+        (200, None),
+        *((status, f"bytes={5 * MB}-") for status in (401, 403, 404)),
+        (206, f"bytes={5 * MB}-"),
+    ]
+
+
+class Cdn:
+    """What the link leads to: a file, by Range and If-Range. ``faults`` strike one request each."""
+
+    def __init__(self, listen, video):
+        self.video = video
+        self.headers = {"ETag": '"1"', "Content-Type": "video/mp4"}
+        self.faults = []
+        self.server = listen(self.answer)
+
+    @property
+    def ranges(self):
+        return [(seen.headers["Range"], seen.headers["If-Range"]) for seen in self.server.seen]
+
+    def answer(self, seen):
+        fault = self.faults.pop(0) if self.faults else {}
+        headers = dict(self.headers) | fault.get("headers", {})
+        video, status, start = fault.get("video", self.video), 200, 0
+        wanted = re.fullmatch(r"bytes=(\d+)-", seen.headers["Range"] or "")
+        known = {None, headers.get("ETag"), headers.get("Last-Modified")}
+        if wanted and fault.get("ranges", True) and (seen.headers["If-Range"] in known or "etag" in fault):
+            status, start = 206, int(wanted[1])
+            headers["Content-Range"] = f"bytes {start}-{len(video) - 1}/{len(video)}"
+        headers = {"Content-Length": len(video) - start} | headers | fault.get("always", {})
+        status = fault.get("status", status)
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items() if value is not None)
+        body = fault.get("body", video[start:])
+        cut = fault.get("cut", len(body))
+        return f"HTTP/1.1 {status} X\r\n{lines}\r\n".encode() + body[:cut]
+
+
+@pytest.fixture
+def cdn(heygen, listen):
+    cdn = Cdn(listen, random.Random(2).randbytes(3 * MB))
+    leads_to(heygen, f"{cdn.server.url}/v.mp4?Signature=pw")
+    return cdn
+
+
+DATE = "Mon, 01 Jun 2026 00:00:00 GMT"
+RESUMES = {
+    "ETag": ({"ETag": '"1"'}, '"1"'),
+    "weak ETag": (
+        {"ETag": 'W/"1"', "Last-Modified": "Mon, 01 Jun 2026 00:00:00 GMT"},
+        "Mon, 01 Jun 2026 00:00:00 GMT",
+    ),
+    "Last-Modified": ({"Last-Modified": "Mon, 01 Jun 2026 00:00:00 GMT"}, "Mon, 01 Jun 2026 00:00:00 GMT"),
+    "neither": ({}, None),
+}
+
+
+@pytest.mark.parametrize(("headers", "version"), RESUMES.values(), ids=RESUMES)
+def test_resume(cdn, pauses, storage, headers, version):
+    cdn.headers = headers
+    cdn.faults = [{"cut": 2 * MB}]
+    HeyGenHook().download_overdub("od_1", storage.uri("v.mp4"))
+    assert storage.read("v.mp4") == cdn.video
+    assert cdn.ranges == [(None, None), (f"bytes={2 * MB}-", version)]
+
+
+OTHER = random.Random(3).randbytes(3 * MB)
+RESTARTS = {
+    "Range ignored": [{"ranges": False}],
+    "Range ignored again and again": [{"ranges": False, "cut": MB}, {"ranges": False, "cut": MB // 2}],
+    "416": [{"status": 416, "body": b""}],
+    "another ETag": [{"etag": True, "headers": {"ETag": '"2"'}, "video": OTHER}],
+    "another length": [{"etag": True, "video": OTHER + b"more"}],
+    "another place": [{"always": {"Content-Range": f"bytes 0-{3 * MB - 1}/{3 * MB}"}}],
+    "a part only": [
+        {"always": {"Content-Range": f"bytes {2 * MB}-{2 * MB + 9}/{3 * MB}", "Content-Length": 10}}
+    ],
+    "no Content-Range": [{"always": {"Content-Range": None}}],
+    "too much": [{"always": {"Content-Length": None}, "body": bytes(2 * MB)}],
+}
+
+
+@pytest.mark.parametrize("faults", RESTARTS.values(), ids=RESTARTS)
+def test_start_over(cdn, pauses, storage, faults):
+    cdn.faults = [{"cut": 2 * MB}, *faults]
+    assert HeyGenHook().download_overdub("od_1", storage.uri("v.mp4")) == 3 * MB
+    assert storage.read("v.mp4") == cdn.video
+    assert storage.names() == ["v.mp4"]
+
+
+def test_another_file_of_another_length(cdn, pauses, storage):
+    """The link leads to another file after a break: that one is kept, whole."""
+    cdn.faults = [{"cut": 2 * MB}]
+    HeyGenHook().download_overdub("od_1", storage.uri("v.mp4"))
+    cdn.faults = [{"cut": 2 * MB}, {"headers": {"ETag": '"2"'}, "video": OTHER[: 2 * MB + 5]}]
+    size = HeyGenHook().download_overdub("od_1", storage.uri("v.mp4"), overwrite=True)
+    assert size == 2 * MB + 5
+    assert storage.read("v.mp4") == OTHER[: 2 * MB + 5]
+
+
+LENGTHS = {
+    "short": {"always": {"Content-Length": 3 * MB + 1}},
+    "short by Content-Range": {"status": 206, "always": {"Content-Range": f"bytes 0-9/{3 * MB}"}},
+    "nothing": {"video": b""},
+    "HTML": {"headers": {"Content-Type": "text/html; charset=utf-8"}},
+    "text": {"headers": {"Content-Type": "text/plain"}},
+    "XML": {"headers": {"Content-Type": "application/xml"}},
+}
+
+
+@pytest.mark.parametrize("fault", LENGTHS.values(), ids=LENGTHS)
+def test_what_is_not_the_video_is_never_there(cdn, pauses, storage, fault):
+    cdn.faults = [{"ranges": False, **fault}] * 3
+    with pytest.raises(
+        HeyGenTransientError, match=r"ended after|instead of the video|while downloading"
+    ) as raised:
+        HeyGenHook(max_attempts=3).download_overdub("od_1", storage.uri("v.mp4"))
+    assert "pw" not in str(raised.value)
+    assert storage.names() == []
+    storage.write("v.mp4", b"old")
+    cdn.faults = [{"ranges": False, **fault}] * 3
+    with pytest.raises(HeyGenTransientError):
+        HeyGenHook(max_attempts=3).download_overdub("od_1", storage.uri("v.mp4"), overwrite=True)
+    assert storage.read("v.mp4") == b"old"
+    assert storage.names() == ["v.mp4"]
+
+
+# --- The destination ------------------------------------------------------------------------------------
+
+
+def test_it_is_there_whole_or_not_at_all(heygen, storage, overdub_id, video, slow):
+    """Nobody sees half a file, nor another name, while it is written over an old one or a new one."""
+    server = slow(video)
+    leads_to(heygen, server.url)
+    storage.write("old.mp4", b"old")
+    for name, before in (("new.mp4", None), ("old.mp4", b"old")):
+        server.go_on.clear()
+        thread = threading.Thread(
+            target=lambda name=name: HeyGenHook().download_overdub("od_1", storage.uri(name), overwrite=True)
+        )
+        thread.start()
+        assert server.half_sent.wait(20)
+        time.sleep(0.3)
+        storage.path.fs.invalidate_cache()
+        assert (storage.path / name).exists() is (before is not None)
+        assert before is None or storage.read(name) == before
+        server.go_on.set()
+        thread.join(30)
+        assert storage.read(name) == video
+        server.half_sent.clear()
+    assert storage.names() == ["new.mp4", "old.mp4"]
+
+
+class SlowServer:
+    """Sends half of a file, and the rest when it is told to go on. Knows no Range."""
+
+    def __init__(self, content):
+        self.content = content
+        self.half_sent, self.go_on = threading.Event(), threading.Event()
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v.mp4?Signature=pw"
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        while True:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.answer, args=(connection,), daemon=True).start()
+
+    def answer(self, connection):
+        with connection:
+            try:
+                connection.recv(65536)
+                head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(self.content)}\r\n\r\n".encode()
+                half = len(self.content) // 2
+                connection.sendall(head + self.content[:half])
+                self.half_sent.set()
+                self.go_on.wait(60)
+                connection.sendall(self.content[half:])
+            except OSError:
+                pass  # the client is gone
+
+
+@pytest.fixture
+def slow():
+    servers = []
+
+    def start(content):
+        servers.append(SlowServer(content))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.go_on.set()
+        server.socket.close()
+
+
+DOWNLOADER = """
+import sys
+from airflow_provider_heygen.hooks.heygen import HeyGenHook
+HeyGenHook().download_overdub("od_1", sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("storage", ["file", "s3"], indirect=True)
+def test_killed_and_retried(heygen, storage, video, slow):
+    server = slow(video)
+    leads_to(heygen, server.url)
+    with subprocess.Popen([sys.executable, "-c", DOWNLOADER, storage.uri("v.mp4")]) as task:
+        assert server.half_sent.wait(60)
+        # As much as there is has been written, to the last whole buffer.
+        deadline = time.monotonic() + 20
+        while storage.names() == [] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        task.send_signal(signal.SIGKILL)
+    (left,) = storage.names()
+    assert re.fullmatch(r"\.v\.mp4\.\w{8}\.part|upload of v\.mp4", left)
+    server.go_on.set()
+    assert HeyGenHook().download_overdub("od_1", storage.uri("v.mp4")) == len(video)
+    assert sha256(storage.read("v.mp4")) == sha256(video)
+    # S3 keeps what was uploaded, unseen, until the bucket's lifecycle rule removes it.
+    assert storage.names() == (["upload of v.mp4"] if storage.path.protocol == "s3" else []) + ["v.mp4"]
+
+
+def test_a_living_writer_is_left_alone(heygen, tmp_path, video, slow):
+    server = slow(video)
+    leads_to(heygen, server.url)
+    target = tmp_path / "v.mp4"
+    other = tmp_path / ".v.mp4.12345678.part"
+    with other.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        server.go_on.set()
+        HeyGenHook().download_overdub("od_1", target)
+        assert other.exists()
+    (tmp_path / ".w.mp4.12345678.part").touch()
+    HeyGenHook().download_overdub("od_1", target, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".w.mp4.12345678.part", "v.mp4"]
+    assert target.read_bytes() == video
+
+
+def test_two_writers_at_once(heygen, tmp_path, video, slow):
+    server = slow(video)
+    leads_to(heygen, server.url)
+    target = tmp_path / "v.mp4"
+    threads = [
+        threading.Thread(target=lambda: HeyGenHook().download_overdub("od_1", target, overwrite=True))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+        assert server.half_sent.wait(20)
+        server.half_sent.clear()
+    time.sleep(0.3)
+    assert len(list(tmp_path.iterdir())) == 2
+    server.go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
+    assert target.read_bytes() == video
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A file system of 4 MiB."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_disk_full(heygen, pauses, full_disk, overdub_id):
+    (full_disk / "v.mp4").write_bytes(b"old")
+    with pytest.raises(HeyGenError, match=r"v\.mp4 cannot be written: .*No space left on device"):
+        HeyGenHook().download_overdub(overdub_id, full_disk / "v.mp4", overwrite=True)
+    assert [path.name for path in full_disk.iterdir()] == ["v.mp4"]
+    assert (full_disk / "v.mp4").read_bytes() == b"old"
+    assert pauses == []
+
+
+def test_a_file_that_may_not_grow(heygen, pauses, tmp_path, overdub_id):
+    """As a full disk, for those who may not mount one."""
+    soft, hard = limits.getrlimit(limits.RLIMIT_FSIZE)
+    limits.setrlimit(limits.RLIMIT_FSIZE, (4 * MB, hard))
+    try:
+        with pytest.raises(HeyGenError, match=r"v\.mp4 cannot be written: .*File too large"):
+            HeyGenHook().download_overdub(overdub_id, tmp_path / "v.mp4")
+    finally:
+        limits.setrlimit(limits.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+    assert pauses == []
+
+
+def test_not_writable(heygen, pauses, tmp_path, overdub_id):
+    (tmp_path / "file").write_text("")
+    for destination, reason in ((tmp_path / "file" / "v.mp4", "Not a directory"), ("/proc/v.mp4", "/proc/")):
+        with pytest.raises(HeyGenError, match=reason) as raised:
+            HeyGenHook().download_overdub(overdub_id, destination)
+        assert f"{destination} cannot be" in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert pauses == []
+
+
+def test_s3_refuses(heygen, pauses, s3, overdub_id, monkeypatch):
+    with pytest.raises(
+        HeyGenError, match=r"s3://s3@nowhere/v\.mp4 cannot be written: .*bucket does not exist"
+    ):
+        HeyGenHook().download_overdub(overdub_id, "s3://s3@nowhere/v.mp4")
+    assert pauses == []
+
+
+def test_there_by_another_length(heygen, pauses, storage, overdub_id, video):
+    storage.write("v.mp4", bytes(len(video)))
+    assert HeyGenHook().download_overdub(overdub_id, storage.uri("v.mp4")) == len(video)
+    assert storage.read("v.mp4") == bytes(len(video)), "kept"
+    storage.write("v.mp4", b"old")
+    storage.path.fs.invalidate_cache()
+    with pytest.raises(HeyGenPermanentError, match=f"exists with 3 bytes, the video has {len(video)}"):
+        HeyGenHook().download_overdub(overdub_id, storage.uri("v.mp4"))
+    assert HeyGenHook().download_overdub(overdub_id, storage.uri("v.mp4"), overwrite=True) == len(video)
+    assert storage.read("v.mp4") == video
+    assert storage.names() == ["v.mp4"]
+
+
+# --- The operator -----------------------------------------------------------------------------------------
+
+
+def transfer(overdub_id, destination, **kwargs):
+    """Run the operator; gives what it returns, and its XComs."""
+    task = Task(
+        lambda: HeyGenOverdubToObjectStorageOperator(
+            task_id="save", overdub_id=overdub_id, destination=destination, **kwargs
+        )
+    )
+    return task.start(), task.xcoms
+
+
+@LIPSYNCS
+def test_captions(heygen, storage, overdub_id, video):
+    returned, xcoms = transfer(overdub_id, storage.uri("a.b.mp4"), captions=True)
+    assert returned == f"{'file://' if storage.base[0] == '/' else ''}{storage.uri('a.b.mp4')}"
+    assert xcoms == {"captions": returned.replace(".mp4", ".srt")}
+    assert storage.names() == ["a.b.mp4", "a.b.srt"]
+    assert storage.read("a.b.mp4") == video
+    assert b"[Captions of the new audio]" in storage.read("a.b.srt")
+
+
+def test_no_captions(heygen, pauses, storage, overdub_id, video):
+    with pytest.raises(HeyGenTransientError, match=r"no link to the captions yet.*'lipsyncs' only"):
+        transfer(overdub_id, storage.uri("v.mp4"), captions=True)
+    assert storage.names() == ["v.mp4"], "the video is kept all the same"
+
+
+@LIPSYNCS
+def test_captions_are_not_a_page(heygen, pauses, storage, overdub_id):
+    heygen.fail_next(path="/files/.*srt", status=200, html=True)
+    heygen.fail_next(path="/files/.*srt", drop_after_bytes=10)
+    transfer(overdub_id, storage.uri("v.mp4"), captions=True)
+    assert storage.read("v.srt").startswith(b"1\n00:00")
+    assert len(pauses) == 2
+
+
+def test_an_asset_learns_what_it_is(heygen, tmp_path, overdub_id, video):
+    asset = Asset("file:///dubs/v.mp4")
+    operator = HeyGenOverdubToObjectStorageOperator(
+        task_id="save", overdub_id=overdub_id, destination=str(tmp_path / "v.mp4"), outlets=[asset]
+    )
+    events = OutletEventAccessors()
+    uri = operator.execute({"outlet_events": events})
+    assert events[asset].extra == {"overdub_id": overdub_id, "uri": uri, "size_bytes": len(video)}
+
+
+@pytest.fixture
+def lineage(monkeypatch):
+    """Airflow's collector; without a plugin that reads it, there is one that collects nothing."""
+    collector = type(module.get_hook_lineage_collector()).__mro__[1]()
+    monkeypatch.setattr(module, "get_hook_lineage_collector", lambda: collector)
+    return collector
+
+
+@both_resources
+def test_lineage(heygen, lineage, storage, overdub_id, resource):
+    returned, _ = transfer(overdub_id, storage.uri("v.mp4"))
+    collected = lineage.collected_assets
+    assert [found.asset.uri for found in collected.inputs] == [f"{heygen.url}/v3/{resource}/{overdub_id}"]
+    assert [found.asset.uri for found in collected.outputs] == [returned.replace("s3@", "")]
+
+
+@LIPSYNCS
+@pytest.mark.parametrize("fault", [{"drop_after_bytes": 2 * MB}, {"status": 403}, {"html": True}], ids=str)
+def test_no_link_is_told(heygen, lineage, pauses, storage, overdub_id, caplog, fault):
+    heygen.fail_next(path="/files/", **fault)
+    with caplog.at_level(logging.DEBUG):
+        told = [*transfer(overdub_id, storage.uri("v.mp4"), captions=True)]
+        heygen.fail_next(path="/files/", count=10, **fault | {"drop_after_bytes": 0})
+        with pytest.raises(HeyGenTransientError) as raised:
+            transfer(overdub_id, storage.uri("w.mp4"))
+    told += [caplog.text, str(raised.value), repr(vars(raised.value))]
+    told += [asset.asset for asset in (*lineage.collected_assets.inputs, *lineage.collected_assets.outputs)]
+    secrets = [record.query for record in heygen.requests if record.path.startswith("/files/")]
+    secrets += [query.rpartition("=")[2] for query in secrets]
+    assert len(secrets) >= 8
+    assert [secret for secret in secrets if any(secret in str(text) for text in told)] == []
+
+
+def lines_of(hours, monkeypatch, size):
+    """What is said during a download that takes so long, a MB per second."""
+    said, clock = [], itertools.count(0.0)
+    monkeypatch.setattr(download, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    progress = download._Progress(lambda text, *values: said.append(text % values), "The video")
+    target = SimpleNamespace(written=0, size=size)
+    for _ in range(int(3600 * hours)):
+        target.written += 1_000_000
+        progress.add(1_000_000, target)
+    progress.end()
+    return said
+
+
+def test_progress_is_told_at_a_sane_pace(monkeypatch):
+    said = lines_of(0.01, monkeypatch, 40_000_000)
+    assert said == [
+        "The video: 10.0 of 40.0 MB, 25%, 1.0 MB/s.",
+        "The video: 20.0 of 40.0 MB, 50%, 1.0 MB/s.",
+        "The video: 30.0 of 40.0 MB, 75%, 1.0 MB/s.",
+        "The video: 36.0 MB in 37.0 s, 1.0 MB/s.",
+    ]
+    assert lines_of(0.003, monkeypatch, None) == [
+        "The video: 10.0 MB, 1.0 MB/s.",
+        "The video: 10.0 MB in 11.0 s, 0.9 MB/s.",
+    ]
+    assert len(lines_of(1, monkeypatch, None)) < 30
+    assert len(lines_of(12, monkeypatch, None)) < 40
+
+
+# --- The link -----------------------------------------------------------------------------------------
+
+
+def files(wire):
+    return [seen for seen in wire.seen if seen.path.startswith("/files/")]
+
+
+@both_resources
+def test_download(heygen, wire, tmp_path, resource):
+    overdub_id = completed(heygen)
+    target = tmp_path / "new" / "directories" / "v.mp4"
+    video = heygen.jobs[0].output.read_bytes()
+    assert HeyGenHook().download_overdub(overdub_id, target) == len(video)
+    assert target.read_bytes() == video
+    assert [path.name for path in target.parent.iterdir()] == ["v.mp4"]
+    (seen,) = files(wire)
+    assert seen.headers.get_all("X-Api-Key") is None
+    assert seen.headers.get_all("Authorization") is None
+    assert HeyGenHook().download_overdub(overdub_id, f"file://{tmp_path}/by-uri.mp4") == len(video)
+    assert (tmp_path / "by-uri.mp4").read_bytes() == video
+
+
+VIDEO_FAULTS = {
+    "expired": {"status": 403},
+    "gone": {"status": 404},
+    "busy": {"status": 503},
+    "HTML": {"status": 200, "html": True},
+    "JSON": {"status": 200, "body": "{}"},
+    "XML": {"status": 200, "body": "<Error/>", "headers": {"Content-Type": "application/xml"}},
+    "empty": {"status": 200, "body": "", "headers": {"Content-Type": "video/mp4"}},
+    "dropped": {"drop": "after"},
+    "dropped midway": {"drop_after_bytes": 1000},
+    "partial": {"status": 206, "body": "abc", "headers": {"Content-Type": "video/mp4"}},
+}
+
+
+@pytest.mark.parametrize("fault", VIDEO_FAULTS.values(), ids=VIDEO_FAULTS)
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_download_survives(heygen, wire, pauses, tmp_path, fault, overwrite):
+    overdub_id = completed(heygen)
+    heygen.fail_next(path="/files/", **fault)
+    size = HeyGenHook().download_overdub(overdub_id, tmp_path / "v.mp4", overwrite=overwrite)
+    assert (tmp_path / "v.mp4").read_bytes() == heygen.jobs[0].output.read_bytes()
+    assert size == (tmp_path / "v.mp4").stat().st_size
+    assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
+    first, second = files(wire)
+    assert first.path != second.path, "a fresh link"
+    assert len(pauses) == 1
+
+
+@pytest.mark.parametrize("fault", VIDEO_FAULTS.values(), ids=VIDEO_FAULTS)
+def test_download_gives_up(heygen, wire, pauses, tmp_path, fault):
+    overdub_id = completed(heygen)
+    heygen.fail_next(path="/files/", count=100, **fault)
+    (tmp_path / "old.mp4").write_bytes(b"old")
+    for name in ("new.mp4", "old.mp4"):
+        with pytest.raises(HeyGenTransientError) as raised:
+            HeyGenHook(max_attempts=2).download_overdub(overdub_id, tmp_path / name, overwrite=True)
+        assert "Signature" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.mp4"]
+    assert (tmp_path / "old.mp4").read_bytes() == b"old"
+
+
+def test_link_that_has_expired(heygen, wire, pauses, tmp_path):
+    heygen.behaviour.link_seconds = -1
+    overdub_id = completed(heygen)
+    pass_on = wire.answer
+
+    def answer(seen):
+        result = pass_on(seen)
+        if seen.path.startswith("/files/"):
+            heygen.behaviour.link_seconds = 60
+        return result
+
+    wire.answer = answer
+    assert HeyGenHook().download_overdub(overdub_id, tmp_path / "v.mp4") > 1000
+    assert [record.status for record in heygen.requests if record.path.startswith("/files/")] == [403, 200]
+
+
+def test_link_that_is_not_there_yet(heygen, pauses, tmp_path):
+    heygen.behaviour.null_video_url = 2
+    assert HeyGenHook().download_overdub(completed(heygen), tmp_path / "v.mp4") > 1000
+    assert len(pauses) == 2
+    heygen.behaviour.null_video_url = 100
+    with pytest.raises(HeyGenTransientError, match="has no link to the video yet"):
+        HeyGenHook().download_overdub(completed(heygen), tmp_path / "v2.mp4")
+
+
+@pytest.mark.parametrize("fault", [{}, {"status": 403}, {"drop": "before"}], ids=str)
+def test_links_are_not_logged(heygen, wire, pauses, tmp_path, caplog, fault):
+    overdub_id = completed(heygen)
+    heygen.fail_next(path="/files/", **fault)
+    with caplog.at_level(logging.DEBUG):
+        HeyGenHook().download_overdub(overdub_id, tmp_path / "v.mp4")
+        lines = [record.getMessage() for record in caplog.records if record.name.startswith("urllib3")]
+    assert any("/files/" in line for line in lines)
+    assert "Signature" not in caplog.text
+    assert logging.getLogger("urllib3.connectionpool").filters == []
+
+
+@pytest.mark.parametrize("link", ["", None, 5, [], {}])
+def test_useless_link(heygen, pauses, tmp_path, link):
+    leads_to(heygen, link)
+    with pytest.raises(HeyGenTransientError, match="no link to the video yet"):
+        HeyGenHook(max_attempts=2).download_overdub("od_1", tmp_path / "v.mp4")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Type: video/mp4\r\nContent-Length: 10\r\n\r\nabcde",
+        b"HTTP/1.1 200 OK\r\nContent-Type: video/mp4\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+        b"garbage",
+    ],
+    ids=lambda answer: answer[17:70].decode(),
+)
+def test_wrong_length(heygen, listen, pauses, tmp_path, answer):
+    leads_to(heygen, listen(lambda _: answer).url)
+    with pytest.raises(HeyGenTransientError):
+        HeyGenHook(max_attempts=2).download_overdub("od_1", tmp_path / "v.mp4")
+    assert list(tmp_path.iterdir()) == []
+    assert len(pauses) == 1
+
+
+def test_length_unknown(heygen, listen, tmp_path):
+    raw = b"HTTP/1.1 200 OK\r\nContent-Type: video/mp4\r\n\r\nabcde"
+    leads_to(heygen, listen(lambda _: raw).url)
+    target = tmp_path / "v.mp4"
+    assert HeyGenHook().download_overdub("od_1", target) == 5
+    assert target.read_bytes() == b"abcde"
+    with pytest.raises(HeyGenPermanentError, match="exists with 5 bytes"):
+        HeyGenHook().download_overdub("od_1", target)
+
+
+def leads_to(heygen, link):
+    """From now on an overdub is completed and its video is there."""
+    overdub = {"id": "od_1", "status": "completed", "video_url": link}
+    heygen.fail_next(path="/v3/", body=json.dumps({"data": overdub}), count=1000)
+
+
+def test_what_is_there_already(heygen, wire, tmp_path):
+    overdub_id = completed(heygen)
+    video = heygen.jobs[0].output.read_bytes()
+    target = tmp_path / "v.mp4"
+    target.write_bytes(bytes(len(video)))
+    assert HeyGenHook().download_overdub(overdub_id, target) == len(video)
+    assert target.read_bytes() == bytes(len(video)), "kept"
+    target.write_bytes(b"something else")
+    with pytest.raises(HeyGenPermanentError, match=f"exists with 14 bytes, the video has {len(video)}"):
+        HeyGenHook().download_overdub(overdub_id, target)
+    assert target.read_bytes() == b"something else"
+    assert HeyGenHook().download_overdub(overdub_id, target, overwrite=True) == len(video)
+    assert target.read_bytes() == video
+    assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_destination_is_a_directory(heygen, tmp_path, overwrite):
+    overdub_id = completed(heygen)
+    with pytest.raises(HeyGenBadInputError, match="is a directory"):
+        HeyGenHook().download_overdub(overdub_id, tmp_path, overwrite=overwrite)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("destination", "text"),
+    [("", "is empty"), (" ", "is empty"), ("warehouse://b/v.mp4?x=pw", "provider of that storage")],
+)
+def test_useless_destination(heygen, destination, text):
+    with pytest.raises(HeyGenBadInputError, match=text) as raised:
+        HeyGenHook().download_overdub("od_1", destination)
+    assert "pw" not in str(raised.value)
+    assert heygen.requests == []
+
+
+def test_overdub_without_a_video(heygen, pauses, tmp_path):
+    hook = HeyGenHook()
+    overdub_id = hook.create_overdub(REQUEST)
+    heygen.force(overdub_id, "running")
+    with pytest.raises(HeyGenError, match="is running, there is no video yet"):
+        hook.download_overdub(overdub_id, tmp_path / "v.mp4")
+    heygen.force(overdub_id, "failed", "Too dark")
+    with pytest.raises(HeyGenOverdubFailedError, match="Too dark"):
+        hook.download_overdub(overdub_id, tmp_path / "v.mp4")
+    with pytest.raises(HeyGenNotFoundError):
+        hook.download_overdub("nowhere", tmp_path / "v.mp4")
+    assert (list(tmp_path.iterdir()), pauses) == ([], [])
+
+
+BAD_LINKS = {
+    "private": "https://10.0.0.1/v.mp4",
+    "loopback": "https://127.0.0.1:1/v.mp4",
+    "loopback name": "https://localhost:1/v.mp4",
+    "IPv6 loopback": "https://[::1]/v.mp4",
+    "mapped": "https://[::ffff:10.0.0.1]/v.mp4",
+    "metadata": "http://169.254.169.254/latest",
+    "metadata by https": "https://169.254.169.254/latest",
+    "shared": "https://100.64.0.1/v.mp4",
+    "any": "https://0.0.0.0/v.mp4",
+    "as a number": "https://2130706433/v.mp4",
+    "http": "http://8.8.8.8/v.mp4",
+    "ftp": "ftp://8.8.8.8/v.mp4",
+    "file": "file:///etc/passwd",
+    "no scheme": "//8.8.8.8/v.mp4",
+    "no link": "somewhere",
+    "broken": "https://[/v.mp4",
+    "broken name": "https://a..b/v.mp4",
+    "long name": f"https://{'a' * 70}/v.mp4",
+    "half a character": "https://127.0.0.1:1/\ud800.mp4",
+}
+
+
+@pytest.mark.parametrize("link", BAD_LINKS.values(), ids=BAD_LINKS)
+def test_where_a_link_must_not_lead(heygen, connect, pauses, tmp_path, link):
+    connect(heygen.url)
+    leads_to(heygen, f"{link}?Signature=pw")
+    with pytest.raises(HeyGenPermanentError, match="link to the video") as raised:
+        HeyGenHook().download_overdub("od_1", tmp_path / "v.mp4")
+    assert "pw" not in str(raised.value)
+    assert (pauses, list(tmp_path.iterdir())) == ([], [])
+
+
+def test_private_hosts_on_demand(heygen, listen, connect, tmp_path):
+    server = listen(lambda _: (200, {"Content-Type": "video/mp4"}, b"video"))
+    leads_to(heygen, f"{server.url}/v.mp4?Signature=pw")
+    connect(heygen.url)
+    with pytest.raises(HeyGenPermanentError, match="'allow_private_hosts'"):
+        HeyGenHook().download_overdub("od_1", tmp_path / "v.mp4")
+    assert server.seen == []
+    connect(heygen.url, allow_private_hosts=True)
+    assert HeyGenHook().download_overdub("od_1", tmp_path / "v.mp4") == 5
+
+
+def test_redirects_of_a_link(heygen, listen, tmp_path):
+    last = listen(lambda _: (200, {"Content-Type": "video/mp4"}, b"video"))
+    first = listen()
+    first.answer = lambda seen: (
+        302,
+        {"Location": "/second?x=y" if seen.path == "/first" else f"{last.url}/v.mp4"},
+        b"elsewhere",
+    )
+    leads_to(heygen, f"{first.url}/first")
+    assert HeyGenHook().download_overdub("od_1", tmp_path / "v.mp4") == 5
+    assert [seen.path for seen in first.seen + last.seen] == ["/first", "/second?x=y", "/v.mp4"]
+    for seen in first.seen + last.seen:
+        assert seen.headers.get_all("X-Api-Key") is None
+        assert seen.headers.get_all("Authorization") is None
+
+
+@pytest.mark.parametrize("link", BAD_LINKS.values(), ids=BAD_LINKS)
+def test_each_hop_is_checked(heygen, listen, connect, pauses, tmp_path, link):
+    """The first host is public as far as anybody can tell; its proxy is on this machine."""
+    proxy = listen(lambda _: (302, {"Location": link.encode("utf-8", "replace").decode("latin-1")}, b""))
+    connect(heygen.url, proxies={"http://files.invalid": proxy.url}, allow_http=True)
+    leads_to(heygen, "http://files.invalid/v.mp4")
+    with pytest.raises(HeyGenError) as raised:
+        HeyGenHook(max_attempts=2).download_overdub("od_1", tmp_path / "v.mp4")
+    # With http allowed, and a relative link led back to the first host, these are not refused.
+    if link not in (BAD_LINKS["http"], BAD_LINKS["no scheme"], BAD_LINKS["no link"]):
+        assert isinstance(raised.value, HeyGenPermanentError)
+        assert len(proxy.seen) == 1
+
+
+def test_endless_redirects(heygen, listen, pauses, tmp_path):
+    server = listen(lambda _: (302, {"Location": "/again"}, b""))
+    leads_to(heygen, server.url)
+    with pytest.raises(HeyGenPermanentError, match="redirected more than 5 times"):
+        HeyGenHook().download_overdub("od_1", tmp_path / "v.mp4")
+    assert len(server.seen) == 6
+
+
+def test_redirect_to_nowhere(heygen, listen, pauses, tmp_path):
+    server = listen(lambda _: (302, {}, b""))
+    leads_to(heygen, server.url)
+    with pytest.raises(HeyGenTransientError, match="302"):
+        HeyGenHook(max_attempts=2).download_overdub("od_1", tmp_path / "v.mp4")
