@@ -597,7 +597,7 @@ def test_files_are_uploaded_and_dubbed(heygen, clips):
     ids=["mapping", "ObjectStoragePath", "upper case"],
 )
 def test_other_forms_of_a_file(heygen, clips, form):
-    video, audio = form(clips / "v.mp4"), "https://x.y/a.mp3"
+    video, audio = form(clips / "v.mp4"), "HTTPS://x.y/a.mp3"
     operator = dub(clips, video=video, audio=audio, wait_for_completion=False)()
     operator.render_template_fields({}, jinja2.Environment(autoescape=True))
     Task(lambda: operator, store=StateStore()).start()
