@@ -37,7 +37,7 @@ class HeyGenUploadAssetOperator(LinksMaskedOperator):
     """
     Upload a video or audio file to HeyGen, streamed from where it is and once over all retries.
 
-    A task cleared after success, or a file that has changed, is uploaded again.
+    After a clear, or when it has changed, the file is uploaded again.
 
     Returns ``{"type": "asset_id", "asset_id": ...}``, which is what ``video`` and ``audio`` of
     :class:`~airflow_provider_heygen.operators.overdub.HeyGenCreateOverdubOperator` take; XCom key
@@ -69,9 +69,8 @@ class HeyGenUploadAssetOperator(LinksMaskedOperator):
         from airflow_provider_heygen.submitter import Ledger, upload_once
         from airflow_provider_heygen.upload import Source
 
-        ledger = Ledger(context, durable=True)
         with HeyGenHook(self.heygen_conn_id) as hook:
-            asset_id = upload_once(Source.of(self.source, hook.settings), hook, ledger)
+            source = Source.of(self.source, hook.settings)
+            asset_id = upload_once(source, hook, Ledger(context, durable=True))
         context["ti"].xcom_push(key="asset_id", value=asset_id)
-        ledger.delivered()
         return {"type": "asset_id", "asset_id": asset_id}
