@@ -21,10 +21,11 @@ test-stack: .venv/done ## kill the parts of a real Airflow at the worst moments;
 chaos_kills chaos_random: .venv/done
 	$(BIN)/python -m pytest tests/stack/$@.py
 
-bench: .venv/done .venv-bench/done  ## what importing and waiting cost, ours beside the peers'; 12 minutes
+bench: .venv/done .venv-bench/done  ## what importing, waiting and moving files cost, beside others; 14 minutes
 	.venv-bench/bin/python benchmarks/import_cost.py
 	$(BIN)/python benchmarks/worker_seconds.py
 	.venv-bench/bin/python benchmarks/polling.py
+	$(BIN)/python benchmarks/media.py
 
 docs: .venv/done       ## the documentation, in .local/docs/index.html
 	$(BIN)/python -m sphinx -q -W --keep-going docs .local/docs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,24 @@ def test_many_languages(heygen, airflow, media, resource):
     assert {job.title for job in heygen.jobs} == {f"Talk, {language}, delivered" for language in LANGUAGES}
     for language in LANGUAGES:
         assert is_dubbed(media / "dubbed" / f"talk.{language}.mp4", media, language)
+
+
+def test_from_bucket_to_bucket(heygen, airflow, media, s3, tmp_path):
+    for name in ("talk.mp4", "talk.de.mp3"):
+        s3.write(f"talks/{name}", (media / name).read_bytes())
+    state, tasks = run("example_heygen_object_storage", storage=s3.uri("talks"))
+    assert state == "success"
+    assert {task: state for (task, _), (state, _) in tasks.items()} == {"dub": "success", "save": "success"}
+    assert s3.names() == ["talk.de.mp3", "talk.de.mp4", "talk.mp4"]
+    result = tmp_path / "talk.de.mp4"
+    result.write_bytes(s3.read("talks/dubbed/talk.de.mp4"))
+    assert is_dubbed(result, media, "de")
+    secrets = [request.query for request in heygen.requests if request.path.startswith("/files/")]
+    with sqlite3.connect(Path(os.environ["AIRFLOW_HOME"], "airflow.db")) as database:
+        stored = "\n".join(database.iterdump())
+    assert secrets != []
+    assert "s3://s3@bucket/talks/dubbed/talk.de.mp4" in stored
+    assert [secret for secret in secrets if secret in stored or secret.rpartition("=")[2] in stored] == []
 
 
 def test_the_dag_in_the_readme():

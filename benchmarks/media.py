@@ -1,0 +1,243 @@
+"""
+What moving 1 GB costs: upload and download through the hook beside curl, on the same server in the same run.
+
+    python benchmarks/media.py [--megabytes N] [--rounds N]
+
+The server is a process of its own on loopback that does nothing but move bytes (sendfile one way, read and
+forget the other), so that it is not what is measured. curl and ours take turns; each figure is that of the
+quickest round, the one that was disturbed the least. Each of ours is a fresh process that has imported
+everything: its memory is the peak of the resident set over what it was before the transfer.
+
+An upload above 32 MB is HeyGen's direct upload, which announces the file's SHA-256 before its first byte; so
+the file is read twice. "upload" has curl do the same, after sha256sum; "its bytes alone" is the second
+reading, beside curl by itself.
+
+Exits with an error when ours is below 0.8 of curl's throughput or takes more than 64 MiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LEAST_RATIO = 0.8
+MOST_MIB = 64.0
+
+CLIENT = """
+import json, sys, time
+from pathlib import Path
+from airflow.providers.common.compat.sdk import ObjectStoragePath
+from airflow_provider_heygen import upload
+from airflow_provider_heygen.hooks.heygen import HeyGenHook
+
+def resident(name):
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
+
+way, path = sys.argv[1:]
+hook = HeyGenHook()
+hook.get_overdub("od_1")  # so that connection, session and all are there
+ObjectStoragePath(path).exists()
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+before, began = resident("VmRSS"), time.perf_counter()
+if way == "download":
+    hook.download_overdub("od_1", path)
+else:
+    source = upload.Source.of(path, hook.settings)
+    source.digest
+    hashed = time.perf_counter() - began
+    hook.upload_asset(source)
+seconds = time.perf_counter() - began
+if way == "download":
+    hashed = 0.0
+print(json.dumps([seconds, seconds - hashed, resident("VmHWM") - before]))
+"""
+
+
+class Server(BaseHTTPRequestHandler):
+    """As much of HeyGen as the hook asks for, and of its storage."""
+
+    protocol_version = "HTTP/1.1"
+    source: Path
+
+    def do_GET(self) -> None:
+        """Give the file, or an overdub whose video it is."""
+        if self.path.startswith("/v3/"):
+            self.tell({"id": "od_1", "status": "completed", "video_url": f"{self.url}/file.mp4"})
+            return
+        with self.source.open("rb") as file:
+            self.send_response(200)
+            self.send_header("Content-Type", "video/mp4")
+            self.send_header("Content-Length", str(self.source.stat().st_size))
+            self.end_headers()
+            self.wfile.flush()
+            self.connection.sendfile(file)
+
+    def do_POST(self) -> None:
+        """Begin or complete a direct upload."""
+        self.take()
+        slot = {"upload_url": f"{self.url}/upload", "upload_headers": {"Content-Type": "video/mp4"}}
+        self.tell({"asset_id": "asset_1", "status": "processing", **slot})
+
+    def do_PUT(self) -> None:
+        """Take a file, and forget it."""
+        self.take()
+        self.tell({})
+
+    @property
+    def url(self) -> str:
+        """Its own address."""
+        return f"http://127.0.0.1:{self.server.server_port}"  # type: ignore[attr-defined]
+
+    def take(self) -> None:
+        """Read the body."""
+        left = int(self.headers["Content-Length"])
+        buffer = memoryview(bytearray(1 << 20))
+        while left:
+            got = self.rfile.readinto(buffer[: min(left, len(buffer))])  # type: ignore[attr-defined]
+            if not got:
+                return
+            left -= got
+
+    def tell(self, data: dict[str, object]) -> None:
+        """Answer with JSON."""
+        body = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def serving(source: Path) -> Iterator[str]:
+    """Serve a file on loopback from a process of its own; gives the URL."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen([sys.executable, __file__, "--serve", str(source), str(port)])
+    try:
+        for _ in range(200):
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def curl(*arguments: str) -> float:
+    """Run curl; gives the seconds it took by its own clock."""
+    command = ["curl", "--silent", "--show-error", "--fail", "--noproxy", "*", "--write-out", "%{time_total}"]
+    done = subprocess.run([*command, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.rpartition("}")[2])
+
+
+def checksum(path: Path) -> float:
+    """Run sha256sum; gives the seconds it took."""
+    began = time.perf_counter()
+    subprocess.run(["sha256sum", str(path)], stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - began
+
+
+def ours(way: str, path: Path, env: dict[str, str]) -> list[float]:
+    """Run ours in a fresh process; gives seconds, seconds without the checksum, and MiB over the baseline."""
+    command = [sys.executable, "-W", "ignore", "-c", CLIENT, way, str(path)]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"The {way} failed, see above.")
+    found: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def make(path: Path, size: int) -> None:
+    """Write a file that is told for an mp4."""
+    block = os.urandom(1 << 20)
+    with path.open("wb") as file:
+        file.write(b"\0\0\0\x14ftypisom\0\0\2\0mp41\0\0\0\x08mdat")
+        while file.tell() < size:
+            file.write(block[: size - file.tell()])
+
+
+def main() -> None:
+    """Measure, print the table, judge ours."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
+    parser.add_argument("--megabytes", type=int, default=1000, help="size of the file (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="transfers each (default: %(default)s)")
+    options = parser.parse_args()
+    for tool in ("curl", "sha256sum"):
+        if shutil.which(tool) is None:
+            sys.exit(f"{tool} is missing: this compares with it.")
+    if options.megabytes < 33 or options.rounds < 1:
+        parser.error("--megabytes must be at least 33, for a direct upload, and --rounds at least 1")
+
+    size = options.megabytes * 10**6
+    with tempfile.TemporaryDirectory(prefix="heygen-bench-") as folder:
+        source, target = Path(folder, "source.mp4"), Path(folder, "target.mp4")
+        make(source, size)
+        with serving(source) as url:
+            extra = {"allow_private_hosts": True, "resource": "lipsyncs", "trust_env": False}
+            connection = {"conn_type": "heygen", "host": url, "password": "key", "extra": extra}
+            env = {
+                **os.environ,
+                "AIRFLOW_HOME": folder,
+                "AIRFLOW_CONN_HEYGEN_DEFAULT": json.dumps(connection),
+                "AIRFLOW__LOGGING__LOGGING_LEVEL": "WARNING",
+            }
+            times: dict[str, list[float]] = {}
+            peaks: dict[str, float] = {"download": 0.0, "upload": 0.0}
+            for _ in range(options.rounds):
+                for way in peaks:
+                    download = way == "download"
+                    said = ("--output", str(target)) if download else ("--upload-file", str(source))
+                    alone = curl(*said, f"{url}/file.mp4")
+                    seconds = alone if download else alone + checksum(source)
+                    times.setdefault(f"curl {way}", []).append(seconds)
+                    times.setdefault(f"curl bare {way}", []).append(alone)
+                    target.unlink(missing_ok=True)
+                    seconds, bare, peak = ours(way, target if download else source, env)
+                    if download and not filecmp.cmp(source, target, shallow=False):
+                        sys.exit("What was downloaded is not what is on the server.")
+                    target.unlink(missing_ok=True)
+                    times.setdefault(way, []).append(seconds)
+                    times.setdefault(f"bare {way}", []).append(bare)
+                    peaks[way] = max(peaks[way], peak)
+
+    best = {name: size / 1e6 / min(found) for name, found in times.items()}
+    print(f"{options.megabytes} MB on loopback, quickest of {options.rounds}\n")
+    print(f"{'':15}  {'curl MB/s':>9}  {'ours MB/s':>9}  {'ratio':>5}  {'peak MiB over baseline':>22}")
+    missed = []
+    for label, way in (("download", "download"), ("upload", "upload"), ("its bytes alone", "bare upload")):
+        peak = peaks[way.removeprefix("bare ")]
+        ratio = best[way] / best[f"curl {way}"]
+        print(f"{label:15}  {best[f'curl {way}']:9.0f}  {best[way]:9.0f}  {ratio:5.2f}  {peak:22.1f}")
+        if ratio < LEAST_RATIO or peak > MOST_MIB:
+            missed.append(label)
+    if missed:
+        sys.exit(f"MISSED (at least {LEAST_RATIO:g} of curl, at most {MOST_MIB:g} MiB): {', '.join(missed)}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        Server.source = Path(sys.argv[2])
+        ThreadingHTTPServer(("127.0.0.1", int(sys.argv[3])), Server).serve_forever()
+    main()
