@@ -21,6 +21,20 @@ def _seconds(label: str, default: int, description: str) -> dict[str, Any]:
     }
 
 
+def _choice(label: str, words: list[str], description: str) -> dict[str, Any]:
+    """Describe a select; the first word is the default, which an emptied select means as well."""
+    return {
+        "label": label,
+        "schema": {
+            "type": ["string", "null"],
+            "enum": [*words, None],
+            "values_display": {"null": f"{words[0]} (default)"},
+            "default": words[0],
+        },
+        "description": description,
+    }
+
+
 def get_provider_info() -> dict[str, Any]:
     """Give the metadata in the form of Airflow's ``provider_info`` schema."""
     return {
@@ -56,26 +70,18 @@ def get_provider_info() -> dict[str, Any]:
                     "placeholders": {"host": "https://api.heygen.com"},
                 },
                 "conn-fields": {
-                    "auth_type": {
-                        "label": "Auth type",
-                        "schema": {
-                            "type": ["string", "null"],
-                            "enum": ["api_key", "oauth"],
-                            "default": "api_key",
-                        },
-                        "description": "What the password is: an API key (billed to the API wallet)"
+                    "auth_type": _choice(
+                        "Auth type",
+                        ["api_key", "oauth"],
+                        "What the password is: an API key (billed to the API wallet)"
                         " or an OAuth access token (billed to the web plan).",
-                    },
-                    "resource": {
-                        "label": "Resource",
-                        "schema": {
-                            "type": ["string", "null"],
-                            "enum": ["overdubs", "lipsyncs"],
-                            "default": "overdubs",
-                        },
-                        "description": "The name of the resource in HeyGen's API: overdubs became lipsyncs"
+                    ),
+                    "resource": _choice(
+                        "Resource",
+                        ["overdubs", "lipsyncs"],
+                        "The name of the resource in HeyGen's API: overdubs became lipsyncs"
                         " in 2026. Change it when HeyGen answers 404 to everything.",
-                    },
+                    ),
                     "connect_timeout": _seconds("Connect timeout", 10, "Seconds to reach HeyGen."),
                     "read_timeout": _seconds("Read timeout", 30, "Seconds to wait for an answer to a look."),
                     "write_timeout": _seconds(

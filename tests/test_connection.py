@@ -65,6 +65,7 @@ def test_defaults(connect):
         "read_timeout": 30,
         "write_timeout": 120,
         "upload_timeout": 600,
+        "max_requests_per_second": 5,
         "proxies": {},
         "verify": True,
         "cert": None,
@@ -553,7 +554,7 @@ def test_good_token(heygen, connect):
 @pytest.mark.parametrize(
     ("change", "texts"),
     [
-        ({"password": "wrong"}, ("401", "password of Airflow connection 'heygen_default'", "'auth_type'")),
+        ({"password": "wrong"}, ("401", "the password of this connection", "'auth_type'")),
         ({"auth_type": "oauth"}, ("401", "'auth_type' ('oauth')")),
         ({"password": "emulator-oauth-token"}, ("401", "'auth_type' ('api_key')")),
         ({"resource": "lipsyncs"}, ("404", "'resource'", "to 'overdubs'")),
@@ -571,6 +572,7 @@ def test_bad_connection(heygen, connect, change, texts):
     for text in texts:
         assert text in message
     assert given["password"] not in message
+    assert "heygen_default" not in message  # in the web UI it would be an id that nobody knows
     assert len(heygen.requests) <= 1
 
 
@@ -580,7 +582,7 @@ def test_host_is_not_heygen(listen, connect):
     ok, message = HeyGenHook().test_connection()
     assert not ok
     assert "without JSON (text/html, 20 bytes)" in message
-    assert "check the host of Airflow connection 'heygen_default'" in message
+    assert "check the host of this connection" in message
     assert len(site.seen) == 1
 
 

@@ -433,7 +433,9 @@ class HeyGenHook(HttpHook):
         try:
             page = self._send(api.list_overdubs(self.settings.resource, 1, None))
         except Exception as error:
-            return False, str(error)
+            # The web UI tries it under an id made up for the occasion.
+            named = f"Airflow connection '{self.heygen_conn_id}'"
+            return False, str(error).replace(named, "this connection")
         seen = "there are jobs" if page.data else "no jobs yet"
         return True, f"HeyGen accepts the {self.settings.auth_type}; {self.settings.resource}: {seen}."
 
