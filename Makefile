@@ -22,7 +22,7 @@ chaos_kills chaos_random: .venv/done
 	$(BIN)/python -m pytest tests/stack/$@.py
 
 bench: .venv/done .venv-bench/done  ## what importing, waiting and moving files cost, beside others; 14 minutes
-	.venv-bench/bin/python benchmarks/import_cost.py
+	.venv-bench/bin/python benchmarks/import_cost.py --runs 5
 	$(BIN)/python benchmarks/worker_seconds.py
 	.venv-bench/bin/python benchmarks/polling.py
 	$(BIN)/python benchmarks/media.py
