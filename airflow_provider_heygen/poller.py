@@ -160,11 +160,13 @@ class _Poller:
         self._hook: HeyGenHook | None = None
         self._resolved_at = -math.inf
         self._wake = asyncio.Event()
+        self._alarm = math.inf
         self._turn = asyncio.Lock()
         self._next_turn = -math.inf
         self._trouble, self._trouble_at = 0, -math.inf
         self._trouble_in_tick = 0
         self._tick_at = -math.inf
+        self._late = False
         self._open: dict[str, _Job] = {}
         self._forget()
 
@@ -187,10 +189,12 @@ class _Poller:
         job = self.jobs.setdefault(watch.overdub_id, _Job(watch.overdub_id, soon))
         job.due = min(job.due, soon)
         job.waiters.append(waiter)
+        if soon < self._alarm:
+            self._alarm = soon
+            self._wake.set()
         if watch.deadline is not None:
             timer = self._loop.call_later(watch.left + GRACE_SECONDS, self._give_up, waiter)
             waiter.ended.add_done_callback(lambda _: timer.cancel())
-        self._wake.set()
         if self._task is None:
             # Not in the context of the first trigger, whose log would get all lines.
             self._task = self._loop.create_task(self._run(), context=contextvars.Context())
@@ -227,12 +231,10 @@ class _Poller:
                     await self._fail(self._open, error)
 
     async def _until_due(self) -> None:
-        while True:
+        self._alarm = min((job.due for job in self.jobs.values()), default=math.inf)
+        while (now := self._loop.time()) < self._alarm:
             self._wake.clear()
-            due = min((job.due for job in self.jobs.values()), default=math.inf)
-            if due <= self._loop.time():
-                return
-            timer = self._loop.call_at(min(due, self._loop.time() + 3600), self._wake.set)
+            timer = self._loop.call_at(min(self._alarm, now + 3600), self._wake.set)
             try:
                 await self._wake.wait()
             finally:
@@ -245,6 +247,7 @@ class _Poller:
         due = sorted((job for job in self.jobs.values() if job.due <= now), key=lambda job: job.due)
         self._open = {job.overdub_id: job for job in due}
         settings = await self._connect(session)
+        self._late = bool(due) and now - due[0].due > 0.05 * due[0].waiters[0].watch.poke_interval
         eager = min((w.watch.poke_interval for job in due for w in job.waiters), default=0.0)
         interval = max(eager, 1 / settings.max_requests_per_second)
         bulk = settings.resource == "lipsyncs" and len(due) > 2 and self._bulk.usable_from <= now
@@ -264,8 +267,11 @@ class _Poller:
             if told:
                 job = min(told, key=lambda job: job.asked_at)
                 self._open[job.overdub_id] = job
-        # No more than one interval's worth: by then there may be a better way than a GET for each.
-        budget = max(1, math.ceil(settings.max_requests_per_second * interval))
+        # No more than one interval's worth, or a quarter of it: then the others are due again, and there may
+        # be a better way than a GET for each.
+        worth = settings.max_requests_per_second * interval
+        spent = (self._loop.time() - now) * settings.max_requests_per_second
+        budget = max(1, math.ceil(max(worth - spent, worth / 4)))
         await self._look_at(sorted(self._open.values(), key=lambda job: not job.ended)[:budget], settings)
         if self._trouble_in_tick >= DOWN:
             await self._fail(self._open, self._last_trouble)
@@ -276,6 +282,8 @@ class _Poller:
         if step != interval:
             return now + step
         phase = self._phase * interval
+        if self._late:  # there is more to do than time; waiting for the grid would be idling
+            return min(max(now, self._tick_at + interval), now + watch.left)
         slot = math.ceil((self._tick_at + interval / 2 - phase) / interval)
         return min(max(now, slot * interval + phase), now + watch.left)
 
@@ -362,20 +370,22 @@ class _Poller:
         now = self._loop.time()
         spacing = 1 / settings.max_requests_per_second
         depth = self._depth(interval, spacing)
-        again = self._explore_at <= now
-        hopes = [job for job in self._open.values() if job.page is None and (again or not job.sought)]
-        hopes = hopes if len(hopes) > 2 else []
+        unknown = [job for job in self._open.values() if job.page is None]
+        hopes = unknown if self._explore_at <= now else [job for job in unknown if not job.sought]
         sought = {job.overdub_id for job in self._open.values() if (job.page or math.inf) <= depth}
-        sought |= {job.overdub_id for job in hopes}
         # Beyond the pages that were worth it last time, so many may turn out to be a loss.
         allowance, loss = max(1, len(hopes) // 4), 0
+        explore = len(hopes) > 2
+        if explore or (depth and len(unknown) > 2):  # where pages are read anyway, one more is worth a try
+            sought |= {job.overdub_id for job in (hopes if explore else unknown)}
         seen: list[_Job] = []
-        token, tokens, page = None, set[str](), 0
-        asked_at = now
+        token, tokens, page, beyond = None, set[str](), 0, None
         while sought:
             if page >= depth:
-                in_time = asked_at - now < max(interval, len(sought) * spacing)
-                if loss >= allowance or len(sought) == 1 or not in_time:
+                end = self._loop.time() + self._page_seconds
+                beyond = beyond or self._loop.time()
+                too_slow = end - now > interval and end - beyond > len(sought) * spacing
+                if loss >= allowance or len(sought) == 1 or too_slow:
                     break
             page += 1
             asked_at = self._loop.time()
@@ -401,10 +411,10 @@ class _Poller:
         for overdub_id in sought:
             if overdub_id in self.jobs:
                 self.jobs[overdub_id].page = None
-        if hopes:
+        if explore:
             for job in hopes:
                 job.sought = True
-            worth_it = loss < 0 and asked_at - now < interval
+            worth_it = loss < 0 and self._loop.time() - now < interval
             self._explore_pause = EXPLORE_SECONDS if worth_it else min(self._explore_pause * 2, 3600)
             self._explore_at = self._loop.time() + self._explore_pause
         return seen

@@ -720,7 +720,7 @@ def test_a_restarted_triggerer_goes_on(heygen, connect, no_leak):
     assert events == {(overdub_id, "completed"): 1 for overdub_id in ids}
 
 
-def test_lines_go_to_the_log_of_their_own_trigger(heygen, no_leak):
+def test_lines_go_to_the_log_of_their_own_trigger(heygen, monkeypatch, no_leak):
     whose = contextvars.ContextVar("whose")
     heard = []
 
@@ -732,12 +732,11 @@ def test_lines_go_to_the_log_of_their_own_trigger(heygen, no_leak):
 
     async def one(overdub_id):
         whose.set(overdub_id)
-        waiting = trigger(overdub_id)
-        waiting._log = logging.getLogger("test.trigger")
-        return await event_of(waiting)
+        return await event_of(trigger(overdub_id))
 
     logger = logging.getLogger("test.trigger")
     logger.setLevel(logging.INFO)
+    monkeypatch.setattr(HeyGenOverdubTrigger, "_log", logger)
     logger.addHandler(listener := Listener())
     try:
         asyncio.run(asyncio.wait_for(gather(one, ids), 60))

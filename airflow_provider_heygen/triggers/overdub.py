@@ -83,7 +83,7 @@ class HeyGenOverdubTrigger(BaseTrigger):
             deadline=self.deadline,
             max_consecutive_failures=self.max_consecutive_failures,
             not_found_until=self.not_found_until,
-            log=self.log,
+            log=self.logger(),  # one for all triggers: a logger each would be half of what waiting takes
         )
         event = await poller.wait(self.heygen_conn_id, watch)
         # Without a task instance this is `airflow dags test`, which knows no end without a worker.
