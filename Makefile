@@ -24,8 +24,8 @@ chaos_kills chaos_random: .venv/done
 bench: .venv/done .venv-bench/done  ## what importing, waiting and moving files cost, beside others; 14 minutes
 	.venv-bench/bin/python benchmarks/import_cost.py --runs 5
 	$(BIN)/python benchmarks/worker_seconds.py
-	.venv-bench/bin/python benchmarks/polling.py
 	$(BIN)/python benchmarks/media.py
+	.venv-bench/bin/python benchmarks/polling.py
 
 docs: .venv/done       ## the documentation, in .local/docs/index.html
 	$(BIN)/python -m sphinx -q -W --keep-going docs .local/docs
