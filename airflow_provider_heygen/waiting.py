@@ -155,7 +155,10 @@ class Watch:
         """Look with a synchronous hook until the end; or once, and give ``None`` if that is not the end."""
         while True:
             try:
-                step = self.saw(hook.get_overdub(self.overdub_id))
+                overdub = hook.get_overdub(self.overdub_id)
+                if once and not overdub.is_final:
+                    self.status = overdub.status  # not news: the trigger looks next, and says so
+                step = self.saw(overdub)
             except Exception as error:
                 step = self.failed(error)
             if isinstance(step, dict):
@@ -184,6 +187,17 @@ class Watch:
 
     def _end(self, status: Literal["completed", "failed", "timeout", "error"], message: str) -> WaitEvent:
         return {"overdub_id": self.overdub_id, "status": status, "message": message}
+
+
+def summary(details: Mapping[str, Any]) -> str:
+    """Say what came of a completed overdub, and how long it took, as far as its details tell."""
+    title, duration, created_at = (details.get(name) for name in ("title", "duration", "created_at"))
+    told = [f"Overdub {details['overdub_id']}{f' ({title!r})' if title else ''} is done"]
+    if duration is not None:
+        told.append(f"{duration:.1f} s of video")
+    if created_at is not None:
+        told.append(f"{max(0.0, time.time() - created_at):.0f} s after it was created")
+    return f"{', '.join(told)}."
 
 
 def failure(overdub: Overdub) -> str:

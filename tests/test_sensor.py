@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
@@ -287,8 +288,9 @@ def running(heygen):
         return hook.create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
 
 
-def test_a_completed_wait_ends_in_the_triggerer(running, comms):
+def test_a_completed_wait_ends_in_the_triggerer(running, comms, capsys):
     event = end_in_triggerer(running)
+    assert re.search(f"Overdub {running} is done, .* The task ends here.", capsys.readouterr().out)
     assert isinstance(event, TaskSuccessEvent)
     assert not event.xcoms
     (push,) = comms.sent

@@ -308,8 +308,9 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
 
     def _deliver(self, context: Context, details: dict[str, Any]) -> str:
         from airflow_provider_heygen.submitter import Ledger
+        from airflow_provider_heygen.waiting import summary
 
-        self.log.info("Overdub %s gave %s s of video.", self._overdub_id, details.get("duration"))
+        self.log.info("%s", summary(details))
         context["ti"].xcom_push(key="overdub", value=details)
         Ledger(context, durable=self.durable).delivered()
         return str(self._overdub_id)

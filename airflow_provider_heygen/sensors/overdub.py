@@ -58,6 +58,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         self.heygen_conn_id = heygen_conn_id
         self.deferrable = deferrable
         self.end_from_trigger = end_from_trigger
+        self._said: str | None = None
 
     def execute(self, context: Context) -> Any:
         """Wait here, or after one look in the triggerer."""
@@ -79,7 +80,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         from airflow_provider_heygen.api import OverdubStatus
         from airflow_provider_heygen.exceptions import HeyGenOverdubFailedError, HeyGenTransientError
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
-        from airflow_provider_heygen.waiting import failure, first_deadline
+        from airflow_provider_heygen.waiting import failure, first_deadline, summary
 
         try:
             # One attempt: looking again is what a sensor does anyway, and it may not hold its worker.
@@ -88,11 +89,16 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         except HeyGenTransientError as error:
             self.log.warning("%s Looking again later.", error)
         else:
-            self.log.info("Overdub %s is %s.", overdub.overdub_id, overdub.status)
+            # Of what is not the end, a trigger, which looks next, tells itself.
+            if overdub.status != self._said and (overdub.is_final or not self.deferrable):
+                self._said = overdub.status
+                self.log.info("Overdub %s is %s.", overdub.overdub_id, overdub.status)
             if overdub.status == OverdubStatus.FAILED:
                 raise HeyGenOverdubFailedError(failure(overdub))
             if overdub.status == OverdubStatus.COMPLETED:
-                return PokeReturnValue(is_done=True, xcom_value=overdub.details())
+                details = overdub.details()
+                self.log.info("%s", summary(details))
+                return PokeReturnValue(is_done=True, xcom_value=details)
         if self.deferrable:
             self._defer(context, first_deadline(self.timeout, self.execution_timeout, context))
         return PokeReturnValue(is_done=False)
@@ -143,7 +149,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         """Go on when the trigger has fired."""
         from airflow_provider_heygen.exceptions import HeyGenOverdubTimeoutError
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
-        from airflow_provider_heygen.waiting import check_event, conclude, first_deadline
+        from airflow_provider_heygen.waiting import check_event, conclude, first_deadline, summary
 
         try:
             with HeyGenHook(self.heygen_conn_id) as hook:
@@ -155,6 +161,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
                 deadline = first_deadline(self.timeout, self.execution_timeout, context)
             self._defer(context, deadline, given_up + 1)
             raise AssertionError  # defer() raises; this tells mypy
+        self.log.info("%s", summary(details))
         return details
 
     def resume_execution(

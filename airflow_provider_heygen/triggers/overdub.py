@@ -9,7 +9,7 @@ from asgiref.sync import sync_to_async
 
 from airflow_provider_heygen import poller
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
-from airflow_provider_heygen.waiting import MAX_CONSECUTIVE_FAILURES, Watch
+from airflow_provider_heygen.waiting import MAX_CONSECUTIVE_FAILURES, Watch, summary
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -94,7 +94,7 @@ class HeyGenOverdubTrigger(BaseTrigger):
             except Exception as error:
                 self.log.warning("A worker has to end this task: pushing its XCom failed (%s).", error)
             else:
-                self.log.info("Overdub %s is completed; the task ends here.", self.overdub_id)
+                self.log.info("%s The task ends here.", summary(event["overdub"]))
                 yield TaskSuccessEvent()
                 return
         yield TriggerEvent(event)  # type: ignore[no-untyped-call]
