@@ -9,6 +9,8 @@ import os
 import select
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import urllib.request
@@ -60,6 +62,13 @@ _NETWORK = (
 def _emulator() -> Iterator[Emulator]:
     with Emulator(Behaviour(job_seconds=0.05)) as emulator:
         yield emulator
+
+
+@pytest.fixture(scope="session")
+def airflow_db() -> None:
+    """The tests' Airflow has its database, and the pool that examples use."""
+    for command in (["db", "migrate"], ["pools", "set", "heygen", "10", "jobs", "--include-deferred"]):
+        subprocess.run([sys.executable, "-m", "airflow", *command], check=True, capture_output=True)
 
 
 @pytest.fixture

@@ -1,0 +1,76 @@
+"""
+Receive HeyGen's callbacks: ``uvicorn callback_receiver:app``.
+
+HeyGen does not sign what it sends to a ``callback_url``, so anybody could have sent it. A callback is taken
+as a hint that something may have happened to an overdub; what has happened is asked of HeyGen.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.responses import Response
+from starlette.routing import Route
+
+from airflow_provider_heygen.exceptions import HeyGenError
+from airflow_provider_heygen.hooks.heygen import HeyGenHook
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.requests import Request
+
+    from airflow_provider_heygen.api import Overdub
+
+log = logging.getLogger(__name__)
+
+ID_NAMES = ("overdub_id", "lipsync_id", "id")
+MAX_BYTES = 64 * 1024
+
+
+def hinted_id(body: bytes) -> str | None:
+    """Find an overdub's id; the shape of the body is not documented for overdubs."""
+    try:
+        event = json.loads(body)
+    except ValueError:
+        return None
+    data = event.get("event_data", event) if isinstance(event, dict) else None
+    found = [data.get(name) for name in ID_NAMES] if isinstance(data, dict) else []
+    return next((value for value in found if isinstance(value, str)), None)
+
+
+def make_app(ended: Callable[[Overdub], Any], heygen_conn_id: str = "heygen_default") -> Starlette:
+    """
+    Make the receiver.
+
+    :param ended: called with each overdub that HeyGen itself says has ended. The same one may come again.
+    """
+
+    def look(overdub_id: str) -> None:
+        try:
+            with HeyGenHook(heygen_conn_id) as hook:
+                overdub = hook.get_overdub(overdub_id)
+        except HeyGenError as error:
+            log.warning("A callback led nowhere: %s", error)
+            return
+        if overdub.is_final:
+            ended(overdub)
+
+    async def receive(request: Request) -> Response:
+        body = b""
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BYTES:
+                return Response(status_code=413)
+        overdub_id = hinted_id(body)
+        # HeyGen wants its answer within seconds, and a stranger learns nothing from it.
+        return Response(status_code=202, background=BackgroundTask(look, overdub_id) if overdub_id else None)
+
+    return Starlette(routes=[Route("/heygen", receive, methods=["POST"])])
+
+
+app = make_app(lambda overdub: print(f"Overdub {overdub.overdub_id} is {overdub.status}."))
