@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import BaseOperator, conf
 
+from airflow_provider_heygen.links import HeyGenDashboardLink
 from airflow_provider_heygen.operators.asset import LinksMaskedOperator
 
 # Whatever needs requests, aiohttp or pydantic is imported where a task runs, not where a DAG is parsed.
@@ -92,6 +93,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
     template_fields: Sequence[str] = (*REQUEST_FIELDS, "heygen_conn_id", "poke_interval", "timeout")
     link_fields = ("video", "audio", "callback_url")
     template_fields_renderers = {"video": "json", "audio": "json"}
+    operator_extra_links = (HeyGenDashboardLink(),)
     ui_color = "#e3d9ff"
 
     def __init__(

@@ -12,6 +12,8 @@ from airflow.providers.common.compat.sdk import (
     conf,
 )
 
+from airflow_provider_heygen.links import HeyGenDashboardLink
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import timedelta
@@ -41,6 +43,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
     """
 
     template_fields: Sequence[str] = ("overdub_id", "heygen_conn_id")
+    operator_extra_links = (HeyGenDashboardLink(),)
     ui_color = "#e3d9ff"
 
     def __init__(
