@@ -117,6 +117,17 @@ def test_a_link_that_expires_midway(heygen, pauses, storage, overdub_id, video):
     ]
 
 
+def test_given_up_midway(heygen, pauses, storage, overdub_id):
+    """Of which a part has already gone to S3."""
+    storage.write("v.mp4", b"old")
+    heygen.fail_next(path="/files/", drop_after_bytes=12 * MB)
+    heygen.fail_next(path="/files/", status=403, count=100)
+    with pytest.raises(HeyGenTransientError, match="answered 403"):
+        HeyGenHook(max_attempts=3).download_overdub(overdub_id, storage.uri("v.mp4"), overwrite=True)
+    assert storage.names() == ["v.mp4"]
+    assert storage.read("v.mp4") == b"old"
+
+
 class Cdn:
     """What the link leads to: a file, by Range and If-Range. ``faults`` strike one request each."""
 
@@ -178,14 +189,16 @@ def test_resume(cdn, pauses, storage, headers, version):
 OTHER = random.Random(3).randbytes(3 * MB)
 RESTARTS = {
     "Range ignored": [{"ranges": False}],
+    "Range ignored, length unknown": [{"ranges": False, "always": {"Content-Length": None}}],
     "Range ignored again and again": [{"ranges": False, "cut": MB}, {"ranges": False, "cut": MB // 2}],
     "416": [{"status": 416, "body": b""}],
     "another ETag": [{"etag": True, "headers": {"ETag": '"2"'}, "video": OTHER}],
     "another length": [{"etag": True, "video": OTHER + b"more"}],
-    "another place": [{"always": {"Content-Range": f"bytes 0-{3 * MB - 1}/{3 * MB}"}}],
+    "another place": [{"always": {"Content-Range": f"bytes 0-{3 * MB - 1}/{3 * MB}"}, "body": OTHER[:MB]}],
     "a part only": [
         {"always": {"Content-Range": f"bytes {2 * MB}-{2 * MB + 9}/{3 * MB}", "Content-Length": 10}}
     ],
+    "too little": [{"always": {"Content-Length": None}, "cut": 10}],
     "no Content-Range": [{"always": {"Content-Range": None}}],
     "too much": [{"always": {"Content-Length": None}, "body": bytes(2 * MB)}],
 }
