@@ -290,7 +290,7 @@ def _missing_part(
             target.size = int(length) if length.isdigit() else None
             target.version = _version(response.headers)
         elif status in (206, 416) and target.written:
-            if status == 416 or not _continues(target, response.headers):
+            if not _continues(target, response.headers):
                 target.discard()
                 raise HeyGenTransientError(
                     f"The {what} at {host} has changed while it was downloaded ({status}); starting over.",

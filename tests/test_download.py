@@ -531,6 +531,16 @@ def test_no_link_is_told(heygen, lineage, pauses, storage, overdub_id, caplog, f
     assert [secret for secret in secrets if any(secret in str(text) for text in told)] == []
 
 
+def test_nobody_listens_at_the_link(heygen, pauses, tmp_path):
+    """The error of urllib3 would quote it."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    leads_to(heygen, f"http://127.0.0.1:{port}/v.mp4?Signature=pw")
+    with pytest.raises(HeyGenTransientError, match="ConnectionError while downloading") as raised:
+        HeyGenHook(max_attempts=2).download_overdub("od_1", tmp_path / "v.mp4")
+    assert "pw" not in str(raised.value)
+
+
 def lines_of(hours, monkeypatch, size):
     """What is said during a download that takes so long, a MB per second."""
     said, clock = [], itertools.count(0.0)
