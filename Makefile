@@ -4,7 +4,7 @@ export AIRFLOW_HOME ?= $(CURDIR)/.local/airflow
 export AIRFLOW__CORE__LOAD_EXAMPLES := False
 
 .DELETE_ON_ERROR:
-.PHONY: demo ui test test-stack chaos_kills chaos_random bench docs lint format dist clean
+.PHONY: demo ui test test-stack test-matrix test-oldest chaos_kills chaos_random bench docs lint format dist clean
 
 demo: .venv/done       ## dub a real video with a real Airflow DAG, on the HeyGen emulator
 	@$(BIN)/python example_dags/run_local.py demo
@@ -14,6 +14,12 @@ ui: .venv/done         ## Airflow's web UI with the example DAGs and the emulato
 
 test: lint             ## lint, types, tests
 	$(BIN)/python -m pytest
+
+test-matrix:           ## the tests on every supported Airflow and Python that is on this machine
+	$(PYTHON) tests/matrix.py $(CELLS)
+
+test-oldest:           ## the tests on the oldest Airflow, with the oldest of what we depend on
+	@$(MAKE) test-matrix CELLS=3.0-3.11
 
 test-stack: .venv/done ## kill the parts of a real Airflow at the worst moments; needs PostgreSQL
 	@$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) chaos_kills chaos_random
@@ -43,7 +49,7 @@ dist: .venv/done       ## wheel and sdist
 	$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf .venv .venv-bench .local dist
+	rm -rf .venv .venv-bench .matrix .local dist
 
 .venv/done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

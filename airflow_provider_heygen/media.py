@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import re
 import socket
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
@@ -56,6 +57,8 @@ def storage_path(path: str | PathLike[str] | ObjectStoragePath, what: str) -> Ob
     if not isinstance(path, ObjectStoragePath) and not str(path).strip():
         raise HeyGenBadInputError(f"The path of {what} is empty.")
     try:
+        if isinstance(path, str):  # before universal_pathlib 0.3 only lower case was a scheme
+            path = re.sub(r"^[A-Za-z0-9+.-]+(?=://)", lambda scheme: scheme[0].lower(), path)
         found = ObjectStoragePath(path)
         _ = found.fs  # resolves the scheme now, where an error can say what is meant
     except (ImportError, ValueError) as error:

@@ -34,9 +34,11 @@ os.environ.update(
 )
 
 import tenacity  # noqa: E402
+from airflow import __version__ as airflow_version  # noqa: E402
 from airflow.sdk import ObjectStoragePath  # noqa: E402
 from airflow.sdk.io import attach  # noqa: E402
 from fsspec.implementations.memory import MemoryFileSystem  # noqa: E402
+from packaging.version import Version  # noqa: E402
 
 from airflow_provider_heygen.emulator import Behaviour, Emulator  # noqa: E402
 from airflow_provider_heygen.hooks import heygen as heygen_hook  # noqa: E402
@@ -45,6 +47,23 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Iterator
     from email.message import Message
+
+AIRFLOW = Version(airflow_version)
+
+# What an older Airflow lacks; docs/support.md tells users.
+HAS_STATE_STORE = Version("3.3") <= AIRFLOW
+KILLS_TRIGGERS = Version("3.3") <= AIRFLOW
+MASKS_RENDERED_FIELDS = Version("3.1") <= AIRFLOW
+RETRIES_KILLED_PROCESSES = Version("3.1") <= AIRFLOW
+needs_state_store = pytest.mark.skipif(
+    not HAS_STATE_STORE, reason="Airflow before 3.3 has no task state store"
+)
+needs_trigger_on_kill = pytest.mark.skipif(
+    not KILLS_TRIGGERS, reason="Airflow before 3.3 does not tell a trigger that its task was killed"
+)
+needs_retries_of_killed_processes = pytest.mark.skipif(
+    not RETRIES_KILLED_PROCESSES, reason="Airflow 3.0 fails a task whose process was killed, without a retry"
+)
 
 # What would make the machine's own network settings part of a test.
 _NETWORK = (

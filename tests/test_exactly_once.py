@@ -8,7 +8,7 @@ import os
 import shutil
 
 import pytest
-from airflow.sdk.exceptions import TaskDeferred
+from airflow.providers.common.compat.sdk import TaskDeferred
 from airflow_task import StateStore, Task
 
 from airflow_provider_heygen import upload

@@ -28,6 +28,7 @@ CHILD = """
 import json, sys
 from airflow.sdk import DAG, BaseOperator, BaseSensorOperator
 
+BaseOperator(task_id="any")  # for which Airflow 3.0 imports a good deal, aiohttp among it
 before = set(sys.modules)
 sockets = []
 sys.addaudithook(

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import jinja2
 import pytest
-from airflow.sdk._shared.secrets_masker import redact
-from airflow.sdk.exceptions import AirflowFailException
+from airflow.providers.common.compat.sdk import AirflowFailException, redact
 from airflow_task import StateStore, Task
 
 from airflow_provider_heygen.api import CreateOverdubRequest

@@ -6,19 +6,19 @@ import asyncio
 import json
 import re
 from datetime import UTC, datetime
+from pkgutil import resolve_name
 from types import SimpleNamespace
 
 import pytest
-from airflow.sdk import DAG, Asset
-from airflow.sdk.exceptions import (
+from airflow.exceptions import AirflowRescheduleException
+from airflow.providers.common.compat.sdk import (
     AirflowFailException,
-    AirflowRescheduleException,
     AirflowSensorTimeout,
     AirflowSkipException,
     TaskDeferred,
 )
+from airflow.sdk import DAG, Asset
 from airflow.sdk.execution_time.comms import SetXCom
-from airflow.sdk.module_loading import import_string
 from airflow.triggers.base import TaskSuccessEvent
 from airflow_task import Task
 
@@ -275,7 +275,7 @@ def end_in_triggerer(overdub_id, *, ti="a task instance", do_before=lambda: None
     assert isinstance(deferred, TaskDeferred)
     do_before()
     path, kwargs = deferred.trigger.serialize()
-    trigger = import_string(path)(**json.loads(json.dumps(kwargs)))
+    trigger = resolve_name(path)(**json.loads(json.dumps(kwargs)))
     if ti:
         trigger.task_instance = SimpleNamespace(dag_id="dag", task_id="task", run_id="run", map_index=3)
     return asyncio.run(anext(trigger.run()))

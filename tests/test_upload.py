@@ -11,9 +11,8 @@ import time
 
 import jinja2
 import pytest
+from airflow.providers.common.compat.sdk import AirflowFailException, redact
 from airflow.sdk import ObjectStoragePath
-from airflow.sdk._shared.secrets_masker import redact
-from airflow.sdk.exceptions import AirflowFailException
 from airflow.sdk.io import attach
 from airflow_task import StateStore, Task
 from fsspec.implementations.memory import MemoryFileSystem

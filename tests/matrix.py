@@ -1,0 +1,96 @@
+"""
+The support matrix: the suite on every Airflow and Python we claim, each pair in an environment of its own.
+
+    python tests/matrix.py [CELL ...]      a cell is AIRFLOW-PYTHON, such as 3.0-3.11; all of them by default
+
+The environments stay in `.matrix/` for the next time. A cell whose Python is not on this machine is left out,
+and the table says so; a cell that was asked for by name fails then. Needs nothing but Python.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHONS = ("3.11", "3.12", "3.13")
+CONSTRAINTS = {
+    "3.0": "constraints/3.0.txt",
+    "3.1": "constraints/3.1.txt",
+    "3.2": "constraints/3.2.txt",
+    "3.3": "constraints.txt",
+}
+IMPOSSIBLE = {"3.0-3.13": "Airflow 3.0 excludes Python 3.13"}
+ABSENT = "no such Python here"
+
+
+def find_python(version: str) -> str | None:
+    """Find a Python with venv, on PATH or in pyenv; a shim of pyenv may be on PATH and yet not work."""
+    on_path = shutil.which(f"python{version}")
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    in_pyenv = sorted(pyenv.glob(f"versions/{version}.*/bin/python{version}"))
+    for found in filter(None, [on_path, *map(str, in_pyenv)]):
+        check = [found, "-c", "import ensurepip"]
+        if subprocess.run(check, capture_output=True, check=False).returncode == 0:
+            return found
+    return None
+
+
+def build(cell: Path, python: str, constraints: str) -> Path:
+    """Build the environment of a cell, unless it is there and nothing it was built from has changed."""
+    built_from = (ROOT / "pyproject.toml").read_text() + (ROOT / constraints).read_text()
+    mark, inside = cell / "built-from", cell / "bin" / "python"
+    if not mark.exists() or mark.read_text() != built_from:
+        subprocess.run([python, "-m", "venv", "--clear", cell], check=True)
+        pip = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip += ["--constraint", constraints, "--editable", ".[emulator,dev]"]
+        subprocess.run(pip, cwd=ROOT, check=True)
+        mark.write_text(built_from)
+    return inside
+
+
+def run(name: str) -> tuple[bool, str]:
+    """Run the suite in one cell; tell whether all is well, and what came out."""
+    airflow, _, version = name.partition("-")
+    if name in IMPOSSIBLE:
+        return True, IMPOSSIBLE[name]
+    python = find_python(version)
+    if python is None:
+        return True, ABSENT
+    cell = ROOT / ".matrix" / name
+    print(f"\n=== Airflow {airflow} on Python {version}", flush=True)
+    try:
+        inside = build(cell, python, CONSTRAINTS[airflow])
+    except subprocess.CalledProcessError as error:
+        return False, f"could not be installed: {error}"
+    results = cell / "results.xml"
+    results.unlink(missing_ok=True)
+    suite = [inside, "-m", "pytest", f"--junitxml={results}"]
+    code = subprocess.run(suite, cwd=ROOT, check=False).returncode
+    if not results.exists():
+        return False, f"pytest ended with {code}"
+    counts = ET.parse(results).getroot()[0].attrib
+    bad = int(counts["failures"]) + int(counts["errors"])
+    good = int(counts["tests"]) - int(counts["skipped"]) - bad
+    text = f"{good} passed, {counts['skipped']} skipped, {bad} failed, {float(counts['time']) / 60:.1f} min"
+    return code == 0, text
+
+
+def main() -> int:
+    names = sys.argv[1:] or [f"{airflow}-{python}" for airflow in CONSTRAINTS for python in PYTHONS]
+    outcomes = {name: run(name) for name in names}
+    if sys.argv[1:]:
+        outcomes = {name: (good and text != ABSENT, text) for name, (good, text) in outcomes.items()}
+    print("\nAirflow  Python")
+    for name, (good, text) in outcomes.items():
+        airflow, _, python = name.partition("-")
+        print(f"{airflow:8} {python:7} {'ok  ' if good else 'FAIL'} {text}")
+    return 0 if all(good for good, _ in outcomes.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
