@@ -247,7 +247,7 @@ def check_make(words, heygen, monkeypatch):
 def check_pip(words, heygen, monkeypatch):
     assert words[0] == "install"
     for wanted in map(Requirement, words[1:]):
-        assert wanted.name in ("airflow-provider-heygen", "pre-commit", "pytest")
+        assert wanted.name in ("airflow-provider-heygen", "apache-airflow", "pre-commit", "pytest")
         assert wanted.extras <= {"emulator"}
 
 
