@@ -379,7 +379,7 @@ def _data(answer: Any, kind: type) -> Any:
 
 
 def _id_of(row: Any, names: tuple[str, ...] = ID_NAMES) -> str:
-    for name in names if isinstance(row, dict) else ():
+    for name in filter(row.get, names) if isinstance(row, dict) else ():
         with suppress(HeyGenBadInputError):
             return check_id(_text(row.get(name)))
     raise ValueError("there is no overdub_id in it")

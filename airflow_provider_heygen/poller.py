@@ -35,8 +35,8 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-DEBOUNCE_SECONDS = 0.1
-"""How long after it joined a wait gets its first look: those that join together share it."""
+DEBOUNCE_SECONDS = 0.2
+"""How long a wait that has just joined waits for its first look, at most: those that join together share it."""
 
 GRACE_SECONDS = 5.0
 """How long after its deadline a wait may still be decided by a look; then it ends without one."""
@@ -68,8 +68,8 @@ DISTRUST_SECONDS = 600.0
 EXPLORE_SECONDS = 30.0
 """How long after a fruitless search through the list the next one comes; doubles up to an hour."""
 
-PAGE_COST = 4
-"""A page of the list in GETs: it is one request, but takes 3 to 4 times the CPU of a GET (measured)."""
+PAGE_COST = 2
+"""A page of the list in GETs: it is one request, but takes twice the CPU of a GET (measured)."""
 
 CONCURRENT_LOOKS = 10
 """GETs under way at the same time, at most."""
@@ -84,6 +84,7 @@ class _Waiter:
     watch: Watch
     context: contextvars.Context
     ended: asyncio.Future[WaitEvent]
+    timer: asyncio.TimerHandle | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -188,7 +189,7 @@ class _Poller:
 
     def join(self, watch: Watch) -> _Waiter:
         waiter = _Waiter(watch, contextvars.copy_context(), self._loop.create_future())
-        soon = self._loop.time() + DEBOUNCE_SECONDS
+        soon = (self._loop.time() // DEBOUNCE_SECONDS + 1) * DEBOUNCE_SECONDS
         job = self.jobs.setdefault(watch.overdub_id, _Job(watch.overdub_id, soon))
         job.due = min(job.due, soon)
         job.waiters.append(waiter)
@@ -196,8 +197,7 @@ class _Poller:
             self._alarm = soon
             self._wake.set()
         if watch.deadline is not None:
-            timer = self._loop.call_later(watch.left + GRACE_SECONDS, self._give_up, waiter)
-            waiter.ended.add_done_callback(lambda _: timer.cancel())
+            waiter.timer = self._loop.call_later(watch.left + GRACE_SECONDS, self._give_up, waiter)
         if self._task is None:
             # Not in the context of the first trigger, whose log would get all lines.
             self._task = self._loop.create_task(self._run(), context=contextvars.Context())
@@ -205,6 +205,8 @@ class _Poller:
         return waiter
 
     async def leave(self, waiter: _Waiter) -> None:
+        if waiter.timer:
+            waiter.timer.cancel()
         job = self.jobs[waiter.watch.overdub_id]
         job.waiters.remove(waiter)
         if not job.waiters:
