@@ -36,7 +36,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 DEBOUNCE_SECONDS = 0.2
-"""How long a wait that has just joined waits for its first look, at most: those that join together share it."""
+"""How long a new wait waits for its first look, at most: those that join together share it."""
 
 GRACE_SECONDS = 5.0
 """How long after its deadline a wait may still be decided by a look; then it ends without one."""
