@@ -2,7 +2,7 @@
 One video, many languages: dub, keep, rename and clean up, one mapped task per language.
 
 HeyGen runs a limited number of jobs at a time (10 on pay-as-you-go). The pool keeps within it, and because it
-includes deferred tasks, a dub holds its slot while it waits without a worker. Create it once::
+includes deferred tasks, a dub holds its slot while it waits without a worker. Create it once:
 
     airflow pools set heygen 10 "jobs HeyGen runs at a time" --include-deferred
 
@@ -33,11 +33,15 @@ with DAG(
     tags=["example", "heygen"],
     doc_md=__doc__,
 ) as dag:
-    upload_video = HeyGenUploadAssetOperator(task_id="upload_video", source="{{ params.media }}/talk.mp4")
-
-    upload_audio = HeyGenUploadAssetOperator.partial(task_id="upload_audio").expand(
-        source=[f"{{{{ params.media }}}}/talk.{language}.mp3" for language in LANGUAGES]
+    upload_video = HeyGenUploadAssetOperator(
+        task_id="upload_video",
+        source="{{ params.media }}/talk.mp4",
+        doc_md="Streams the video to HeyGen, once for all languages.",
     )
+
+    upload_audio = HeyGenUploadAssetOperator.partial(
+        task_id="upload_audio", doc_md="Streams the audio of each language to HeyGen."
+    ).expand(source=[f"{{{{ params.media }}}}/talk.{language}.mp3" for language in LANGUAGES])
 
     # Results keep the order of the languages, so a task finds its language by its map index.
     language = "{{ params.languages[ti.map_index] }}"
@@ -51,6 +55,7 @@ with DAG(
         pool="heygen",
         retries=3,
         map_index_template=language,
+        doc_md="Starts one overdub per language and waits for it in the triggerer, at most 10 at a time.",
     ).expand(audio=upload_audio.output)
 
     save = HeyGenOverdubToObjectStorageOperator.partial(
@@ -58,14 +63,20 @@ with DAG(
         destination=f"{{{{ params.media }}}}/dubbed/talk.{language}.mp4",
         overwrite=True,
         map_index_template=language,
+        doc_md="Streams each dubbed video to `dubbed/` beside the original.",
     ).expand(overdub_id=dub.output)
 
     rename = HeyGenUpdateOverdubOperator.partial(
-        task_id="rename", title=f"Talk, {language}, delivered", map_index_template=language
+        task_id="rename",
+        title=f"Talk, {language}, delivered",
+        map_index_template=language,
+        doc_md="Marks in HeyGen's dashboard what is saved.",
     ).expand(overdub_id=dub.output)
 
-    clean_up = HeyGenDeleteOverdubOperator.partial(task_id="clean_up", map_index_template=language).expand(
-        overdub_id=dub.output
-    )
+    clean_up = HeyGenDeleteOverdubOperator.partial(
+        task_id="clean_up",
+        map_index_template=language,
+        doc_md="Deletes the overdub and its files at HeyGen, for good.",
+    ).expand(overdub_id=dub.output)
 
     save >> rename >> clean_up

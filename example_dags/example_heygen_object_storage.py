@@ -33,6 +33,7 @@ with DAG(
         deferrable=True,
         poke_interval=5,
         retries=2,
+        doc_md="Uploads both files, starts one overdub and waits for it in the triggerer.",
     )
 
     HeyGenOverdubToObjectStorageOperator(
@@ -41,4 +42,5 @@ with DAG(
         destination="{{ params.storage }}/{{ params.result }}",
         overwrite=True,
         retries=2,
+        doc_md="Streams the dubbed video into the storage.",
     )

@@ -1,7 +1,7 @@
 """
 Dub one video: upload a video and an audio file, create the overdub, wait without a worker, keep the result.
 
-Trigger it with your own files, local or in any storage Airflow's ObjectStoragePath knows::
+Trigger it with your own files, local or in any storage Airflow's ObjectStoragePath knows:
 
     airflow dags trigger example_heygen_overdub \
         --conf '{"video": "s3://in/talk.mp4", "audio": "s3://in/talk.de.mp3", "result": "s3://out/"}'
@@ -33,8 +33,16 @@ with DAG(
     tags=["example", "heygen"],
     doc_md=__doc__,
 ) as dag:
-    upload_video = HeyGenUploadAssetOperator(task_id="upload_video", source="{{ params.video }}")
-    upload_audio = HeyGenUploadAssetOperator(task_id="upload_audio", source="{{ params.audio }}")
+    upload_video = HeyGenUploadAssetOperator(
+        task_id="upload_video",
+        source="{{ params.video }}",
+        doc_md="Streams the video to HeyGen; XCom `asset_id` says as what.",
+    )
+    upload_audio = HeyGenUploadAssetOperator(
+        task_id="upload_audio",
+        source="{{ params.audio }}",
+        doc_md="Streams the new audio to HeyGen; XCom `asset_id` says as what.",
+    )
 
     dub = HeyGenCreateOverdubOperator(
         task_id="dub",
@@ -47,6 +55,8 @@ with DAG(
         # A retry goes on with the overdub that an earlier try has started.
         retries=3,
         retry_delay=timedelta(seconds=10),
+        doc_md="Starts one overdub and waits for it in the triggerer. XCom `overdub_id` holds its id from the"
+        " start, XCom `overdub` its title, status and length when it is done.",
     )
 
     save = HeyGenOverdubToObjectStorageOperator(
@@ -54,4 +64,5 @@ with DAG(
         overdub_id=dub.output,
         destination="{{ params.result }}",
         overwrite=True,
+        doc_md="Streams the dubbed video to where the parameter `result` says.",
     )

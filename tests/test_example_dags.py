@@ -92,3 +92,11 @@ def test_from_bucket_to_bucket(heygen, airflow, media, s3, tmp_path):
     assert secrets != []
     assert "s3://s3@bucket/talks/dubbed/talk.de.mp4" in stored
     assert [secret for secret in secrets if secret in stored or secret.rpartition("=")[2] in stored] == []
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in DAGS.glob("example_*.py")))
+def test_each_dag_and_task_says_in_the_ui_what_it_does(airflow, name):
+    dag = importlib.import_module(name).dag
+    assert "::" not in dag.doc_md  # it is Markdown
+    for task in dag.tasks:
+        assert task.partial_kwargs.get("doc_md") if task.is_mapped else task.doc_md, task.task_id
