@@ -214,8 +214,10 @@ class _Poller:
             self._open.pop(job.overdub_id, None)
         if not self.jobs and self._task:
             task, self._task = self._task, None
+            # A look-up may swallow the cancellation (asgiref does); it also sees by itself that it is over.
+            self._wake.set()
             task.cancel()
-            await asyncio.wait([task])
+            await asyncio.wait([task], timeout=GRACE_SECONDS)
 
     def _died(self, task: asyncio.Task[None]) -> None:
         for job in self.jobs.values() if task is self._task else ():
@@ -230,6 +232,8 @@ class _Poller:
         async with AsyncExitStack() as session:
             while True:
                 await self._until_due()
+                if self._task is not asyncio.current_task():
+                    return
                 try:
                     await self._tick(session)
                 except Exception as error:
@@ -237,7 +241,7 @@ class _Poller:
 
     async def _until_due(self) -> None:
         self._alarm = min((job.due for job in self.jobs.values()), default=math.inf)
-        while (now := self._loop.time()) < self._alarm:
+        while self.jobs and (now := self._loop.time()) < self._alarm:
             self._wake.clear()
             timer = self._loop.call_at(min(self._alarm, now + 3600), self._wake.set)
             try:

@@ -13,7 +13,7 @@ import random
 import selectors
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -590,6 +590,19 @@ def test_a_refused_key_ends_all_waits():
     assert {end.event["status"] for end in ends} == {"error"}
     assert all("401" in end.event["message"] for end in ends)
     assert len(server.requests) - refused[0] <= 3
+
+
+def test_a_look_up_that_swallows_its_cancellation_holds_up_nobody(monkeypatch):
+    async def look_up(hook):
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(8)
+        return hook.settings
+
+    monkeypatch.setattr(Hook, "asettings", look_up)
+    server = Server({"od_0": (500.0, "completed")})
+    (end,) = run(server, [watch("od_0", deadline=1.0)])  # run() also sees that no task is left
+    assert end.event["status"] == "timeout"
+    assert end.at < 12
 
 
 # --- Over HTTP ---------------------------------------------------------------------------------------------
