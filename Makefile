@@ -45,11 +45,16 @@ format: .venv/done
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-dist: .venv/done       ## wheel and sdist
+dist: .venv/done       ## wheel and sdist, checked as who installs them will meet them; takes some minutes
+	rm -rf dist .venv-dist
 	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	BARE_VENV=$(CURDIR)/.venv-dist $(BIN)/python -m pytest -q tests/test_packaging.py -k installed
 
 clean:
-	rm -rf .venv .venv-bench .matrix .local dist
+	rm -rf .venv .venv-bench .venv-dist .matrix .local dist
 
 .venv/done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

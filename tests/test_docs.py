@@ -281,6 +281,7 @@ COMMANDS = {
     "curl": check_curl,
     "export": check_export,
     "make": check_make,
+    "mkdir": lambda *_: None,
     "pip": check_pip,
     "pre-commit": lambda *_: None,
     "python": check_python,

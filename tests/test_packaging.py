@@ -4,35 +4,42 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import json
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from email.parser import BytesParser
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jsonschema
 import pytest
+import yaml
 from airflow.providers.common.compat.sdk import BaseHook, BaseOperator, BaseSensorOperator
 from airflow.triggers.base import BaseTrigger
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import airflow_provider_heygen
 from airflow_provider_heygen.connection import HeyGenConnection
 from airflow_provider_heygen.get_provider_info import get_provider_info
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from email.message import Message
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "airflow_provider_heygen"
 DISTRIBUTION = "airflow-provider-heygen"
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))  # not in the sdist
 
 
 # --- Wheel and sdist ----------------------------------------------------------------------------------
@@ -169,45 +176,89 @@ def test_the_sdist_rebuilds_the_same_wheel(built, tmp_path):
     assert again.read_bytes() == built.wheel.read_bytes()
 
 
-def test_airflow_sees_the_installed_wheel(built, tmp_path):
-    """In an environment that has the wheel, and whatever else this one has."""
-    venv = tmp_path / "venv"
-    command(sys.executable, "-m", "venv", venv, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory) -> Callable[..., str]:
+    """
+    Run Airflow's commands where the wheel is installed.
+
+    That is the bare environment that `make dist` names, or else one that has the wheel and whatever else this
+    one has.
+    """
+    folder = tmp_path_factory.mktemp("installed")
+    bare = os.environ.get("BARE_VENV")
+    venv = Path(bare) if bare else folder / "venv"
     env = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("AIRFLOW_", "PYTHON", "PIP_"))
     }
-    env |= {"AIRFLOW_HOME": str(tmp_path / "airflow"), "PIP_CONFIG_FILE": os.devnull}
+    env |= {"AIRFLOW_HOME": str(folder / "airflow"), "PIP_CONFIG_FILE": os.devnull}
+    env |= {"AIRFLOW__CORE__DAGS_FOLDER": str(folder / "dags"), "AIRFLOW__CORE__LOAD_EXAMPLES": "False"}
+    shutil.copytree(built.tree / "example_dags", folder / "dags")
 
     def python(*args: str | Path) -> str:
-        return command(venv / "bin" / "python", *args, cwd=tmp_path, env=env)
+        return command(venv / "bin" / "python", *args, cwd=folder, env=env)
 
-    python("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", built.wheel)
+    if not bare:
+        command(sys.executable, "-m", "venv", venv, cwd=folder)
+        python("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", built.wheel)
     site = Path(python("-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    # All that this environment has but ours, whose metadata an editable install would have in it. Behind the
-    # environment's own on its path.
-    theirs = tmp_path / "theirs"
-    theirs.mkdir()
-    for folder in (Path(path) for path in sys.path if Path(path).name in ("site-packages", "dist-packages")):
-        for item in folder.iterdir():
+    if not bare:
+        # All that this environment has but ours, whose metadata an editable install would have in it. Behind
+        # the environment's own on its path.
+        theirs = folder / "theirs"
+        theirs.mkdir()
+        packages = (Path(path) for path in sys.path if Path(path).name in ("site-packages", "dist-packages"))
+        for item in itertools.chain.from_iterable(package.iterdir() for package in packages):
             if not (PACKAGE in item.name or item.suffix == ".pth" or (theirs / item.name).exists()):
                 (theirs / item.name).symlink_to(item)
-    (site / "theirs.pth").write_text(str(theirs))
-
+        (site / "theirs.pth").write_text(str(theirs))
     here = python("-c", f"import {PACKAGE}; print({PACKAGE}.__file__)").strip()
     assert Path(here) == site / PACKAGE / "__init__.py"
 
-    def providers(*args: str) -> list[dict[str, str]]:
-        return json.loads(python("-m", "airflow", "providers", *args, "--output", "json").splitlines()[-1])
+    return partial(python, "-m", "airflow")
 
-    (listed,) = (row for row in providers("list") if row["package_name"] == DISTRIBUTION)
+
+def rows(airflow: Callable[..., str], *args: str) -> list[dict[str, str]]:
+    return json.loads(airflow(*args, "--output", "json").splitlines()[-1])
+
+
+def test_airflow_sees_the_installed_wheel(installed):
+    (listed,) = (row for row in rows(installed, "providers", "list") if row["package_name"] == DISTRIBUTION)
     assert listed["version"] == airflow_provider_heygen.__version__
-    (hook,) = (row for row in providers("hooks") if row["connection_type"] == "heygen")
+    (hook,) = (row for row in rows(installed, "providers", "hooks") if row["connection_type"] == "heygen")
     assert hook["class"] == "airflow_provider_heygen.hooks.heygen.HeyGenHook"
     assert hook["package_name"] == DISTRIBUTION
     assert hook["hook_name"] == "HeyGen"
     assert hook["conn_id_attribute_name"] == "heygen_conn_id"
+
+
+def test_example_dags_are_read_with_the_installed_wheel(installed):
+    wanted = {path.stem for path in (ROOT / "example_dags").glob("example_*.py")}
+    installed("db", "migrate")
+    assert {row["dag_id"] for row in rows(installed, "dags", "list", "--local")} == wanted
+
+
+def test_the_changelog_tells_of_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    newest, *released = re.findall(r"^## \[(.+?)\](?: - \d{4}-\d\d-\d\d)?$", text, re.MULTILINE)
+    assert newest in ("Unreleased", airflow_provider_heygen.__version__)
+    assert released == sorted(released, key=Version, reverse=True)
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= kinds
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_call_make_and_what_is_pinned(path):
+    text = path.read_text()
+    assert yaml.safe_load(text)["permissions"] == {"contents": "read"}
+    uses = re.findall(r"uses: (.+)", text)
+    assert uses
+    assert [action for action in uses if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40}  # v[\d.]+", action)] == []
+    called = " ".join(re.findall(r"(?:run: make |target: )([a-z][a-z -]*)", text)).split()
+    targets = re.findall(r"^([\w-]+)[\w -]*:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert called
+    assert set(called) <= set(targets)
 
 
 # --- What get_provider_info() says --------------------------------------------------------------------
