@@ -70,6 +70,7 @@ class Watch:
     :param max_consecutive_failures: failed looks in a row after which looking is given up.
     :param not_found_until: Unix seconds before which a 404 is waited out.
     :param log: gets one line per change of status and per failed look.
+    :param told: the status that the log has been told before.
     """
 
     __slots__ = (
@@ -81,6 +82,7 @@ class Watch:
         "overdub_id",
         "poke_interval",
         "status",
+        "told",
     )
 
     def __init__(
@@ -92,6 +94,7 @@ class Watch:
         max_consecutive_failures: int,
         not_found_until: float,
         log: Any,
+        told: str | None = None,
     ) -> None:
         self.overdub_id = overdub_id
         self.poke_interval = poke_interval
@@ -100,12 +103,14 @@ class Watch:
         self.not_found_until = not_found_until
         self.log = log
         self.status = "not seen yet"
+        self.told = told
         self.failures = 0
 
     def saw(self, overdub: Overdub) -> float | WaitEvent:
         """Take a successful look."""
-        if overdub.status != self.status:
-            self.status = overdub.status
+        self.status = overdub.status
+        if overdub.status != self.told:
+            self.told = overdub.status
             known = isinstance(overdub.status, OverdubStatus)
             self.log.info(
                 "Overdub %s is %s%s.",
@@ -155,10 +160,7 @@ class Watch:
         """Look with a synchronous hook until the end; or once, and give ``None`` if that is not the end."""
         while True:
             try:
-                overdub = hook.get_overdub(self.overdub_id)
-                if once and not overdub.is_final:
-                    self.status = overdub.status  # not news: the trigger looks next, and says so
-                step = self.saw(overdub)
+                step = self.saw(hook.get_overdub(self.overdub_id))
             except Exception as error:
                 step = self.failed(error)
             if isinstance(step, dict):

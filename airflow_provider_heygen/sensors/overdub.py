@@ -61,7 +61,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         self.heygen_conn_id = heygen_conn_id
         self.deferrable = deferrable
         self.end_from_trigger = end_from_trigger
-        self._said: str | None = None
+        self._told: str | None = None
 
     def execute(self, context: Context) -> Any:
         """Wait here, or after one look in the triggerer."""
@@ -92,9 +92,8 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         except HeyGenTransientError as error:
             self.log.warning("%s Looking again later.", error)
         else:
-            # Of what is not the end, a trigger, which looks next, tells itself.
-            if overdub.status != self._said and (overdub.is_final or not self.deferrable):
-                self._said = overdub.status
+            if overdub.status != self._told:
+                self._told = overdub.status
                 self.log.info("Overdub %s is %s.", overdub.overdub_id, overdub.status)
             if overdub.status == OverdubStatus.FAILED:
                 raise HeyGenOverdubFailedError(failure(overdub))

@@ -8,6 +8,7 @@ from airflow.triggers.base import BaseTrigger, TaskSuccessEvent, TriggerEvent
 from asgiref.sync import sync_to_async
 
 from airflow_provider_heygen import poller
+from airflow_provider_heygen.api import OverdubStatus
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.waiting import MAX_CONSECUTIVE_FAILURES, Watch, summary
 
@@ -84,6 +85,7 @@ class HeyGenOverdubTrigger(BaseTrigger):
             max_consecutive_failures=self.max_consecutive_failures,
             not_found_until=self.not_found_until,
             log=self.logger(),  # one for all triggers: a logger each would be half of what waiting takes
+            told=OverdubStatus.PENDING,  # by the worker, which has looked before; the rest is news
         )
         event = await poller.wait(self.heygen_conn_id, watch)
         # Without a task instance this is `airflow dags test`, which knows no end without a worker.
