@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from airflow_provider_heygen import api
 from airflow_provider_heygen.exceptions import HeyGenError, HeyGenPermanentError, HeyGenTransientError
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.waiting import seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,6 +57,9 @@ LONGEST_PAUSE = 15.0
 DOWN = 3
 """Failed requests in a row in one tick, after which the tick is given up."""
 
+SLOW_SECONDS = 60.0
+"""How long it counts that pages of the list were slow when they were last read."""
+
 VERIFY_SECONDS = 5.0
 """How often a GET checks one of the overdubs that the list or the bulk call tell of."""
 
@@ -70,6 +74,12 @@ EXPLORE_SECONDS = 30.0
 
 PAGE_COST = 2
 """A page of the list in GETs: it is one request, but takes twice the CPU of a GET (measured)."""
+
+MAX_WITNESSES = 100
+"""Overdubs that a GET saw ended, kept until a source says so too, at most."""
+
+TICK_SECONDS = 5.0
+"""How long a tick sends GETs, at most."""
 
 CONCURRENT_LOOKS = 10
 """GETs under way at the same time, at most."""
@@ -93,20 +103,22 @@ class _Job:
     One awaited overdub.
 
     :param due: when its next look is due, in seconds of the loop.
+    :param interval: what its most eager wait asked for.
     :param page: the page of the list it was on last; ``None`` if it was not found there.
     :param sought: whether it was looked for in pages that are not known to be worth it.
     :param word: its status in the list or the bulk call, as it came.
-    :param ended: whether these say that it has ended, but not all that is to be told then.
+    :param urgent: whether a GET is needed in any case: to complete what these say, or to check it.
     :param asked_at: when a GET was sent for it.
     """
 
     overdub_id: str
     due: float
+    interval: float = math.inf
     waiters: list[_Waiter] = field(default_factory=list)
     page: int | None = None
     sought: bool = False
     word: Any = None
-    ended: bool = False
+    urgent: bool = False
     asked_at: float = -math.inf
 
 
@@ -139,6 +151,7 @@ async def wait(heygen_conn_id: str, watch: Watch) -> WaitEvent:
     """
     try:
         api.check_id(watch.overdub_id)
+        watch.poke_interval = seconds(watch.poke_interval, "poke_interval")
     except HeyGenError as error:
         return watch.give_up(error)
     key = loop, _ = asyncio.get_running_loop(), heygen_conn_id
@@ -169,6 +182,7 @@ class _Poller:
         self._next_turn = -math.inf
         self._trouble, self._trouble_at = 0, -math.inf
         self._trouble_in_tick = 0
+        self._took = 0.0
         self._tick_at = -math.inf
         self._late = False
         self._open: dict[str, _Job] = {}
@@ -178,7 +192,7 @@ class _Poller:
         """Forget what was learned of the server: a new connection may lead to another one."""
         self._list = _Source("the list of overdubs")
         self._bulk = _Source("the bulk status call")
-        self._page_seconds = 0.0
+        self._page_seconds, self._paged_at = 0.0, -math.inf
         self._explore_at = self._verify_at = -math.inf
         self._explore_pause = EXPLORE_SECONDS
         self._witnesses: dict[str, float] = {}
@@ -192,6 +206,8 @@ class _Poller:
         soon = (self._loop.time() // DEBOUNCE_SECONDS + 1) * DEBOUNCE_SECONDS
         job = self.jobs.setdefault(watch.overdub_id, _Job(watch.overdub_id, soon))
         job.due = min(job.due, soon)
+        job.interval = min(job.interval, watch.poke_interval)
+        job.word = None  # whoever comes anew has not heard it
         job.waiters.append(waiter)
         if soon < self._alarm:
             self._alarm = soon
@@ -209,6 +225,7 @@ class _Poller:
             waiter.timer.cancel()
         job = self.jobs[waiter.watch.overdub_id]
         job.waiters.remove(waiter)
+        job.interval = min((other.watch.poke_interval for other in job.waiters), default=math.inf)
         if not job.waiters:
             del self.jobs[job.overdub_id]
             self._open.pop(job.overdub_id, None)
@@ -220,7 +237,10 @@ class _Poller:
             await asyncio.wait([task], timeout=GRACE_SECONDS)
 
     def _died(self, task: asyncio.Task[None]) -> None:
-        for job in self.jobs.values() if task is self._task else ():
+        if task is not self._task:
+            return
+        self._task = None
+        for job in self.jobs.values():
             for waiter in job.waiters:
                 if not waiter.ended.done():  # better a failed task than one that waits for ever
                     waiter.ended.set_exception(RuntimeError(f"The poller of '{self.conn_id}' died: {task!r}"))
@@ -253,11 +273,12 @@ class _Poller:
         """Look at all that is due, once; what is not reached remains due for the next tick."""
         self._tick_at = now = self._loop.time()
         self._trouble_in_tick = 0
-        due = sorted((job for job in self.jobs.values() if job.due <= now), key=lambda job: job.due)
+        due = [job for job in self.jobs.values() if job.due <= now]
+        self._late = any(now - job.due > 0.05 * job.interval for job in due)
+        due.sort(key=lambda job: job.due + job.interval)  # the eager do not stand behind many that are not
         self._open = {job.overdub_id: job for job in due}
         settings = await self._connect(session)
-        self._late = bool(due) and now - due[0].due > 0.05 * due[0].waiters[0].watch.poke_interval
-        eager = min((w.watch.poke_interval for job in due for w in job.waiters), default=0.0)
+        eager = min((job.interval for job in self.jobs.values()), default=0.0)
         interval = max(eager, 1 / settings.max_requests_per_second)
         bulk = settings.resource == "lipsyncs" and len(due) > 2 and self._bulk.usable_from <= now
         source = self._bulk if bulk else self._list
@@ -266,7 +287,7 @@ class _Poller:
             try:
                 seen = await (self._ask_bulk() if bulk else self._sweep(settings, interval))
                 source.pause = 0.0
-            except HeyGenError as error:
+            except Exception as error:
                 if not await self._refused(error):
                     lasting = isinstance(error, HeyGenPermanentError)
                     source.leave(self._loop.time(), str(error), lasting=lasting)
@@ -275,13 +296,14 @@ class _Poller:
             told = [job for job in seen if job.due < math.inf and job.overdub_id not in self._open]
             if told:
                 job = min(told, key=lambda job: job.asked_at)
+                job.urgent = True
                 self._open[job.overdub_id] = job
-        # No more than one interval's worth, or a quarter of it: then the others are due again, and there may
-        # be a better way than a GET for each.
-        worth = settings.max_requests_per_second * interval
+        # No more than one interval's worth, or a quarter of it: then the others are due again, some may have
+        # joined, and there may be a better way than a GET for each.
+        worth = settings.max_requests_per_second * min(interval, TICK_SECONDS)
         spent = (self._loop.time() - now) * settings.max_requests_per_second
         budget = max(1, math.ceil(max(worth - spent, worth / 4)))
-        await self._look_at(sorted(self._open.values(), key=lambda job: not job.ended)[:budget], settings)
+        await self._look_at(sorted(self._open.values(), key=lambda job: not job.urgent)[:budget], settings)
         if self._trouble_in_tick >= DOWN:
             await self._fail(self._open, self._last_trouble)
 
@@ -301,11 +323,15 @@ class _Poller:
     def _tell(self, job: _Job, take: Callable[[Watch], float | WaitEvent]) -> None:
         """Feed a look to the rules of each wait for this overdub."""
         self._open.pop(job.overdub_id, None)
-        job.due = math.inf
+        job.due, job.urgent = math.inf, False
         for waiter in job.waiters:
             if waiter.ended.done():
                 continue
-            step = waiter.context.run(take, waiter.watch)  # its log lines go where its trigger logs
+            try:
+                step = waiter.context.run(take, waiter.watch)  # its log lines go where its trigger logs
+            except Exception as error:  # it could not log, say; the others can
+                waiter.ended.set_exception(error)
+                continue
             if isinstance(step, dict):
                 waiter.ended.set_result(step)
             else:
@@ -325,8 +351,17 @@ class _Poller:
         """Tell whether an error is a refusal, for all or due to an outdated connection, and act on it."""
         if not isinstance(error, HeyGenPermanentError):
             return False
-        if self._tick_at - self._resolved_at > FRESH_CONNECTION_SECONDS:
-            self._resolved_at = -math.inf
+        async with self._turn:  # one reads the connection, and nobody asks meanwhile
+            age = self._loop.time() - self._resolved_at
+            # What would end all waits is never believed without a look.
+            believed = 0.0 if error.status_code == 401 else FRESH_CONNECTION_SECONDS
+            if self._hook and believed < age < math.inf:
+                try:
+                    same = await HeyGenHook(self.conn_id, max_attempts=1).asettings() == self._hook.settings
+                except Exception:
+                    same = False  # the next tick meets it again
+                self._resolved_at = self._loop.time() if same else -math.inf
+        if self._resolved_at == -math.inf:
             return True
         if error.status_code != 401:
             return False
@@ -355,6 +390,8 @@ class _Poller:
                 else:
                     if overdub.is_final:
                         self._witnesses[job.overdub_id] = self._loop.time()
+                        if len(self._witnesses) > MAX_WITNESSES:
+                            del self._witnesses[next(iter(self._witnesses))]
                     self._tell(job, lambda watch: watch.saw(overdub))
 
         async with asyncio.TaskGroup() as looks:
@@ -378,6 +415,8 @@ class _Poller:
         """Read pages of the list while they are worth it, and give the awaited overdubs that were in them."""
         now = self._loop.time()
         spacing = 1 / settings.max_requests_per_second
+        if now - self._paged_at > SLOW_SECONDS:
+            self._page_seconds = 0.0
         depth = self._depth(interval, spacing)
         unknown = [job for job in self._open.values() if job.page is None]
         hopes = unknown if self._explore_at <= now else [job for job in unknown if not job.sought]
@@ -385,25 +424,29 @@ class _Poller:
         # Beyond the pages that were worth it last time, as many GETs may turn out to be a loss.
         allowance, loss = max(1, len(hopes)), 0
         explore = len(hopes) > PAGE_COST
-        if explore or (
-            depth and len(unknown) > PAGE_COST
-        ):  # where pages are read anyway, one more is worth a try
-            sought |= {job.overdub_id for job in (hopes if explore else unknown)}
+        if not explore:  # where pages are read anyway, one more is worth a try
+            hopes = unknown if depth and len(unknown) > PAGE_COST else []
+        sought |= {job.overdub_id for job in hopes}
         seen: list[_Job] = []
         token, tokens, page, beyond = None, set[str](), 0, None
         while sought:
-            if page >= depth:
-                end = self._loop.time() + self._page_seconds
+            end = self._loop.time() + self._page_seconds
+            if page < depth:
+                pages_take = (depth - page) * self._page_seconds
+            else:
                 beyond = beyond or self._loop.time()
-                too_slow = end - now > interval and end - beyond > len(sought) * spacing
-                if loss >= allowance or len(sought) <= PAGE_COST or too_slow:
+                pages_take = end - beyond
+                if loss >= allowance or len(sought) <= PAGE_COST:
                     break
+            if end - now > interval and pages_take > len(sought) * spacing:
+                break
             page += 1
             asked_at = self._loop.time()
             answer = await self._ask(
                 api.skim_overdubs(settings.resource, api.MAX_PAGE_SIZE, token), again=True
             )
-            self._page_seconds += (self._loop.time() - asked_at - self._page_seconds) / min(page, 5)
+            self._paged_at = self._loop.time()
+            self._page_seconds += (self._took - self._page_seconds) / min(page, 5)
             before = len(sought)
             for overdub_id, row in answer.rows.items():
                 job = self.jobs.get(overdub_id)
@@ -420,8 +463,9 @@ class _Poller:
                 break
             tokens.add(token)
         for overdub_id in sought:
-            if overdub_id in self.jobs:
-                self.jobs[overdub_id].page = None
+            job = self.jobs.get(overdub_id)
+            if job and (job.page or math.inf) <= page:
+                job.page = None
         if explore:
             for job in hopes:
                 job.sought = True
@@ -464,7 +508,7 @@ class _Poller:
         if job is None or word == api.NOT_FOUND:
             return
         if overdub.is_final and not overdub.model_fields_set >= _DETAILS:
-            job.ended = True  # a GET has what is missing
+            job.urgent = True  # a GET has what is missing
             self._open[overdub_id] = job
             return
         job.word = word
@@ -473,7 +517,7 @@ class _Poller:
     def _hear(self, overdub: api.Overdub, asked_at: float, source: _Source) -> None:
         """Compare what a source says with what a GET said before."""
         late = asked_at - self._witnesses[overdub.overdub_id]
-        if overdub.is_final or late > DISTRUST_SECONDS:
+        if overdub.is_final or overdub.status == api.NOT_FOUND:
             del self._witnesses[overdub.overdub_id]
         elif late > STALE_SECONDS:
             self._witnesses.clear()
@@ -526,6 +570,7 @@ class _Poller:
                     raise
             else:
                 self._trouble = self._trouble_in_tick = 0
+                self._took = self._loop.time() - started_at
                 return answer
         raise AssertionError
 

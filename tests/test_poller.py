@@ -78,6 +78,7 @@ class Server:
     rate: float = 5.0
     key: str = "key-1"
     connection_key: str | None = None  # the same, unless given
+    look_up_seconds: float = 0.0
     faults: list[tuple[float, float, str, float]] = field(default_factory=list)  # from, until, kind, share
     poison: set[str] = field(default_factory=set)
     seed: int = 0
@@ -169,6 +170,7 @@ class Hook:
         )
 
     async def asettings(self):
+        await asyncio.sleep(self.server.look_up_seconds)
         return self.settings
 
     async def __aenter__(self):
@@ -405,6 +407,19 @@ def test_foreign_jobs_never_cost_more_than_a_get_each(foreign, order):
         assert asked(server, 100, 200)["list"] <= 120  # a page takes the CPU of several GETs
 
 
+def test_one_slow_page_is_forgiven():
+    server = Server(jobs(20, first_end=600))
+
+    async def hiccup():
+        await asyncio.sleep(30)
+        server.page_latency = 9.0
+        await asyncio.sleep(10)
+        server.page_latency = None
+
+    run(server, [watch(name) for name in server.ends], meanwhile=hiccup)
+    assert asked(server, 300, 600)["get"] <= 61
+
+
 def test_slow_pages_give_way_to_looks_at_the_same_time():
     """20 pages of 3 s each would take a minute."""
     server = Server(mixed(jobs(200, first_end=120), 9), page_latency=3.0, rate=100.0)
@@ -453,6 +468,21 @@ def test_slow_waits_are_not_looked_at_for_the_sake_of_an_eager_one():
     assert asked(server, 10, 300)["get"] <= 300
 
 
+@pytest.mark.parametrize("joins", [10.0, 50.0])
+def test_an_eager_wait_does_not_stand_behind_many_slow_ones(joins):
+    server = Server(jobs(500, first_end=9e9) | {"eager": (80.0, "completed")}, list_status=404)
+    watches = [watch(name, 5.0 if name == "eager" else 3600.0) for name in server.ends]
+    ends = run(server, watches, joins={500: joins}, leaves=dict.fromkeys(range(500), 100.0))
+    assert late(server, ends[500:])[-1] < 12
+
+
+def test_a_slow_wait_is_not_forgotten_over_many_eager_ones():
+    server = Server(jobs(300, first_end=9e9) | {"slow": (80.0, "completed")}, list_status=404)
+    watches = [watch(name, 100.0 if name == "slow" else 1.0) for name in server.ends]
+    ends = run(server, watches, leaves=dict.fromkeys(range(300), 300.0))
+    assert ends[300].at < 250
+
+
 # --- What the list does not tell ------------------------------------------------------------------------
 
 
@@ -464,6 +494,47 @@ def test_a_list_that_lags_behind(lag, resource):
     assert {end.event["status"] for end in ends} == {"completed"}
     # One GET each 5 s finds the first, ten seconds later the list is out, and the others get a GET each.
     assert late(server, ends)[-1] < {3.0: 10, 60.0: 60, 1e9: 60}[lag]
+
+
+def test_a_list_that_lags_behind_is_found_out_however_scarce_gets_are():
+    server = Server(jobs(60, 30, 30, prefix="listed") | jobs(600, 400, prefix="hidden"), page_lag=1e9)
+    server.ids = [name for name in server.ends if name.startswith("listed")]
+    ends = run(server, [watch(name) for name in server.ends])
+    assert late(server, ends[:60])[-1] < 200
+
+
+def test_what_is_deleted_after_its_end_does_not_speak_against_the_bulk_call(caplog):
+    class Deleting(Server):
+        def status(self, overdub_id, at):
+            word = super().status(overdub_id, at)
+            return "gone" if overdub_id in deleted and at >= deleted[overdub_id] else word
+
+    deleted = {}
+    server = Deleting(jobs(60, 20, 200), resource="lipsyncs", bulk_status=200)
+
+    async def one(name):
+        await poller.wait("heygen_default", watch(name, 30.0))
+        deleted[name] = server.loop.now + 2
+
+    with simulation(server) as runner, caplog.at_level(logging.INFO, poller.__name__):
+        runner.run(gather(one, server.ends))
+    assert "Doing without" not in caplog.text
+
+
+def test_what_is_remembered_of_ended_overdubs_is_bounded(monkeypatch):
+    monkeypatch.setattr(poller, "MAX_WITNESSES", 10)
+    server = Server(jobs(40, first_end=0))
+
+    async def main():
+        stays = asyncio.create_task(poller.wait("heygen_default", watch("od_0", 100.0)))
+        for name in list(server.ends)[1:]:
+            await poller.wait("heygen_default", watch(name, 1.0))
+        ((_, of_loop),) = [item for item in poller._pollers.items() if item[0][0] is server.loop]
+        assert len(of_loop._witnesses) == 10
+        await stays
+
+    with simulation(server) as runner:
+        runner.run(main())
 
 
 def test_rows_that_lack_something_are_completed_by_a_get():
@@ -485,6 +556,14 @@ def test_a_deleted_overdub_ends_its_own_wait_only():
     assert "404" in by_id["gone"].event["message"]
     assert by_id["gone"].at < 30
     assert Counter(end.event["status"] for end in ends) == {"completed": 30, "error": 1}
+
+
+def test_a_list_that_we_cannot_even_fail_to_read(monkeypatch):
+    server = Server(jobs(20))
+    monkeypatch.setattr(server, "page", lambda *_: 1 / 0)  # a fault that nobody foresaw
+    ends = run(server, [watch(name) for name in server.ends])
+    assert {end.event["status"] for end in ends} == {"completed"}
+    assert late(server, ends)[-1] < 15
 
 
 @pytest.mark.parametrize("status", [404, 403, 500, 503])
@@ -560,6 +639,92 @@ def test_the_last_look_is_at_the_deadline():
     assert all(98 <= end.at < 101 for end in ends)
 
 
+# --- Waits that come, go and break at bad moments -----------------------------------------------------------
+
+
+def test_a_wait_that_cannot_log_fails_alone():
+    server = Server(jobs(20))
+    watches = [watch(name) for name in server.ends]
+    watches[3].log = None
+
+    async def main():
+        waits = [poller.wait("heygen_default", rules) for rules in watches]
+        return await asyncio.gather(*waits, return_exceptions=True)
+
+    with simulation(server) as runner:
+        ends = runner.run(main())
+    assert isinstance(ends.pop(3), AttributeError)
+    assert {end["status"] for end in ends} == {"completed"}
+
+
+@pytest.mark.parametrize("poke_interval", [0, -1.0, math.nan, math.inf, "soon"])
+def test_an_impossible_interval_hurts_nobody_else(poke_interval):
+    server = Server(jobs(5))
+    ends = run(server, [watch("od_0", poke_interval)] + [watch(name) for name in server.ends])
+    assert [end.event["status"] for end in ends] == ["error"] + ["completed"] * 5
+    assert "poke_interval" in ends[0].event["message"]
+
+
+def poller_of(server):
+    return poller._pollers[server.loop, "heygen_default"]
+
+
+def test_a_wait_that_begins_while_the_poller_dies():
+    server = Server(jobs(2))
+    second = []
+
+    async def main():
+        first = asyncio.create_task(poller.wait("heygen_default", watch("od_0")))
+        await asyncio.sleep(1)
+        task = poller_of(server)._task
+        task.add_done_callback(lambda _: second.append(poller_of(server).join(watch("od_1"))))
+        task.cancel()
+        with pytest.raises(RuntimeError, match="died"):
+            await first
+        assert (await second[0].ended)["status"] == "completed"
+        await poller_of(server).leave(second[0])
+
+    with simulation(server) as runner:
+        runner.run(main())
+
+
+def test_waits_that_begin_while_others_for_the_same_overdubs_end():
+    server = Server(jobs(5, first_end=20, spread=0))
+    others = []
+
+    def join(_):
+        others.extend(poller_of(server).join(watch(name)) for name in (() if others else server.ends))
+
+    async def main():
+        waits = asyncio.create_task(gather(lambda i: poller.wait("heygen_default", watch(i)), server.ends))
+        await asyncio.sleep(1)
+        for job in poller_of(server).jobs.values():
+            job.waiters[0].ended.add_done_callback(join)
+        await waits
+        noticed = server.loop.now
+        for other in others:
+            assert (await other.ended)["status"] == "completed"
+            await poller_of(server).leave(other)
+        assert len(others) == 5
+        assert server.loop.now < noticed + 1
+
+    with simulation(server) as runner:
+        runner.run(main())
+
+
+def test_a_later_wait_for_the_same_overdub_hears_its_status():
+    server = Server(jobs(20, first_end=100))
+    watches = [watch(name, deadline=60.0) for name in [*server.ends, *server.ends]]
+    ends = run(server, watches, joins=dict.fromkeys(range(20, 40), 50.0))
+    assert all("which is running" in end.event["message"] for end in ends)
+
+
+def test_a_wait_that_ends_while_the_connection_is_read():
+    server = Server(jobs(5, first_end=20), look_up_seconds=2.0)
+    ends = run(server, [watch(name) for name in server.ends], leaves={0: 1.0})
+    assert not [line for end in ends[1:] for line in end.watch.log.lines if "failure" in line]
+
+
 # --- The connection ----------------------------------------------------------------------------------------
 
 
@@ -574,6 +739,18 @@ def test_a_rotated_key_is_picked_up(waits):
     ends = run(server, [watch(name) for name in server.ends], meanwhile=rotate)
     assert {end.event["status"] for end in ends} == {"completed"}
     assert not [line for end in ends for line in end.watch.log.lines if "401" in line]
+
+
+@pytest.mark.parametrize("at", [60.5, 61.5, 62.5, 63.5])
+def test_a_key_rotated_just_after_the_connection_was_read(at):
+    server = Server(jobs(20, first_end=70))
+
+    async def rotate():
+        await asyncio.sleep(at)
+        server.key = "key-2"
+
+    ends = run(server, [watch(name) for name in server.ends], meanwhile=rotate)
+    assert {end.event["status"] for end in ends} == {"completed"}
 
 
 def test_a_refused_key_ends_all_waits():
