@@ -963,7 +963,12 @@ def test_command_line(number, tmp_path):
                 "conn_type": "heygen",
                 "host": url,
                 "password": "k",
-                "extra": {"allow_http": True, "allow_private_hosts": True, "resource": "lipsyncs"},
+                "extra": {
+                    "allow_http": True,
+                    "allow_private_hosts": True,
+                    "resource": "lipsyncs",
+                    "max_requests_per_second": 200,
+                },
             }
             behaviour = requests.get(admin, timeout=10).json()["behaviour"]
             assert (behaviour["job_seconds"], behaviour["concurrent_jobs"]) == (0, 3)
