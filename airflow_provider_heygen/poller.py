@@ -398,9 +398,13 @@ class _Poller:
             for job in jobs:
                 looks.create_task(look(job))
 
+    def _undecided(self) -> list[_Job]:
+        """Give the open overdubs of which the list or the bulk call may tell all that is needed."""
+        return [job for job in self._open.values() if not job.urgent]
+
     async def _ask_bulk(self) -> list[_Job]:
         """Ask for the status of all that are open, and give them."""
-        jobs = list(self._open.values())
+        jobs = self._undecided()
         witnesses = list(self._witnesses)[:10]
         at_once = api.MAX_PAGE_SIZE - len(witnesses)
         for first in range(0, len(jobs), at_once):
@@ -418,9 +422,9 @@ class _Poller:
         if now - self._paged_at > SLOW_SECONDS:
             self._page_seconds = 0.0
         depth = self._depth(interval, spacing)
-        unknown = [job for job in self._open.values() if job.page is None]
+        unknown = [job for job in self._undecided() if job.page is None]
         hopes = unknown if self._explore_at <= now else [job for job in unknown if not job.sought]
-        sought = {job.overdub_id for job in self._open.values() if (job.page or math.inf) <= depth}
+        sought = {job.overdub_id for job in self._undecided() if (job.page or math.inf) <= depth}
         # Beyond the pages that were worth it last time, as many GETs may turn out to be a loss.
         allowance, loss = max(1, len(hopes)), 0
         explore = len(hopes) > PAGE_COST
@@ -481,8 +485,9 @@ class _Poller:
         What fits into the interval is judged by its requests, what does not by its seconds. Pages come one
         after another, because cursors are opaque; GETs do not. Never more than a GET for each would cost.
         """
-        by_page = Counter(job.page for job in self._open.values() if job.page is not None)
-        rest = len(self._open)
+        jobs = self._undecided()
+        by_page = Counter(job.page for job in jobs if job.page is not None)
+        rest = len(jobs)
         best, depth = (max(interval, rest * spacing), rest), 0
         for page in sorted(by_page):
             rest -= by_page[page]
@@ -537,6 +542,8 @@ class _Poller:
                 if self._hook is None or self._resolved_at == -math.inf:
                     raise
                 settings = self._hook.settings  # Airflow's API server may be away for a while
+            if self._task is not asyncio.current_task():  # cancelled, which asgiref swallowed
+                raise asyncio.CancelledError
             self._resolved_at = now
             if self._hook is None or settings != self._hook.settings:
                 self._hook = None

@@ -548,6 +548,14 @@ def test_rows_that_lack_something_are_completed_by_a_get():
             assert "no face" in end.event["message"]
 
 
+@pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
+def test_what_has_ended_is_not_asked_for_again_before_its_get(resource):
+    server = Server(jobs(300, spread=1), resource=resource, bulk_status=200, lean_rows=True)
+    ends = run(server, [watch(name) for name in server.ends])
+    assert asked(server, 65, 200)["list"] + asked(server, 65, 200)["bulk"] <= 10
+    assert late(server, ends)[-1] < 300 / 5 + 8
+
+
 def test_a_deleted_overdub_ends_its_own_wait_only():
     server = Server(jobs(30) | {"gone": (20.0, "gone")})
     ends = run(server, [watch(name) for name in server.ends])
@@ -780,6 +788,30 @@ def test_a_look_up_that_swallows_its_cancellation_holds_up_nobody(monkeypatch):
     (end,) = run(server, [watch("od_0", deadline=1.0)])  # run() also sees that no task is left
     assert end.event["status"] == "timeout"
     assert end.at < 12
+
+
+def test_a_poller_that_swallows_its_cancellation_leaves_its_successor_alone(monkeypatch):
+    async def look_up(hook):
+        begin = hook.server.loop.now
+        while (left := begin + 2 - hook.server.loop.now) > 0:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(left)
+        return hook.settings
+
+    monkeypatch.setattr(Hook, "asettings", look_up)
+    server = Server({"od_0": (50.0, "completed"), "od_1": (50.0, "completed")})
+    opened = []
+
+    async def begins_again():
+        await asyncio.sleep(2.5)
+        opened.append(server.open_sessions)
+        await asyncio.sleep(10)
+        opened.append(server.open_sessions)
+
+    watches = [watch(name) for name in server.ends]
+    ends = run(server, watches, joins={1: 1.01}, leaves={0: 1.0}, meanwhile=begins_again)
+    assert ends[1].event["status"] == "completed"
+    assert opened == [0, 1]
 
 
 # --- Over HTTP ---------------------------------------------------------------------------------------------
