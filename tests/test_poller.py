@@ -523,10 +523,10 @@ def test_what_is_deleted_after_its_end_does_not_speak_against_the_bulk_call(capl
 
 def test_what_is_remembered_of_ended_overdubs_is_bounded(monkeypatch):
     monkeypatch.setattr(poller, "MAX_WITNESSES", 10)
-    server = Server(jobs(40, first_end=0))
+    server = Server({"stays": (500.0, "completed")} | jobs(40, first_end=0))
 
     async def main():
-        stays = asyncio.create_task(poller.wait("heygen_default", watch("od_0", 100.0)))
+        stays = asyncio.create_task(poller.wait("heygen_default", watch("stays", 100.0)))
         for name in list(server.ends)[1:]:
             await poller.wait("heygen_default", watch(name, 1.0))
         ((_, of_loop),) = [item for item in poller._pollers.items() if item[0][0] is server.loop]
