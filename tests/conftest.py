@@ -52,6 +52,7 @@ AIRFLOW = Version(airflow_version)
 
 # What an older Airflow lacks; docs/support.md tells users.
 HAS_STATE_STORE = Version("3.3") <= AIRFLOW
+LABELS_EARLY = Version("3.2") <= AIRFLOW
 KILLS_TRIGGERS = Version("3.3") <= AIRFLOW
 MASKS_RENDERED_FIELDS = Version("3.1") <= AIRFLOW
 RETRIES_KILLED_PROCESSES = Version("3.1") <= AIRFLOW

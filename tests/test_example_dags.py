@@ -1,4 +1,8 @@
-"""The example DAGs, whole, by `dag.test()`: what they save plays with the new audio."""
+"""
+Whole DAGs by `dag.test()`: what the examples save plays with the new audio.
+
+There is no triggerer then, so a wait that would end in it ends as any other.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from airflow_provider_heygen.emulator.media import decode_audio, decode_frames, make_audio, make_video
+from airflow_provider_heygen.hooks.heygen import HeyGenHook
 
 DAGS = Path(__file__).parent.parent / "example_dags"
 LANGUAGES = {"de": 500, "fr": 700, "es": 900}
@@ -100,3 +105,34 @@ def test_each_dag_and_task_says_in_the_ui_what_it_does(airflow, name):
     assert "::" not in dag.doc_md  # it is Markdown
     for task in dag.tasks:
         assert task.partial_kwargs.get("doc_md") if task.is_mapped else task.doc_md, task.task_id
+
+
+NO_TRIGGERER = """
+from airflow.sdk import DAG, task
+from airflow_provider_heygen.sensors.overdub import HeyGenOverdubSensor
+
+with DAG("no_triggerer") as dag:
+    wait = HeyGenOverdubSensor(
+        task_id="wait", overdub_id={!r}, deferrable=True, poke_interval=0.2, end_from_trigger=True
+    )
+
+    @task
+    def use(details):
+        assert details["status"] == "completed"
+
+    use(wait.output)
+"""
+
+
+def test_there_is_no_triggerer_to_end_in(heygen, airflow, tmp_path, monkeypatch, capsys):
+    with HeyGenHook() as hook:
+        overdub_id = hook.create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
+    heygen.fail_next(method="GET", status=500)  # the first look, so that the task defers
+    (tmp_path / "no_triggerer.py").write_text(NO_TRIGGERER.format(overdub_id))
+    monkeypatch.setattr("airflow.settings.DAGS_FOLDER", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    state, tasks = run("no_triggerer")
+    assert state == "success"
+    assert set(tasks.values()) == {("success", 1)}
+    assert [request.status for request in heygen.requests if request.method == "GET"] == [500, 200]
+    assert "pushing its XCom failed" not in capsys.readouterr().out

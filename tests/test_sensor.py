@@ -261,8 +261,8 @@ def comms(monkeypatch):
     return comms
 
 
-def end_in_triggerer(overdub_id, *, ti="a task instance", do_before=lambda: None, **changes):
-    """Defer a sensor and give the event its trigger ends with, in a triggerer (or without one)."""
+def end_in_triggerer(heygen, overdub_id, *, ti="a task instance", status="completed", **changes):
+    """Defer a sensor, end its overdub, give the event its trigger ends with in a triggerer (or without one)."""
     with DAG("dag"):
         sensor = HeyGenOverdubSensor(
             task_id="task",
@@ -273,7 +273,7 @@ def end_in_triggerer(overdub_id, *, ti="a task instance", do_before=lambda: None
         )
     (deferred,) = [Task(lambda: sensor).start()]
     assert isinstance(deferred, TaskDeferred)
-    do_before()
+    heygen.force(overdub_id, status)
     path, kwargs = deferred.trigger.serialize()
     trigger = resolve_name(path)(**json.loads(json.dumps(kwargs)))
     if ti:
@@ -283,13 +283,13 @@ def end_in_triggerer(overdub_id, *, ti="a task instance", do_before=lambda: None
 
 @pytest.fixture
 def running(heygen):
-    heygen.behaviour.job_seconds = 0.4
+    heygen.behaviour.job_seconds = 1000
     with HeyGenHook() as hook:
         return hook.create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
 
 
-def test_a_completed_wait_ends_in_the_triggerer(running, comms, capsys):
-    event = end_in_triggerer(running)
+def test_a_completed_wait_ends_in_the_triggerer(heygen, running, comms, capsys):
+    event = end_in_triggerer(heygen, running)
     assert re.search(f"Overdub {running} is done, .* The task ends here.", capsys.readouterr().out)
     assert isinstance(event, TaskSuccessEvent)
     assert not event.xcoms
@@ -300,31 +300,28 @@ def test_a_completed_wait_ends_in_the_triggerer(running, comms, capsys):
         assert push.value == hook.get_overdub(running).details()
 
 
-def test_nothing_is_pushed_that_is_not_wanted(running, comms):
-    assert isinstance(end_in_triggerer(running, do_xcom_push=False), TaskSuccessEvent)
+def test_nothing_is_pushed_that_is_not_wanted(heygen, running, comms):
+    assert isinstance(end_in_triggerer(heygen, running, do_xcom_push=False), TaskSuccessEvent)
     assert comms.sent == []
 
 
 def test_other_ends_are_for_a_worker(heygen, running, comms):
-    def fail():
-        heygen.force(running, "failed")
-
-    assert end_in_triggerer(running, do_before=fail).payload["status"] == "failed"
+    assert end_in_triggerer(heygen, running, status="failed").payload["status"] == "failed"
     assert comms.sent == []
 
 
-def test_without_a_triggerer_the_event_is_the_usual_one(running, comms):
-    assert end_in_triggerer(running, ti=None).payload["status"] == "completed"
+def test_without_a_triggerer_the_event_is_the_usual_one(heygen, running, comms):
+    assert end_in_triggerer(heygen, running, ti=None).payload["status"] == "completed"
     assert comms.sent == []
 
 
-def test_an_xcom_that_cannot_be_pushed_is_left_to_a_worker(running, comms):
+def test_an_xcom_that_cannot_be_pushed_is_left_to_a_worker(heygen, running, comms):
     comms.error = OSError("no")
-    assert end_in_triggerer(running).payload["status"] == "completed"
+    assert end_in_triggerer(heygen, running).payload["status"] == "completed"
 
 
-def test_ending_in_the_triggerer_is_off_by_default(running, comms):
-    event = end_in_triggerer(running, end_from_trigger=False)
+def test_ending_in_the_triggerer_is_off_by_default(heygen, running, comms):
+    event = end_in_triggerer(heygen, running, end_from_trigger=False)
     assert event.payload["status"] == "completed"
 
 
@@ -338,6 +335,13 @@ def test_ending_in_the_triggerer_is_off_by_default(running, comms):
     ],
     ids=str,
 )
-def test_what_a_worker_has_to_do_is_not_skipped(running, comms, duty, name, capsys):
-    assert end_in_triggerer(running, **duty).payload["status"] == "completed"
+def test_what_a_worker_has_to_do_is_not_skipped(heygen, running, comms, duty, name, capsys):
+    assert end_in_triggerer(heygen, running, **duty).payload["status"] == "completed"
     assert f"a worker is needed for: {name}." in capsys.readouterr().out
+
+
+def test_where_a_worker_makes_the_label_one_ends_the_task(heygen, running, comms, monkeypatch, capsys):
+    # Airflow 3.0 and 3.1 do not know it.
+    monkeypatch.delattr("airflow.sdk.execution_time.comms.SetRenderedMapIndex", raising=False)
+    assert end_in_triggerer(heygen, running, map_index_template="{{ 1 }}").payload["status"] == "completed"
+    assert "a worker is needed for: map_index_template." in capsys.readouterr().out

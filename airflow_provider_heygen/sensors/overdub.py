@@ -125,13 +125,18 @@ class HeyGenOverdubSensor(BaseSensorOperator):
 
     def _needs_worker(self, context: Context) -> bool:
         """Tell whether something is left to do after the wait that Airflow does on workers only."""
+        from airflow.sdk.execution_time import comms
+
         own = type(self)
+        # Before Airflow 3.2 the label is made by the worker that ends the task.
+        late_label = not hasattr(comms, "SetRenderedMapIndex")
         duties = {
             "outlets": self.outlets,
             "on_success_callback": self.on_success_callback,
             "post_execute": self._post_execute_hook or own.post_execute != BaseSensorOperator.post_execute,
             "its own execute_complete": own.execute_complete != HeyGenOverdubSensor.execute_complete,
             "multiple_outputs": self.multiple_outputs,
+            "map_index_template": self.map_index_template and late_label,
             "being the DAG's result": getattr(self, "returns_dag_result", False),
             "a task that expands over its result": context["ti"].map_index in (None, -1)
             and any(True for _ in self.iter_mapped_dependants()),

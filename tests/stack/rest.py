@@ -115,6 +115,10 @@ class Run:
         )
         return "\n".join(line if isinstance(line, str) else str(line) for line in answer["content"])
 
+    def starts(self, name: str, try_number: int = 1) -> int:
+        """How often a worker has started one try, by its log: each start reads the DAG."""
+        return self.log(name, try_number).count("Filling up the DagBag")
+
     def clear(self, *names: str) -> None:
         """Clear task instances, as a user does to have them run again."""
         body = {

@@ -2,7 +2,8 @@
 What a real Airflow makes of HeyGen's failures, and that no secret is left behind anywhere.
 
 One DAG run has a task for each way to wait and each kind of trouble. All of them wait until each has had one
-good look at its job; then the emulator is told what to do to each.
+good look at its job; then the emulator is told what to do to each. Another run has waits that end well in the
+triggerer, and what comes after them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import HAS_STATE_STORE, MASKS_RENDERED_FIELDS
+from conftest import HAS_STATE_STORE, LABELS_EARLY, MASKS_RENDERED_FIELDS
 
 from airflow_provider_heygen.emulator.media import make_video
 from stack.airflow import Stack, why_no_postgres
@@ -51,12 +52,27 @@ SAYS = {
     "times_out": "(?i)timed out|may still complete",
 }
 
+# The sensors of the run `ends`, and for what the log says that they need a worker in the end.
+ENDS = {
+    "on_worker": [],
+    "plain": [],
+    **{f"mapped[{index}]": [] for index in range(5)},
+    # Before Airflow 3.2 the worker that ends a task makes its label.
+    "labelled[0]": [] if LABELS_EARLY else ["map_index_template"],
+    "silent": [],
+    "with_outlets": ["outlets"],
+    "with_callback": ["on_success_callback"],
+    "expanded": ["a task that expands over its result"],
+}
+
 
 class Outcome:
     """What is left when the run is over."""
 
-    def __init__(self, stack: Stack, heygen: HeyGen, run: Run, tasks: dict[str, Any], midway: Any) -> None:
-        self.stack, self.heygen, self.run, self.tasks, self.midway = stack, heygen, run, tasks, midway
+    def __init__(self, stack: Stack, heygen: HeyGen, run: Run, ends: Run, midway: Any) -> None:
+        self.stack, self.heygen, self.run, self.ends, self.midway = stack, heygen, run, ends, midway
+        self.tasks = run.wait()
+        self.ended = ends.wait()
 
     def log(self, name: str) -> str:
         return self.run.log(name, self.tasks[name]["try_number"])
@@ -84,7 +100,7 @@ def _run(stack: Stack, folder: Path) -> Outcome:
     stack.env["STACK_VIDEO"] = f"https://example.com/v.mp4?X-Amz-Date=1&X-Amz-Signature={signature}"
     stack.env["STACK_AUDIO"] = f"https://user:{password}@example.com/a.mp3"
     stack.env["STACK_CALLBACK"] = f"https://127.0.0.1:1/done?token={token}"
-    stack.start("failures")
+    stack.start("failures", "ends")
 
     sensors = [f"{waiter}__{case}" for waiter in SENSORS for case in SENSOR_CASES]
     transfers = ["transfer__after_trouble", "transfer__place_taken"]
@@ -96,6 +112,9 @@ def _run(stack: Stack, folder: Path) -> Outcome:
     make_video(folder / "upload.mp4", seconds=1, hz=440)
     (folder / f"{transfers[1]}.mp4").write_text("something else")
     run = Run(stack.rest, "failures", ids=ids, folder=str(folder))
+    awaited = [heygen.create(f"ends {number}") for number in range(5)]
+    fails, lasts = heygen.create("fails"), heygen.create("lasts")
+    ends = Run(stack.rest, "ends", ids=awaited, fails=fails, lasts=lasts)
 
     # Those that wait without an end of their own.
     steered = [f"{waiter}__{case}" for waiter in SENSORS for case in SENSOR_CASES if "times_out" not in case]
@@ -114,11 +133,17 @@ def _run(stack: Stack, folder: Path) -> Outcome:
     jobs = wait_for("a first look at each job", looked_at)
     deferred = [name for name in steered if "deferred" in name]
     wait_for("them to be deferred", lambda: all(run.states()[name] == "deferred" for name in deferred))
+    wait_for(
+        "more to be deferred", lambda: all(ends.states()[name] == "deferred" for name in (*ENDS, "fails"))
+    )
     time.sleep(3)  # let Airflow see the end of their processes, too; see MIN_HEARTBEAT_INTERVAL
     midway = stack.tables()
     for name in steered:
         _steer(heygen, name, jobs[name])
-    return Outcome(stack, heygen, run, run.wait(), midway)
+    for overdub_id in awaited:
+        heygen.force(overdub_id, "completed")
+    heygen.force(fails, "failed", SAYS["job_fails"])
+    return Outcome(stack, heygen, run, ends, midway)
 
 
 def _steer(heygen: HeyGen, name: str, job_id: str) -> None:
@@ -177,6 +202,58 @@ def test_survives_trouble(outcome: Outcome, name: str) -> None:
 def test_succeeds(outcome: Outcome, name: str) -> None:
     task = outcome.tasks[name]
     assert (task["state"], task["try_number"]) == ("success", 1)
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_only_a_wait_that_needs_no_worker_ends_in_the_triggerer(outcome: Outcome, name: str) -> None:
+    task = outcome.ended[name]
+    log = outcome.ends.log(name, task["try_number"])
+    assert task["state"] == "success"
+    assert set(re.findall(r"a worker is needed for: (.*?)\.", log)) == set(ENDS[name])
+    needs_one = name == "on_worker" or ENDS[name]
+    assert outcome.ends.starts(name, task["try_number"]) == (2 if needs_one else 1)
+
+
+def test_the_value_is_the_same_however_a_wait_ends(outcome: Outcome) -> None:
+    ends = outcome.ends
+    details = ends.xcoms("on_worker")["return_value"]
+    assert (details["title"], details["status"]) == ("ends 0", "completed")
+    assert ends.xcoms("plain") == ends.xcoms("on_worker")
+    for sensor in ("on_worker", "plain"):
+        assert ends.xcoms(f"take_{sensor}")["return_value"] == [details, details, "completed"]
+    assert "return_value" not in ends.xcoms("silent")
+
+
+def test_each_index_has_its_own_value(outcome: Outcome) -> None:
+    indexes = range(5)
+    values = [outcome.ends.xcoms(f"mapped[{index}]")["return_value"] for index in indexes]
+    assert [value["title"] for value in values] == [f"ends {index}" for index in indexes]
+    assert values[0] == outcome.ends.xcoms("on_worker")["return_value"]
+    assert outcome.ends.xcoms("take_all")["return_value"] == [values, values]
+    assert [outcome.ends.xcoms(f"take_each[{index}]")["return_value"] for index in indexes] == values
+    assert outcome.ended["labelled[0]"]["rendered_map_index"] == f"overdub {values[4]['overdub_id']}"
+
+
+def test_what_only_a_worker_does_is_done(outcome: Outcome) -> None:
+    events = outcome.stack.rest.call("GET", "assets/events")["asset_events"]
+    assert [event["source_task_id"] for event in events] == ["with_outlets"]
+    assert "Called back: with_callback" in outcome.ends.log("with_callback")
+    members = [name for name in outcome.ended if name.startswith("members[")]
+    assert len(members) == len(outcome.ends.xcoms("expanded")["return_value"])
+
+
+def test_what_goes_wrong_ends_on_a_worker(outcome: Outcome) -> None:
+    states = outcome.ends.states()
+    errors = {
+        "fails": f"HeyGenOverdubFailedError.*{SAYS['job_fails']}",
+        "times_out": f"AirflowSensorTimeout.*{SAYS['times_out'].removeprefix('(?i)')}",
+    }
+    for case, error in errors.items():
+        assert (states.pop(case), states.pop(f"{case}_softly")) == ("failed", "skipped")
+        tries = outcome.ended[case]["try_number"]
+        assert re.search(error, outcome.ends.log(case, tries))
+        assert outcome.ends.starts(case, tries) == 2
+    assert set(states.values()) == {"success"}
 
 
 def test_one_job_for_each_create(outcome: Outcome) -> None:
