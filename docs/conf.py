@@ -23,10 +23,13 @@ exclude_patterns = ["examples"]
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_show_copyright = False
+html_static_path = ["static"]
+html_css_files = ["tables.css"]
 
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
+maximum_signature_line_length = 100
 nitpicky = True
 nitpick_ignore_regex = [
     # Python's, Airflow's and others', which these pages do not describe.
