@@ -73,7 +73,7 @@ def plain_uri(path: ObjectStoragePath) -> str:
     """Give the URI of a file as lineage knows it: whole, and without the name of an Airflow connection."""
     if path.protocol in ("", "file"):
         return f"file://{os.path.abspath(path.path)}"
-    return str(path).replace(f"://{path.conn_id}@", "://", 1)
+    return f"{path.protocol}://{path.path.lstrip('/')}"
 
 
 @contextlib.contextmanager
