@@ -262,7 +262,7 @@ def comms(monkeypatch):
 
 
 def end_in_triggerer(heygen, overdub_id, *, ti="a task instance", status="completed", **changes):
-    """Defer a sensor, end its overdub, give the event its trigger ends with in a triggerer (or without one)."""
+    """Defer a sensor, end its overdub, give the event its trigger ends with, in a triggerer or without."""
     with DAG("dag"):
         sensor = HeyGenOverdubSensor(
             task_id="task",
