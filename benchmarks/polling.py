@@ -27,7 +27,9 @@ A case goes through three phases:
 
 **KB per trigger** is the growth of resident memory, **stall** how much longer than 10 ms a 10 ms sleep on
 the event loop takes, in join and finish. Only ratios within one run are worth comparing: other machines, and
-other work on this one, change all figures. Exits with an error when a target is missed.
+other work on this one, change all figures. Exits with an error when a target is missed. Some targets suppose
+that the peers are overloaded; where they are not, a target may be below what is possible at all (the poll
+interval, the bare trigger), and is listed as such instead of being judged.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ JOIN = 5.0
 FINISH = 5.0
 FINISHING = 500
 PATIENCE = 25.0
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 PEERS = {
     "http": ("HttpSensorTrigger", "apache-airflow-providers-http"),
@@ -118,7 +121,12 @@ def capped(rate: float, **more: Any) -> dict[str, Any]:
 # The rate cap binds no peer. Where a case is about the cost of GETs, ours must be free to make as many.
 FREE = 1000
 OURS_5 = {n: Case("heygen", n) for n in (1, 100, 1000, 3000)}
-OURS_1 = {n: Case("heygen", n, "cap 20/s", interval=1.0, extra=capped(20)) for n in (1000, 3000)}
+OURS_1 = {
+    n: Case("heygen", n, f"cap {cap}/s", interval=1.0, extra=capped(cap))
+    for n, cap in {1000: 20, 3000: 40}.items()
+}
+# As many as the peers cannot cope with on a quick machine, either.
+CROWD = Case("heygen", 6000, "cap 20/s", extra=capped(20), join=10.0)
 MANY = Case("heygen", 10_000, "cap 20/s", extra=capped(20), join=10.0)
 GETS = Case("heygen", 1000, "list unusable", extra=capped(FREE), jobs={"listed": False})
 IDLE = Case("idle", 1000)
@@ -145,6 +153,7 @@ GROUPS = [
     [FOREIGN_GETS, *FOREIGN.values(), BULK, OLD],
     *([case] for case in [IDLE, OURS_5[1000], OURS_1[1000], GETS, *peers_at(1000)]),
     *([case] for case in [OURS_5[3000], OURS_1[3000], *peers_at(3000)]),
+    *([case] for case in [CROWD, *peers_at(6000)]),
     [MANY],
 ]
 
@@ -189,15 +198,15 @@ def completions(case: Case, waiting: int, at: float) -> list[float | None]:
     """
     Say when which job completes.
 
-    The jobs that complete are spread over all that wait. A step of two against their order makes the times
-    since each trigger's own last poll as even as the completions themselves, so chance plays no part.
+    The jobs that complete are spread over all that wait. Their times follow the golden ratio, so they are
+    even among any of them, such as those of one page or those whose triggers poll together.
     """
     if case.kind == "idle":
         return [None] * waiting
     ending = min(waiting, FINISHING)
     found: list[float | None] = [None] * waiting
     for turn in range(ending):
-        found[turn * waiting // ending] = at + (2 * turn % ending) / ending * case.finish
+        found[turn * waiting // ending] = at + turn * GOLDEN % 1.0 * case.finish
     return found
 
 
@@ -389,21 +398,22 @@ class Results(dict[Case, Figures]):
         }
 
 
-def targets(results: Results) -> list[tuple[str, float, float]]:
-    """Give what is aimed at, what was reached, and the limit."""
+def targets(results: Results) -> list[tuple[str, float, float, float]]:
+    """Give what is aimed at, what was reached, the limit, and the least that is possible in this run."""
     found = []
 
-    def at_most(limit: float, what: str, figure: float) -> None:
-        found.append((what, figure, limit))
+    def at_most(limit: float, what: str, figure: float, least: float = 0.0) -> None:
+        found.append((what, figure, limit, least))
 
-    def ratio(case: Case, column: str, limit: float, what: str) -> None:
+    def ratio(case: Case, column: str, limit: float, what: str, least: float = 0.0) -> None:
         if case in results and results.has_peers(case):
-            at_most(limit, f"{case.name}, N = {case.n}: {what}", results.ratios(case)[column])
+            least /= results.best(case.n, column)
+            at_most(limit, f"{case.name}, N = {case.n}: {what}", results.ratios(case)[column], least)
 
     case = OURS_5[1000]
     ratio(case, "requests", 0.02, "requests")
     ratio(case, "cpu", 0.02, "CPU")
-    ratio(case, "memory", 0.4, "memory")
+    ratio(case, "memory", 0.4, "memory", results[IDLE].memory if IDLE in results else 0.0)
     ratio(case, "notice_50", 1.02, "notice p50")
     ratio(case, "notice_99", 1.0, "notice p99")
     if case in results:
@@ -421,8 +431,9 @@ def targets(results: Results) -> list[tuple[str, float, float]]:
         per_second = results[case].requests / case.interval / (results.best(1000, "requests") / 5.0)
         at_most(0.06, f"{case.name}, N = 1000: requests in the same time", per_second)
     ratio(GETS, "cpu", 0.3, "CPU")
-    ratio(OURS_5[3000], "notice_99", 0.5, "notice p99")
-    ratio(OURS_1[3000], "notice_99", 1 / 6, "notice p99")
+    for case in (OURS_5[3000], CROWD):
+        ratio(case, "notice_99", 0.5, "notice p99", 0.99 * case.interval)
+    ratio(OURS_1[3000], "notice_99", 1 / 6, "notice p99", 0.99)
     case = OURS_5[1]
     ratio(case, "cpu", 0.4, "CPU")
     # No worse, as far as can be measured: the moments of our polls are random, which leaves the median of 41
@@ -433,7 +444,7 @@ def targets(results: Results) -> list[tuple[str, float, float]]:
         sweep = MANY.n / 100 / MANY.extra["max_requests_per_second"]
         at_most(0.2, f"{MANY.name}, N = 10000: longest stall, s", results[MANY].stall_max)
         at_most(1.3, f"{MANY.name}, N = 10000: notice p99 in sweeps", results[MANY].notice_99 / sweep)
-    for case in (OURS_5[1000], OURS_1[1000], OURS_1[3000], MANY):
+    for case in (OURS_5[1000], OURS_1[1000], OURS_1[3000], CROWD, MANY):
         if case in results:
             # One more than the cap arrives within a second when the first of them took longer on its way.
             cap = case.extra.get("max_requests_per_second", 5)
@@ -524,10 +535,11 @@ def main() -> None:
         plot(results, arguments.plot)
     print("\nTargets:")
     missed = 0
-    for what, figure, limit in targets(results):
-        met = figure <= limit
-        missed += not met
-        print(f"{'met   ' if met else 'MISSED'}  {what}: {figure:.3g} (at most {limit:.3g})")
+    for what, figure, limit, least in targets(results):
+        word = "met" if figure <= limit else "MISSED" if least <= limit else "beyond"
+        missed += word == "MISSED"
+        possible = f"; {least:.3g} is the least that is possible here" if word == "beyond" else ""
+        print(f"{word:6}  {what}: {figure:.3g} (at most {limit:.3g}{possible})")
     if missed:
         sys.exit(f"MISSED {missed} targets")
 
