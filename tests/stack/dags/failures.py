@@ -52,7 +52,7 @@ with DAG(
                 mode="reschedule" if waiter == "sensor_reschedule" else "poke",
                 deferrable=waiter == "sensor_deferred",
                 # Long enough for Airflow to see the end of the last process; see MIN_HEARTBEAT_INTERVAL.
-                poke_interval=5 if waiter == "sensor_reschedule" else 1,
+                poke_interval=10 if waiter == "sensor_reschedule" else 1,
                 timeout=4 if "times_out" in case else 600,
                 **SKIPS.get(case, {}),
             )
