@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import glob
 import re
 import time
 import uuid
@@ -22,7 +21,7 @@ from airflow_provider_heygen.exceptions import (
     HeyGenPermanentError,
     HeyGenTransientError,
 )
-from airflow_provider_heygen.media import CHUNK_BYTES, check_link, links_unlogged
+from airflow_provider_heygen.media import CHUNK_BYTES, check_link, explained, links_unlogged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -64,7 +63,8 @@ def save(
 
     :param fresh_link: gives a link; called for each attempt.
     :param what: "video" or "captions".
-    :param overwrite: replace what is there; otherwise a file of the same size is kept as it is.
+    :param overwrite: replace what is there; otherwise a file of the same size and with the same first MiB is
+        kept as it is.
     :param attempts: how often to try in a row without getting on by a MiB.
     :param session: a session without HeyGen's credential.
     :param say: writes to the log, as ``Logger.info`` does.
@@ -85,15 +85,21 @@ def save(
                 try:
                     with _missing_part(link, what, target, session, settings) as response:
                         if there is not None and not overwrite:
-                            if there == target.size:
+                            head = _first(response, CHUNK_BYTES)
+                            _check_head(what, head)
+                            # Another video may have the same size, but hardly the same beginning, too.
+                            if there == target.size and target.begins_with(head):
                                 say("%s is there already (%d bytes); it is kept.", target, there)
                                 return there
                             raise HeyGenPermanentError(
                                 f"{target} exists with {there} bytes, the {what} has"
-                                f" {target.size or 'unknown'}. Choose another destination or set overwrite."
+                                f" {target.size or 'unknown'}{' others' if there == target.size else ''}."
+                                " Choose another destination or set overwrite."
                             )
                         # What comes is written at once: a break loses none of it.
                         while chunk := response.raw.read1(CHUNK_BYTES):
+                            if not target.written:
+                                _check_head(what, chunk)
                             target.write(chunk)
                             progress.add(len(chunk), target)
                 except (RequestException, HTTPError) as error:
@@ -105,6 +111,8 @@ def save(
                     if target.written >= furthest + CHUNK_BYTES:
                         furthest, attempt.retry_state.attempt_number = target.written, 1
                 target.check(what)
+        if not overwrite and target.size_there() is not None:
+            raise HeyGenError(f"{target} has been written by another while the {what} was downloaded.")
         target.publish()
         progress.end()
         return target.written
@@ -146,7 +154,8 @@ class _Target:
 
     def size_there(self) -> int | None:
         """Tell the size of what is at the destination, or ``None`` if nothing is."""
-        with self._explained("looked at"):
+        with explained(self, "looked at"):
+            self._fs.invalidate_cache()  # what is remembered of it may no longer be so
             if self._path.is_dir():
                 raise HeyGenBadInputError(f"{self} is a directory; name a file, or end it with a slash.")
             try:
@@ -154,9 +163,14 @@ class _Target:
             except FileNotFoundError:
                 return None
 
+    def begins_with(self, head: bytes) -> bool:
+        """Tell whether what is at the destination begins with that."""
+        with explained(self, "read"):
+            return bool(self._fs.cat_file(self._path.path, start=0, end=len(head)) == head)
+
     def write(self, chunk: bytes) -> None:
         """Add to it."""
-        with self._explained("written"):
+        with explained(self, "written"):
             if self._file is None:
                 self._open()
             self._file.write(chunk)
@@ -177,7 +191,7 @@ class _Target:
 
     def publish(self) -> None:
         """Let everybody see it, at once and whole."""
-        with self._explained("written"):
+        with explained(self, "written"):
             self._file.close()
             if not self._direct:
                 self._fs.mv(self._name, self._path.path)
@@ -206,30 +220,22 @@ class _Target:
         if self._direct:
             self._file = self._fs.open(self._path.path, "wb", block_size=_PART_BYTES)
             return
-        folder, name = self._path.parent, self._path.name
+        folder = self._path.parent
+        # fsspec's mv takes these characters for a pattern, and a name may have no more than 255 bytes.
+        stem = re.sub(r"[*?\[\]]", "_", self._path.name)[:60]
         if self._local:
             folder.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(Path(folder.path), name)
-        self._name = (folder / f".{name}.{uuid.uuid4().hex[:8]}.part").path
+            _remove_leftovers(Path(folder.path), stem)
+        self._name = (folder / f".{stem}.{uuid.uuid4().hex[:8]}.part").path
         self._file = self._fs.open(self._name, "wb")
         if self._local:
             with contextlib.suppress(OSError):
                 fcntl.flock(self._file, fcntl.LOCK_SH)
 
-    @contextlib.contextmanager
-    def _explained(self, done: str) -> Iterator[None]:
-        try:
-            yield
-        except HeyGenError:
-            raise
-        except Exception as error:  # each storage has errors of its own
-            reason = redact_links(str(error)) or type(error).__name__
-            raise HeyGenError(f"{self} cannot be {done}: {reason}.") from None
 
-
-def _remove_leftovers(folder: Path, name: str) -> None:
+def _remove_leftovers(folder: Path, stem: str) -> None:
     """Remove what killed writers of the same file have left; a lock is the sign of one that lives."""
-    for path in folder.glob(f".{glob.escape(name)}.????????.part"):
+    for path in folder.glob(f".{stem}.????????.part"):
         with contextlib.suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
@@ -283,6 +289,7 @@ def _missing_part(
             kind not in _NO_FILE
             and not (what == "video" and kind.startswith("text/"))
             and response.headers.get("Content-Encoding", "identity") == "identity"
+            and response.headers.get("Content-Length") != "0"
         )
         if status == 200 and usable:
             target.discard()
@@ -305,6 +312,24 @@ def _missing_part(
         yield response
 
 
+def _first(response: requests.Response, size: int) -> bytes:
+    """Read the first bytes; unlike urllib3's ``read``, raise when they break off."""
+    head = b""
+    while len(head) < size and (chunk := response.raw.read1(size - len(head))):
+        head += chunk
+    return head
+
+
+def _check_head(what: str, head: bytes) -> None:
+    """
+    Refuse what begins as HTML, XML or JSON do and no video does, whatever its Content-Type says.
+
+    :raises HeyGenTransientError: a fresh link may help.
+    """
+    if what == "video" and re.match(rb"(\xef\xbb\xbf)?\s*[<{]", head):
+        raise HeyGenTransientError(f"{_the_link(what)} gave a page instead of the video.")
+
+
 def _version(headers: Mapping[str, str]) -> tuple[str, str] | None:
     # A weak ETag is not good for If-Range (RFC 9110, section 13.1.5).
     for name in ("ETag", "Last-Modified"):
@@ -318,7 +343,10 @@ def _continues(target: _Target, headers: Mapping[str, str]) -> bool:
     found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
     if found is None or int(found[1]) != target.written:
         return False
-    if target.version is not None and headers.get(target.version[0], target.version[1]) != target.version[1]:
+    if target.version is None:
+        if target.size is None:
+            return False
+    elif headers.get(target.version[0], target.version[1]) != target.version[1]:
         return False
     total = int(found[2]) + 1
     if found[3] not in ("*", str(total)) or target.size not in (None, total):

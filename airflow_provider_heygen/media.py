@@ -11,9 +11,11 @@ import socket
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
+from requests import PreparedRequest
+
 from airflow_provider_heygen.api import redact_links
 from airflow_provider_heygen.connection import HeyGenConnection, is_loopback
-from airflow_provider_heygen.exceptions import HeyGenBadInputError, HeyGenPermanentError
+from airflow_provider_heygen.exceptions import HeyGenBadInputError, HeyGenError, HeyGenPermanentError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
 CHUNK_BYTES = 1 << 20
+
+_IPV6_UNICAST = ipaddress.IPv6Network("2000::/3")  # RFC 4291; what is_global leaves open is not meant for it
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 
 
 def mask_links(*values: Any) -> None:
@@ -69,6 +74,22 @@ def storage_path(path: str | PathLike[str] | ObjectStoragePath, what: str) -> Ob
     return found
 
 
+@contextlib.contextmanager
+def explained(path: object, done: str, kind: type[HeyGenError] = HeyGenError) -> Iterator[None]:
+    """
+    Say of a file what could not be done with it, and why; each storage has errors of its own.
+
+    :raises HeyGenError: of that kind, in place of whatever was raised.
+    """
+    try:
+        yield
+    except HeyGenError:
+        raise
+    except Exception as error:
+        reason = redact_links(str(error)) or type(error).__name__
+        raise kind(f"{path} cannot be {done}: {reason}.") from None
+
+
 def plain_uri(path: ObjectStoragePath) -> str:
     """Give the URI of a file as lineage knows it: whole, and without the name of an Airflow connection."""
     if path.protocol in ("", "file"):
@@ -85,17 +106,19 @@ def links_unlogged() -> Iterator[None]:
     unmasked.
     """
     logger = logging.getLogger("urllib3.connectionpool")
-    logger.addFilter(_cut_links)
+    cut = _CutLinks()  # one of its own: what another thread ends must not end ours
+    logger.addFilter(cut)
     try:
         yield
     finally:
-        logger.removeFilter(_cut_links)
+        logger.removeFilter(cut)
 
 
-def _cut_links(record: logging.LogRecord) -> bool:
-    if isinstance(record.args, tuple):
-        record.args = tuple(redact_links(arg) if isinstance(arg, str) else arg for arg in record.args)
-    return True
+class _CutLinks(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(redact_links(arg) if isinstance(arg, str) else arg for arg in record.args)
+        return True
 
 
 def check_link(base: str, link: str, settings: HeyGenConnection, what: str) -> tuple[str, str]:
@@ -107,8 +130,10 @@ def check_link(base: str, link: str, settings: HeyGenConnection, what: str) -> t
     :raises HeyGenPermanentError: it is no URL, not https, or leads to a private or loopback address.
     """
     try:
-        link = urljoin(base, link)
-        link.encode()
+        request = PreparedRequest()
+        # As it will be read when it is followed: of https://10.0.0.1\@x.y, urlsplit would see the other host.
+        request.prepare_url(urljoin(base, link), None)
+        link = str(request.url)
         parts = urlsplit(link)
         host = parts.hostname or ""
         host.encode("idna")  # as the look-up of its address does
@@ -135,4 +160,16 @@ def _is_private(host: str) -> bool:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except OSError:
         return False  # the request itself will fail, or a proxy resolves the name
-    return any(not ipaddress.ip_address(address.partition("%")[0]).is_global for address in found)
+    return not all(_is_public(ipaddress.ip_address(address.partition("%")[0])) for address in found)
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    if isinstance(address, ipaddress.IPv6Address):
+        # An IPv4 address in the form of an IPv6 one: the network may lead it back.
+        within = address.ipv4_mapped or address.sixtofour
+        if address in _NAT64:  # how a network without IPv4 reaches public hosts, too
+            within = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if within is None:
+            return address.is_global and address in _IPV6_UNICAST
+        address = within
+    return address.is_global and not address.is_multicast

@@ -23,7 +23,7 @@ from airflow_provider_heygen.exceptions import (
     HeyGenPermanentError,
     HeyGenTransientError,
 )
-from airflow_provider_heygen.media import check_link, links_unlogged, storage_path
+from airflow_provider_heygen.media import check_link, explained, links_unlogged, storage_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -80,8 +80,12 @@ _REFUSED = (
 )
 
 
-def _media_type(file: Any) -> str:
-    """Tell a MIME type by the bytes, or raise ``ValueError`` with what it is instead."""
+def _media_type(file: Any, name: str) -> str:
+    """
+    Tell a MIME type by the bytes.
+
+    :raises HeyGenBadInputError: HeyGen does not take it; says what it is instead.
+    """
     head = file.read(_HEAD_BYTES)
     kind, found, instead = _match(head)
     if kind == "audio/mpeg" and head.startswith(b"ID3"):
@@ -94,7 +98,11 @@ def _media_type(file: Any) -> str:
         kind = None
     if kind is not None:
         return kind
-    raise ValueError(f"{found or 'of no type known here'}{f'. Convert it to {instead}' if instead else ''}")
+    raise HeyGenBadInputError(
+        f"{name} is {found or 'of no type known here'}{f'. Convert it to {instead}' if instead else ''}."
+        " HeyGen takes mp4, webm, mp3, wav, png and jpeg, told by their bytes, not by the name;"
+        " nothing was uploaded."
+    )
 
 
 def _match(head: bytes) -> tuple[str | None, str | None, str | None]:
@@ -124,6 +132,11 @@ class Source:
     def __str__(self) -> str:
         return redact_links(str(self.path))
 
+    @property
+    def name(self) -> str:
+        """Its name as it can be sent; that of a local file need not be text."""
+        return self.path.name.encode(errors="replace").decode()
+
     @classmethod
     def of(cls, path: Source | str | PathLike[str] | ObjectStoragePath, settings: HeyGenConnection) -> Source:
         """
@@ -137,12 +150,14 @@ class Source:
             return path
         source = storage_path(path, "the file to upload")
         name = redact_links(str(source))
-        if source.is_dir():
-            raise HeyGenBadInputError(f"{name} is a directory; name one file.")
-        try:
-            size = source.stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            raise HeyGenBadInputError(f"There is no file {name}; nothing was uploaded.") from None
+        with explained(name, "read"):
+            source.fs.invalidate_cache()  # what is remembered of it may no longer be so
+            if source.is_dir():
+                raise HeyGenBadInputError(f"{name} is a directory; name one file.")
+            try:
+                size = source.stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                raise HeyGenBadInputError(f"There is no file {name}; nothing was uploaded.") from None
         if not size:
             raise HeyGenBadInputError(f"{name} is empty, or does not tell its size; nothing was uploaded.")
         if size > MAX_MULTIPART_BYTES and settings.resource == "overdubs":
@@ -152,15 +167,8 @@ class Source:
                 " account's API has direct uploads, set the extra 'resource' of Airflow connection"
                 f" '{settings.conn_id}' to 'lipsyncs'."
             )
-        try:
-            with source.open("rb", block_size=1 << 16) as file:  # type: ignore[no-untyped-call]
-                mime_type = _media_type(file)
-        except ValueError as error:
-            raise HeyGenBadInputError(
-                f"{name} is {error}. HeyGen takes mp4, webm, mp3, wav, png and jpeg, told by their bytes,"
-                " not by the name; nothing was uploaded."
-            ) from None
-        return cls(source, size, mime_type)
+        with explained(name, "read"), source.open("rb", block_size=1 << 16) as file:  # type: ignore[no-untyped-call]
+            return cls(source, size, _media_type(file, name))
 
     @cached_property
     def digest(self) -> str:
@@ -180,13 +188,14 @@ class Announced:
     """
     The bytes of a file whose length was told to the other side.
 
-    :raises HeyGenError: the file has become shorter or longer.
+    :raises HeyGenError: the file cannot be opened, or has become shorter or longer.
     :raises HeyGenTransientError: it cannot be read.
     """
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._file: Any = source.path.open("rb", block_size=_BLOCK_BYTES)  # type: ignore[no-untyped-call]
+        with explained(source, "read"):
+            self._file: Any = source.path.open("rb", block_size=_BLOCK_BYTES)  # type: ignore[no-untyped-call]
         self.len = source.size
 
     def __enter__(self) -> Announced:
@@ -198,13 +207,11 @@ class Announced:
     def read(self, size: int = -1) -> bytes:
         """Give up to so many bytes, all that are left by default."""
         wanted = self.len if size < 0 else min(size, self.len)
-        try:
+        # As it is, an error would look like a fault of the network it is sent over.
+        with explained(self._source, "read", HeyGenTransientError):
             chunk: bytes = self._file.read(wanted)
             self.len -= len(chunk)
             changed = (not chunk and wanted) or (not self.len and self._file.read(1))
-        except OSError as error:
-            # As it is, it would look like a fault of the network it is sent over.
-            raise HeyGenTransientError(f"{self._source} cannot be read: {error}.") from None
         if changed:
             raise HeyGenError(
                 f"{self._source} has changed while it was read. Nothing was made of it; try again."

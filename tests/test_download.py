@@ -25,7 +25,7 @@ from airflow.sdk.execution_time.context import OutletEventAccessors
 from airflow_task import Task
 from test_hook import REQUEST, both_resources, completed
 
-from airflow_provider_heygen import download
+from airflow_provider_heygen import download, media
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
@@ -186,6 +186,16 @@ def test_resume(cdn, pauses, storage, headers, version):
     assert cdn.ranges == [(None, None), (f"bytes={2 * MB}-", version)]
 
 
+def test_no_resume_on_nothing_but_trust(cdn, pauses, storage):
+    """There is neither a length nor a version by which the rest could be told to belong to it."""
+    always = {"Content-Length": None, "Transfer-Encoding": "chunked", "ETag": None}
+    begun = f"{2 * MB:x}\r\n".encode() + OTHER[: 2 * MB] + b"\r\n"
+    cdn.headers = {}
+    cdn.faults = [{"always": always, "body": begun}]
+    HeyGenHook().download_overdub("od_1", storage.uri("v.mp4"))
+    assert storage.read("v.mp4") == cdn.video
+
+
 OTHER = random.Random(3).randbytes(3 * MB)
 RESTARTS = {
     "Range ignored": [{"ranges": False}],
@@ -228,6 +238,12 @@ LENGTHS = {
     "nothing": {"video": b""},
     "HTML": {"headers": {"Content-Type": "text/html; charset=utf-8"}},
     "text": {"headers": {"Content-Type": "text/plain"}},
+    "HTML that says it is a video": {"headers": {"Content-Type": "video/mp4"}, "video": b"\n <html>Sign in"},
+    "XML of no type": {
+        "headers": {"Content-Type": None},
+        "video": b"\xef\xbb\xbf<?xml version='1.0'?><Error/>",
+    },
+    "JSON of no type": {"headers": {"Content-Type": None}, "video": b'{"error": "no"}'},
     "XML": {"headers": {"Content-Type": "application/xml"}},
 }
 
@@ -437,17 +453,111 @@ def test_s3_refuses(heygen, pauses, s3, overdub_id, monkeypatch):
     assert pauses == []
 
 
-def test_there_by_another_length(heygen, pauses, storage, overdub_id, video):
-    storage.write("v.mp4", bytes(len(video)))
+def test_what_is_there(heygen, pauses, storage, overdub_id, video):
+    same_beginning = video[:MB] + bytes(len(video) - MB)
+    storage.write("v.mp4", same_beginning)
     assert HeyGenHook().download_overdub(overdub_id, storage.uri("v.mp4")) == len(video)
-    assert storage.read("v.mp4") == bytes(len(video)), "kept"
-    storage.write("v.mp4", b"old")
-    storage.path.fs.invalidate_cache()
-    with pytest.raises(HeyGenPermanentError, match=f"exists with 3 bytes, the video has {len(video)}"):
-        HeyGenHook().download_overdub(overdub_id, storage.uri("v.mp4"))
+    assert storage.read("v.mp4") == same_beginning, "kept"
+    size = len(video)
+    others = {
+        b"old": "3 bytes",
+        b"": "0 bytes",
+        video[:-1]: f"{size - 1} bytes",
+        video + b"x": f"{size + 1} bytes",
+    }
+    others[video[: MB - 1] + bytes(size - MB + 1)] = f"{size} bytes, the video has {size} others"
+    for other, error in others.items():
+        storage.write("v.mp4", other)
+        with pytest.raises(HeyGenPermanentError, match=f"exists with .*{error}"):
+            HeyGenHook().download_overdub(overdub_id, storage.uri("v.mp4"))
+        assert storage.read("v.mp4") == other
     assert HeyGenHook().download_overdub(overdub_id, storage.uri("v.mp4"), overwrite=True) == len(video)
     assert storage.read("v.mp4") == video
     assert storage.names() == ["v.mp4"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"always": {"Content-Length": 0}, "body": b""},
+        {"headers": {"Content-Type": None}, "video": b"<html>Sign in"},
+        {"cut": MB // 2},
+        {"status": 503},
+    ],
+    ids=str,
+)
+def test_a_bad_answer_says_nothing_of_what_is_there(cdn, pauses, storage, fault):
+    storage.write("v.mp4", cdn.video)
+    cdn.faults = [fault]
+    assert HeyGenHook().download_overdub("od_1", storage.uri("v.mp4")) == 3 * MB
+    assert len(pauses) == 1
+    storage.write("v.mp4", b"")
+    cdn.faults = [fault]
+    with pytest.raises(HeyGenPermanentError, match="exists with 0 bytes"):
+        HeyGenHook().download_overdub("od_1", storage.uri("v.mp4"))
+    assert storage.read("v.mp4") == b""
+
+
+@pytest.mark.parametrize("storage", ["file", "s3"], indirect=True)
+def test_another_has_written_it_meanwhile(heygen, storage, video, slow):
+    server = slow(video)
+    leads_to(heygen, server.url)
+    told = []
+
+    def download():
+        try:
+            HeyGenHook().download_overdub("od_1", storage.uri("v.mp4"))
+        except HeyGenError as error:
+            told.append(error)
+
+    thread = threading.Thread(target=download)
+    thread.start()
+    assert server.half_sent.wait(20)
+    storage.write("v.mp4", b"of another")
+    server.go_on.set()
+    thread.join(30)
+    (error,) = told
+    assert "has been written by another while the video was downloaded" in str(error)
+    assert not isinstance(error, HeyGenPermanentError)  # a retry looks at what it is
+    assert storage.read("v.mp4") == b"of another"
+    assert storage.names() == ["v.mp4"]
+
+
+def test_what_a_file_system_remembers_is_not_believed(heygen, s3, overdub_id, video):
+    """Neither that nothing is there, nor what was there before."""
+    fs = s3.path.fs
+    elsewhere = type(fs)(**fs.storage_options, skip_instance_cache=True)
+    s3.write("other.mp4", b"")
+    assert len(fs.ls("bucket")) == 1
+    elsewhere.pipe("bucket/v.mp4", b"old")
+    with pytest.raises(HeyGenPermanentError, match="exists with 3 bytes"):
+        HeyGenHook().download_overdub(overdub_id, s3.uri("v.mp4"))
+    assert len(fs.ls("bucket")) == 2
+    elsewhere.rm("bucket/v.mp4")
+    assert HeyGenHook().download_overdub(overdub_id, s3.uri("v.mp4")) == len(video)
+    assert s3.read("v.mp4") == video
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a b.mp4",
+        "100%25.mp4",
+        "a#b.mp4",
+        "a?b=c.mp4",
+        "a[1]*.mp4",
+        f"{'x' * 250}.mp4",
+        "ü\u0301é日本.mp4",
+        "'\".mp4",
+    ],
+)
+def test_names(heygen, lineage, storage, overdub_id, video, name):
+    returned, _ = transfer(overdub_id, storage.uri(name))
+    plain = re.split("[?#]", returned.replace("s3@", ""))[0]
+    assert returned.endswith(f"/{name}")
+    assert storage.names() == [name]
+    assert transfer(overdub_id, returned)[0] == returned, "kept"
+    assert {found.asset.uri.startswith(plain) for found in lineage.collected_assets.outputs} == {True}
 
 
 # --- The operator -----------------------------------------------------------------------------------------
@@ -670,6 +780,15 @@ def test_links_are_not_logged(heygen, wire, pauses, tmp_path, caplog, fault):
     assert logging.getLogger("urllib3.connectionpool").filters == []
 
 
+def test_links_are_not_logged_while_another_download_ends(caplog):
+    caplog.set_level(logging.DEBUG)
+    with media.links_unlogged():
+        with media.links_unlogged():
+            pass
+        logging.getLogger("urllib3.connectionpool").debug("GET %s", "/v.mp4?Signature=pw")
+    assert "/v.mp4?***" in caplog.text
+
+
 @pytest.mark.parametrize("link", ["", None, 5, [], {}])
 def test_useless_link(heygen, pauses, tmp_path, link):
     leads_to(heygen, link)
@@ -716,9 +835,13 @@ def test_what_is_there_already(heygen, wire, tmp_path):
     overdub_id = completed(heygen)
     video = heygen.jobs[0].output.read_bytes()
     target = tmp_path / "v.mp4"
-    target.write_bytes(bytes(len(video)))
+    target.write_bytes(video)
+    os.utime(target, (0, 0))
     assert HeyGenHook().download_overdub(overdub_id, target) == len(video)
-    assert target.read_bytes() == bytes(len(video)), "kept"
+    assert target.stat().st_mtime == 0, "kept"
+    target.write_bytes(bytes(len(video)))
+    with pytest.raises(HeyGenPermanentError, match=r"exists with (\d+) bytes, the video has \1 others"):
+        HeyGenHook().download_overdub(overdub_id, target)
     target.write_bytes(b"something else")
     with pytest.raises(HeyGenPermanentError, match=f"exists with 14 bytes, the video has {len(video)}"):
         HeyGenHook().download_overdub(overdub_id, target)
@@ -772,6 +895,16 @@ BAD_LINKS = {
     "shared": "https://100.64.0.1/v.mp4",
     "any": "https://0.0.0.0/v.mp4",
     "as a number": "https://2130706433/v.mp4",
+    "octal": "https://0177.0.0.1/v.mp4",
+    "hexadecimal": "https://0x7f.1/v.mp4",
+    "in other digits": "https://\uff11\uff12\uff17.0.0.1/v.mp4",
+    "behind a user": "https://8.8.8.8@127.0.0.1:1/v.mp4",
+    "before a backslash": "https://127.0.0.1:1\\@8.8.8.8/v.mp4",
+    "NAT64": "https://[64:ff9b::a9fe:a9fe]/v.mp4",
+    "6to4": "https://[2002:a00:1::]/v.mp4",
+    "in the old form": "https://[::7f00:1]/v.mp4",
+    "site": "https://[fec0::1]/v.mp4",
+    "many": "https://224.0.0.1/v.mp4",
     "http": "http://8.8.8.8/v.mp4",
     "ftp": "ftp://8.8.8.8/v.mp4",
     "file": "file:///etc/passwd",
@@ -792,6 +925,27 @@ def test_where_a_link_must_not_lead(heygen, connect, pauses, tmp_path, link):
         HeyGenHook().download_overdub("od_1", tmp_path / "v.mp4")
     assert "pw" not in str(raised.value)
     assert (pauses, list(tmp_path.iterdir())) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("addresses", "private"),
+    [
+        (["8.8.8.8"], False),
+        (["2606:4700::1111"], False),
+        (["64:ff9b::808:808"], False),
+        (["::ffff:8.8.8.8"], False),
+        (["8.8.8.8", "2606:4700::1111"], False),
+        (["8.8.8.8", "10.0.0.1"], True),
+        (["10.0.0.1", "8.8.8.8"], True),
+        (["8.8.8.8", "fe80::1%eth0"], True),
+        (["8.8.8.8", "64:ff9b::7f00:1"], True),
+    ],
+    ids=str,
+)
+def test_every_address_of_a_name_counts(monkeypatch, addresses, private):
+    found = [(0, 0, 0, "", (address, 0)) for address in addresses]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+    assert media._is_private("files.example") is private
 
 
 def test_private_hosts_on_demand(heygen, listen, connect, tmp_path):

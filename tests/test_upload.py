@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -196,6 +197,78 @@ def test_a_bad_file_sends_nothing(heygen, tmp_path):
             with pytest.raises(HeyGenBadInputError, match=error):
                 HeyGenHook().upload_asset(source)
     assert heygen.requests == []
+
+
+def test_what_is_no_plain_file(heygen, tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "nowhere.mp4").symlink_to(tmp_path / "missing")
+    for name, error in (("pipe.mp4", "does not tell its size"), ("nowhere.mp4", "There is no file")):
+        with pytest.raises(HeyGenBadInputError, match=error):
+            HeyGenHook().upload_asset(tmp_path / name)
+    assert heygen.requests == []
+    (tmp_path / "link.mp4").symlink_to(mp4(tmp_path / "v.mp4", 1000))
+    assert HeyGenHook().upload_asset(tmp_path / "link.mp4").size_bytes == 1000
+
+
+@LIPSYNCS
+@pytest.mark.parametrize("size", [1000, 32 * MB + 1], ids=["form", "direct"])
+@pytest.mark.parametrize(
+    ("name", "sent"),
+    [
+        ("ü 日本.mp4", "ü 日本.mp4"),
+        (b"\xff.mp4", "?.mp4"),
+        ('a"; name="b.mp4', "a%22; name=%22b.mp4"),
+        ("100%25 #1?.mp4", "100%25 #1?.mp4"),
+    ],
+    ids=str,
+)
+def test_names(heygen, wire, tmp_path, size, name, sent):
+    path = mp4(tmp_path / os.fsdecode(name), size)
+    asset = HeyGenHook().upload_asset(path)
+    assert [(kept.id, sha256(kept.path)) for kept in heygen.assets] == [(asset.asset_id, sha256(path))]
+    request = wire.seen[0]
+    if size > 1000:
+        assert json.loads(request.body)["filename"] == sent.replace("%22", '"')
+        return
+    head, _, _ = request.body.partition(b"\r\n\r\n")
+    assert len(head.split(b"\r\n")) == 3, "the name begins no header of its own"
+    assert f'filename="{sent}"'.encode() in head
+
+
+def test_storage_that_cannot_be_asked(heygen, s3, monkeypatch):
+    with pytest.raises(HeyGenBadInputError, match=r"There is no file s3://s3@nowhere/v\.mp4"):
+        HeyGenHook().upload_asset("s3://s3@nowhere/v.mp4")
+    fs = s3.path.fs
+    monkeypatch.setattr(type(fs), "retries", 1)
+    extra = {"endpoint_url": "http://127.0.0.1:9", "region_name": "us-east-1"}
+    connection = {"conn_type": "aws", "login": "key", "password": "secret", "extra": extra}
+    monkeypatch.setenv("AIRFLOW_CONN_S3_DOWN", json.dumps(connection))
+    with pytest.raises(HeyGenError, match=r"s3://s3_down@bucket/v\.mp4 cannot be read: .*127\.0\.0\.1:9"):
+        HeyGenHook().upload_asset("s3://s3_down@bucket/v.mp4")
+    assert heygen.requests == []
+
+
+def test_an_object_that_is_replaced_on_the_way(heygen, pauses, s3):
+    """By another of the same size: what is sent would be half of each."""
+    first, second = (b"\0\0\0\x14ftypisom" + bytes([fill]) * 20 * MB for fill in (1, 2))
+    s3.write("v.mp4", first)
+    source = upload.Source.of(s3.uri("v.mp4"), HeyGenHook().settings)
+    with source.open() as file:
+        assert file.read(MB) == first[:MB]
+        s3.write("v.mp4", second)
+        with pytest.raises(HeyGenTransientError, match=r"v\.mp4 cannot be read"):
+            list(upload.Chunks(file))
+
+
+def test_an_object_that_was_replaced_before(heygen, s3):
+    """What the file system remembers of the old one would cut the new one short."""
+    fs = s3.path.fs
+    elsewhere = type(fs)(**fs.storage_options, skip_instance_cache=True)
+    head = b"\0\0\0\x14ftypisom"
+    s3.write("v.mp4", head + bytes(1000))
+    assert len(fs.ls("bucket")) == 1
+    elsewhere.pipe("bucket/v.mp4", head + bytes(2000))
+    assert HeyGenHook().upload_asset(s3.uri("v.mp4")).size_bytes == len(head) + 2000
 
 
 def test_from_memory_storage(heygen):
@@ -459,9 +532,11 @@ def test_storage_that_cannot_be_reached(heygen, pauses, large):
         ("https://[::1]:1", "private or loopback"),
         ("http://storage.example", "not https"),
         ("ftp://storage.example", "not https"),
-        ("//storage.example", "not https"),
-        ("https://", "not https"),
+        ("//storage.example", "not a URL"),
+        ("https://", "not a URL"),
         ("https://[", "not a URL"),
+        ("https://storage.example:99999", "not a URL"),
+        ("https://10.0.0.1\\@8.8.8.8", "private or loopback"),
     ],
 )
 def test_an_upload_url_that_leads_where_it_must_not(heygen, connect, pauses, large, url, error):

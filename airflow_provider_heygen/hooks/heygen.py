@@ -312,7 +312,7 @@ class HeyGenHook(HttpHook):
         for attempt in self._retrying():
             with attempt, source.open() as file:
                 # The encoder reads the file while the socket takes it: never all of it in memory.
-                form = MultipartEncoder({"file": (source.path.name, file, source.mime_type)})
+                form = MultipartEncoder({"file": (source.name, file, source.mime_type)})
                 return self._send(call, form=form)
         raise AssertionError
 
@@ -321,7 +321,7 @@ class HeyGenHook(HttpHook):
         for number in range(1, MAX_UPLOAD_URLS + 1):
             slot = self._call(
                 api.create_direct_upload(
-                    filename=source.path.name,
+                    filename=source.name,
                     content_type=source.mime_type,
                     size_bytes=source.size,
                     checksum_sha256=source.digest,
@@ -370,7 +370,8 @@ class HeyGenHook(HttpHook):
         Stream the video of a completed overdub to storage, over as many links and connections as it takes.
 
         :param destination: a local path or any URI that Airflow's ObjectStoragePath understands.
-        :param overwrite: replace what is there; otherwise a file of the same size is kept as it is.
+        :param overwrite: replace what is there; otherwise a file of the same size and with the same first MiB
+            is kept as it is.
         :returns: its size in bytes.
         """
         path = media.storage_path(destination, "the destination")

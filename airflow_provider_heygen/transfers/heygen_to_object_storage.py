@@ -29,8 +29,8 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
     :param destination: a local path, or any URI Airflow's ObjectStoragePath understands: ``file://``,
         ``s3://conn_id@bucket/key``, ``gs://`` ... With a slash at its end, the file in there is named
         ``<overdub_id>.mp4``. (templated)
-    :param overwrite: replace what is there. Without it, a file of the same size is taken for this video and
-        kept, and any other is an error.
+    :param overwrite: replace what is there. Without it, a file of the same size and with the same first MiB
+        is taken for this video and kept, and any other is an error.
     :param captions: keep the captions, too, beside the video and with the suffix ``.srt``; their URI goes to
         XCom key ``captions``. The video is kept first; then it is an error if there are no captions. HeyGen
         has them under ``resource`` ``lipsyncs`` only.
