@@ -160,7 +160,7 @@ def _is_private(host: str) -> bool:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except OSError:
         return False  # the request itself will fail, or a proxy resolves the name
-    return not all(_is_public(ipaddress.ip_address(address.partition("%")[0])) for address in found)
+    return not all(_is_public(ipaddress.ip_address(address)) for address in found)
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
