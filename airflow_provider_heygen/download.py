@@ -315,19 +315,19 @@ def _missing_part(
 def _first(response: requests.Response, size: int) -> bytes:
     """Read the first bytes; unlike urllib3's ``read``, raise when they break off."""
     head = b""
-    while len(head) < size and (chunk := response.raw.read1(size - len(head))):
+    while chunk := response.raw.read1(size - len(head)):
         head += chunk
     return head
 
 
 def _check_head(what: str, head: bytes) -> None:
     """
-    Refuse what begins as HTML, XML or JSON do and no video does, whatever its Content-Type says.
+    Refuse what begins as HTML, XML or JSON do and no video or SRT does, whatever its Content-Type says.
 
     :raises HeyGenTransientError: a fresh link may help.
     """
-    if what == "video" and re.match(rb"(\xef\xbb\xbf)?\s*[<{]", head):
-        raise HeyGenTransientError(f"{_the_link(what)} gave a page instead of the video.")
+    if re.match(rb"(\xef\xbb\xbf)?\s*[<{]", head):
+        raise HeyGenTransientError(f"{_the_link(what)} gave a page instead of the {what}.")
 
 
 def _version(headers: Mapping[str, str]) -> tuple[str, str] | None:

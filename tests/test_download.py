@@ -188,12 +188,44 @@ def test_resume(cdn, pauses, storage, headers, version):
 
 def test_no_resume_on_nothing_but_trust(cdn, pauses, storage):
     """There is neither a length nor a version by which the rest could be told to belong to it."""
-    always = {"Content-Length": None, "Transfer-Encoding": "chunked", "ETag": None}
-    begun = f"{2 * MB:x}\r\n".encode() + OTHER[: 2 * MB] + b"\r\n"
     cdn.headers = {}
-    cdn.faults = [{"always": always, "body": begun}]
+    cdn.faults = [chunked(OTHER[: 2 * MB])]
     HeyGenHook().download_overdub("od_1", storage.uri("v.mp4"))
     assert storage.read("v.mp4") == cdn.video
+
+
+def chunked(begun):
+    """A fault: the length is not told, and it breaks off after that."""
+    always = {"Content-Length": None, "Transfer-Encoding": "chunked"}
+    return {"always": always, "body": f"{len(begun):x}\r\n".encode() + begun + b"\r\n"}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {},
+        {"always": {"Content-Range": f"bytes {2 * MB}-{2 * MB + 9}/{3 * MB}", "Content-Length": 10}},
+        {"always": {"Content-Length": None}, "cut": 10},
+    ],
+    ids=["whole", "a part only", "too little"],
+)
+def test_the_length_is_learnt_later(cdn, pauses, storage, fault):
+    cdn.faults = [chunked(cdn.video[: 2 * MB]), fault]
+    assert HeyGenHook().download_overdub("od_1", storage.uri("v.mp4")) == 3 * MB
+    assert storage.read("v.mp4") == cdn.video
+    assert cdn.ranges[1] == (f"bytes={2 * MB}-", '"1"')
+
+
+GONE = {"always": {"Content-Range": "bytes */1000"}, "status": 416, "body": b""}
+
+
+@pytest.mark.parametrize(
+    "fault", [GONE, {"etag": True, "headers": {"ETag": '"2"'}}], ids=["416", "another ETag"]
+)
+def test_what_does_not_go_on_is_not_asked_for_again(cdn, pauses, storage, fault):
+    cdn.faults = [{"cut": 2 * MB}, fault]
+    HeyGenHook().download_overdub("od_1", storage.uri("v.mp4"))
+    assert cdn.ranges == [(None, None), (f"bytes={2 * MB}-", '"1"'), (None, None)]
 
 
 OTHER = random.Random(3).randbytes(3 * MB)
@@ -201,7 +233,7 @@ RESTARTS = {
     "Range ignored": [{"ranges": False}],
     "Range ignored, length unknown": [{"ranges": False, "always": {"Content-Length": None}}],
     "Range ignored again and again": [{"ranges": False, "cut": MB}, {"ranges": False, "cut": MB // 2}],
-    "416": [{"status": 416, "body": b""}],
+    "416": [{"always": {"Content-Range": "bytes */1000"}, "status": 416, "body": b""}],
     "another ETag": [{"etag": True, "headers": {"ETag": '"2"'}, "video": OTHER}],
     "another length": [{"etag": True, "video": OTHER + b"more"}],
     "another place": [{"always": {"Content-Range": f"bytes 0-{3 * MB - 1}/{3 * MB}"}, "body": OTHER[:MB]}],
@@ -589,6 +621,16 @@ def test_no_captions(heygen, pauses, storage, overdub_id, video):
     assert storage.names() == ["v.mp4"], "the video is kept all the same"
 
 
+@pytest.mark.parametrize("kind", ["text/plain; charset=utf-8", "application/x-subrip", None])
+def test_captions_of_any_type_but_a_page(heygen, listen, pauses, tmp_path, kind):
+    answers = [b"\n<html>Sign in", b"1\n00:00:00,000 --> 00:00:01,000\n<i>Hallo</i>\n"]
+    server = listen(lambda _: (200, {"Content-Type": kind} if kind else {}, answers[len(server.seen) - 1]))
+    overdub = {"id": "od_1", "status": "completed", "caption_url": f"{server.url}/v.srt"}
+    heygen.fail_next(path="/v3/", body=json.dumps({"data": overdub}), count=2)
+    HeyGenHook().download_captions("od_1", tmp_path / "v.srt")
+    assert (tmp_path / "v.srt").read_bytes() == answers[1]
+
+
 @LIPSYNCS
 def test_captions_are_not_a_page(heygen, pauses, storage, overdub_id):
     heygen.fail_next(path="/files/.*srt", status=200, html=True)
@@ -696,6 +738,7 @@ def test_download(heygen, wire, tmp_path, resource):
     assert target.read_bytes() == video
     assert [path.name for path in target.parent.iterdir()] == ["v.mp4"]
     (seen,) = files(wire)
+    assert seen.headers["Accept-Encoding"] == "identity", "or its length would not be that of the file"
     assert seen.headers.get_all("X-Api-Key") is None
     assert seen.headers.get_all("Authorization") is None
     assert HeyGenHook().download_overdub(overdub_id, f"file://{tmp_path}/by-uri.mp4") == len(video)

@@ -421,6 +421,16 @@ def test_a_refused_upload_url_is_replaced(heygen, pauses, large, status):
 
 
 @LIPSYNCS
+@pytest.mark.parametrize("status", [404, 409])
+def test_an_asset_that_is_gone_with_its_upload_url(heygen, pauses, large, listen, status):
+    storage = listen(lambda _: (403, {}, b""))
+    upload_to(heygen, storage.url)
+    heygen.fail_next(path=".*/complete", status=status)
+    asset = HeyGenHook().upload_asset(large)
+    assert [kept.id for kept in heygen.assets] == [asset.asset_id]
+
+
+@LIPSYNCS
 def test_an_upload_url_that_has_expired(heygen, pauses, large):
     heygen.behaviour.upload_seconds = 1
     hook = HeyGenHook()
@@ -607,10 +617,11 @@ def test_a_slot_does_not_show_its_secrets():
 
 
 MEASURE = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # ru_maxrss would begin with that of the process it was forked from
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 with HeyGenHook() as hook:
     hook.upload_asset(sys.argv[1])  # whatever is loaded on first use
     before = peak()
