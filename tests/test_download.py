@@ -592,6 +592,33 @@ def test_names(heygen, lineage, storage, overdub_id, video, name):
     assert {found.asset.uri.startswith(plain) for found in lineage.collected_assets.outputs} == {True}
 
 
+MEASURE = """
+import re, sys
+from pathlib import Path
+from airflow_provider_heygen.hooks.heygen import HeyGenHook
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+with HeyGenHook() as hook:
+    hook.download_overdub(sys.argv[1], sys.argv[3])  # whatever is loaded on first use
+    before = peak()
+    hook.download_overdub(sys.argv[2], sys.argv[4])
+    print(peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_video(heygen, tmp_path, overdub_id, tmp_path_factory):
+    large = completed(heygen)
+    heygen.jobs[1].output = tmp_path_factory.mktemp("heygen") / "large.mp4"
+    with heygen.jobs[1].output.open("wb") as file:
+        file.truncate(200 * MB)
+    arguments = [overdub_id, large, tmp_path / "small.mp4", tmp_path / "large.mp4"]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True
+    )
+    assert (tmp_path / "large.mp4").stat().st_size == 200 * MB
+    assert float(done.stdout.splitlines()[-1]) < 16
+
+
 # --- The operator -----------------------------------------------------------------------------------------
 
 
