@@ -40,7 +40,7 @@ DEBOUNCE_SECONDS = 0.2
 """How long a new wait waits for its first look, at most: those that join together share it."""
 
 GRACE_SECONDS = 5.0
-"""How long after its deadline a wait may still be decided by a look; then it ends without one."""
+"""How long after its deadline, or its start if that is later, a wait may still be decided by a look."""
 
 REFRESH_SECONDS = 60.0
 """How often the Airflow connection is read again, for a key that was rotated."""
@@ -56,6 +56,9 @@ LONGEST_PAUSE = 15.0
 
 DOWN = 3
 """Failed requests in a row in one tick, after which the tick is given up."""
+
+SLOW_FACTOR = 20
+"""How many times as long as an answer took that is far too slow what gave it is left alone."""
 
 SLOW_SECONDS = 60.0
 """How long it counts that pages of the list were slow when they were last read."""
@@ -84,7 +87,7 @@ TICK_SECONDS = 5.0
 CONCURRENT_LOOKS = 10
 """GETs under way at the same time, at most."""
 
-_DETAILS = {"title", "duration", "callback_id", "failure_message"}
+_DETAILS = {"title", "duration", "callback_id", "created_at", "failure_message"}
 
 
 @dataclass(slots=True, eq=False)
@@ -130,8 +133,9 @@ class _Source:
     usable_from: float = -math.inf
     pause: float = 0.0
 
-    def leave(self, now: float, reason: str, *, lasting: bool) -> None:
-        self.pause = DISTRUST_SECONDS if lasting else min(max(5.0, self.pause * 2), DISTRUST_SECONDS)
+    def leave(self, now: float, reason: str, *, lasting: bool = False, took: float = 0.0) -> None:
+        longer = max(5.0, self.pause * 2, SLOW_FACTOR * took)
+        self.pause = DISTRUST_SECONDS if lasting else min(longer, DISTRUST_SECONDS)
         self.usable_from = now + self.pause
         log.info("Doing without %s for %.0f s: %s", self.name, self.pause, api.redact_links(reason))
 
@@ -150,7 +154,7 @@ async def wait(heygen_conn_id: str, watch: Watch) -> WaitEvent:
     :param watch: the rules of this wait.
     """
     try:
-        api.check_id(watch.overdub_id)
+        watch.overdub_id = api.check_id(watch.overdub_id)  # a template may have made it a number
         watch.poke_interval = seconds(watch.poke_interval, "poke_interval")
     except HeyGenError as error:
         return watch.give_up(error)
@@ -213,7 +217,9 @@ class _Poller:
             self._alarm = soon
             self._wake.set()
         if watch.deadline is not None:
-            waiter.timer = self._loop.call_later(watch.left + GRACE_SECONDS, self._give_up, waiter)
+            # A deadline that passed while the triggerer was away leaves one look: the overdub may have ended.
+            left = max(0.0, watch.left)
+            waiter.timer = self._loop.call_later(left + GRACE_SECONDS, self._give_up, waiter)
         if self._task is None:
             # Not in the context of the first trigger, whose log would get all lines.
             self._task = self._loop.create_task(self._run(), context=contextvars.Context())
@@ -284,13 +290,17 @@ class _Poller:
         source = self._bulk if bulk else self._list
         seen: list[_Job] = []
         if source.usable_from <= now:
+            self._took = 0.0
             try:
                 seen = await (self._ask_bulk() if bulk else self._sweep(settings, interval))
-                source.pause = 0.0
+                if self._took > max(interval, TICK_SECONDS):
+                    source.leave(self._loop.time(), f"it took {self._took:.0f} s", took=self._took)
+                else:
+                    source.pause = 0.0
             except Exception as error:
                 if not await self._refused(error):
                     lasting = isinstance(error, HeyGenPermanentError)
-                    source.leave(self._loop.time(), str(error), lasting=lasting)
+                    source.leave(self._loop.time(), str(error), lasting=lasting, took=self._took)
         if seen and self._verify_at <= now:
             self._verify_at = now + VERIFY_SECONDS
             told = [job for job in seen if job.due < math.inf and job.overdub_id not in self._open]
@@ -315,7 +325,7 @@ class _Poller:
         phase = self._phase * interval
         if self._late:  # there is more to do than time; waiting for the grid would be idling
             return min(max(now, self._tick_at + interval), now + watch.left)
-        slot = math.ceil((self._tick_at + interval / 2 - phase) / interval)
+        slot = math.ceil((self._tick_at + interval / 10 - phase) / interval)
         return min(max(now, slot * interval + phase), now + watch.left)
 
     # --- What a look means for those who wait ---------------------------------------------------------
@@ -457,7 +467,7 @@ class _Poller:
                 if job:
                     job.page = page
                     seen.append(job)
-                if job or self._witnesses:
+                if job or overdub_id in self._witnesses:
                     self._read(overdub_id, row, asked_at, self._list)
                 sought.discard(overdub_id)
             if page > depth:
@@ -501,6 +511,8 @@ class _Poller:
         """Take one row of the list or of the bulk call."""
         job = self.jobs.get(overdub_id)
         word = row.get("status")
+        if not isinstance(word, str):
+            return  # half a row, which tells nothing
         if job and word == job.word:
             self._tell(job, lambda watch: watch.unchanged())
             return
@@ -538,10 +550,12 @@ class _Poller:
             hook = HeyGenHook(self.conn_id, max_attempts=1)
             try:
                 settings = await hook.asettings()
-            except Exception:
+            except Exception as error:
                 if self._hook is None or self._resolved_at == -math.inf:
                     raise
                 settings = self._hook.settings  # Airflow's API server may be away for a while
+                what = type(error).__name__  # its text may be a secrets backend's
+                log.warning("Going on with connection '%s' as it was: %s.", self.conn_id, what)
             if self._task is not asyncio.current_task():  # cancelled, which asgiref swallowed
                 raise asyncio.CancelledError
             self._resolved_at = now
@@ -557,7 +571,7 @@ class _Poller:
         """
         Send one call at its turn; while HeyGen answers 429, several times.
 
-        :param again: send it once more after another transient failure, too.
+        :param again: send it once more after another transient failure, too, unless that took long.
         """
         if self._hook is None:
             raise AssertionError
@@ -573,7 +587,9 @@ class _Poller:
                 answer = await self._hook.asend(call)
             except HeyGenTransientError as error:
                 self._pause(error, started_at)
-                if attempt == ATTEMPTS or (error.status_code != 429 and not (again and attempt == 1)):
+                self._took = self._loop.time() - started_at
+                once_more = again and attempt == 1 and self._took < TICK_SECONDS
+                if attempt == ATTEMPTS or not (error.status_code == 429 or once_more):
                     raise
             else:
                 self._trouble = self._trouble_in_tick = 0
@@ -586,9 +602,12 @@ class _Poller:
         now = self._loop.time()
         self._last_trouble = error
         self._trouble_in_tick += 1
-        if started_at >= self._trouble_at:  # not one of several that failed together
+        first = started_at >= self._trouble_at  # of several that failed together
+        if first:
             self._trouble += 1
             self._trouble_at = now
         backoff = min(0.5 * 2 ** min(self._trouble - 1, 10), LONGEST_PAUSE)
         pause = max(backoff, error.retry_after or 0.0) * random.uniform(1.0, 1.25)  # noqa: S311
         self._next_turn = max(self._next_turn, now + pause)
+        if first and pause > 2 * LONGEST_PAUSE:  # no wait's own log tells why nothing happens
+            log.warning("Asking HeyGen nothing for %.0f s: %s", pause, api.redact_links(str(error)))

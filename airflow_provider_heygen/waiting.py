@@ -221,7 +221,7 @@ def check_event(event: Any, overdub_id: str | None = None) -> WaitEvent:
         or event.get("status") not in ("completed", "failed", "timeout", "error")
         or not isinstance(event.get("message"), str)
         or not isinstance(event.get("overdub_id"), str)
-        or event["overdub_id"] != (overdub_id or event["overdub_id"])
+        or event["overdub_id"] != str(overdub_id or event["overdub_id"])
         or (event["status"] == "completed" and not isinstance(event.get("overdub"), dict))
     ):
         shape = sorted(map(str, event)) if isinstance(event, dict) else type(event).__name__

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import random
+import re
 import selectors
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+from airflow.exceptions import AirflowNotFoundException
 from conftest import forward
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -71,7 +73,7 @@ class Server:
     latency: float = 0.02
     page_latency: float | None = None
     page_lag: float = 0.0
-    lean_rows: bool = False
+    lacking: tuple[str, ...] = ()  # what rows of the list do not have
     list_status: int = 200
     bulk_status: int = 404
     resource: str = "overdubs"
@@ -79,6 +81,9 @@ class Server:
     key: str = "key-1"
     connection_key: str | None = None  # the same, unless given
     look_up_seconds: float = 0.0
+    look_up_fails: tuple[float, float] = (math.inf, math.inf)  # from, until
+    clock_is_off: float = 0.0
+    hangs: str = ""  # what gives no answer: "list", "bulk" or "get"
     faults: list[tuple[float, float, str, float]] = field(default_factory=list)  # from, until, kind, share
     poison: set[str] = field(default_factory=set)
     seed: int = 0
@@ -96,11 +101,19 @@ class Server:
         moment, word = self.ends[overdub_id]
         return word if at >= moment else "running"
 
-    def row(self, overdub_id, at, lean):
+    def row(self, overdub_id, at, lacking=()):
         status = self.status(overdub_id, at)
-        row = {"id": overdub_id, "status": status, "title": None, "duration": 1.0, "video_url": None}
-        reason = "no face" if status == "failed" else None
-        return row if lean else row | {"callback_id": f"cb-{overdub_id}", "failure_message": reason}
+        row = {
+            "id": overdub_id,
+            "status": status,
+            "title": f"Title of {overdub_id}",
+            "duration": 1.0,
+            "video_url": None,
+            "callback_id": f"cb-{overdub_id}",
+            "created_at": int(EPOCH),
+            "failure_message": "no face" if status == "failed" else None,
+        }
+        return {name: value for name, value in row.items() if name not in lacking}
 
     def answer(self, call, key):
         now, path = self.loop.now, call.path
@@ -130,7 +143,7 @@ class Server:
             return 500, {}, {}
         if overdub_id not in self.ends or self.status(overdub_id, now) == "gone":
             return 404, {}, {"error": {"code": "not_found"}}
-        return 200, {}, {"data": self.row(overdub_id, now, lean=False)}
+        return 200, {}, {"data": self.row(overdub_id, now)}
 
     def page(self, token, now):
         """One page; the order is that of the whole listing, however many orders there are."""
@@ -142,7 +155,7 @@ class Server:
         ids = [i for i in ids if self.status(i, now) != "gone"] if self.some_go else ids
         end = len(ids) - first
         some = ids[max(0, end - 100) : end][::-1] if self.order == "desc" else ids[first : first + 100]
-        rows = [self.row(i, now - self.page_lag, self.lean_rows) for i in some]
+        rows = [self.row(i, now - self.page_lag, self.lacking) for i in some]
         more = first + 100 < len(ids)
         return {"data": rows, "has_more": more, "next_token": f"{seed}:{first + 100}" if more else None}
 
@@ -171,6 +184,9 @@ class Hook:
 
     async def asettings(self):
         await asyncio.sleep(self.server.look_up_seconds)
+        begin, end = self.server.look_up_fails
+        if begin <= self.server.loop.now < end:
+            raise AirflowNotFoundException("the API server is away, which Airflow puts like this")
         return self.settings
 
     async def __aenter__(self):
@@ -184,6 +200,9 @@ class Hook:
         listing = call.path.count("/") == 2
         kind = "bulk" if call.path.endswith("/statuses") else "list" if listing else "get"
         server.requests.append((server.loop.now, kind))
+        if kind == server.hangs:
+            await asyncio.sleep(self.settings.connect_timeout + self.settings.read_timeout)
+            raise HeyGenTransientError("TimeoutError")
         latency = server.page_latency if listing and server.page_latency is not None else server.latency
         await asyncio.sleep(latency / 2)
         status, headers, body = server.answer(call, self.settings.credential.get_secret_value())
@@ -219,7 +238,9 @@ def simulation(server):
     with pytest.MonkeyPatch.context() as patch, asyncio.Runner(loop_factory=SimulatedLoop) as runner:
         server.loop = runner.get_loop()
         patch.setattr(poller, "HeyGenHook", lambda conn_id, max_attempts: Hook(server, conn_id, max_attempts))
-        patch.setattr(waiting, "time", SimpleNamespace(time=lambda: EPOCH + server.loop.now))
+        patch.setattr(
+            waiting, "time", SimpleNamespace(time=lambda: EPOCH + server.loop.now + server.clock_is_off)
+        )
         yield runner
         assert server.open_sessions == 0
 
@@ -284,6 +305,9 @@ def mixed(ours, foreign_per_job, seed=2):
 moments = st.floats(0, 120)
 
 
+LEAN = ("callback_id", "failure_message")  # as in the vendor's sample of the list
+
+
 @st.composite
 def worlds(draw):
     count = draw(st.integers(1, 40) | st.sampled_from([150, 260]))
@@ -298,7 +322,7 @@ def worlds(draw):
         latency=draw(st.sampled_from([0.0, 0.02, 1.5])),
         page_latency=draw(st.sampled_from([None, None, 4.0])),
         page_lag=draw(st.sampled_from([0, 0, 3, 1e9])),
-        lean_rows=draw(st.booleans()),
+        lacking=draw(st.sampled_from([(), LEAN])),
         list_status=draw(st.sampled_from([200, 200, 404, 500])),
         bulk_status=draw(st.sampled_from([200, 404, 503])),
         resource=draw(st.sampled_from(["overdubs", "lipsyncs"])),
@@ -428,6 +452,12 @@ def test_slow_pages_give_way_to_looks_at_the_same_time():
     assert late(server, ends)[-1] < 12
 
 
+def test_the_slower_its_pages_the_less_a_list_is_tried():
+    server = Server(jobs(200, spread=1000), page_latency=25.0, rate=100.0)
+    ends = run(server, [watch(name) for name in server.ends])
+    assert late(server, ends)[180] < 6
+
+
 @pytest.mark.parametrize("order", ["desc", "asc", "shuffle"])
 def test_an_old_account(order):
     waits = 200
@@ -453,6 +483,15 @@ def test_a_new_wait_is_looked_at_soon():
     server = Server({"od_0": (-1.0, "completed"), "od_1": (90.0, "completed")})
     ends = run(server, [watch("od_0", 60.0), watch("od_1", 60.0)], joins={0: 20.0})
     assert ends[0].at < 20.5
+
+
+@pytest.mark.parametrize("begins", [1, 7, 13, 19, 25])
+def test_no_look_is_later_than_asked_for(begins):
+    server = Server({"od_0": (9e9, "completed")})
+    run(server, [watch("od_0", 30.0)], joins={0: begins}, leaves={0: 200.0})
+    gaps = [later - before for (before, _), (later, _) in itertools.pairwise(server.requests)]
+    assert max(gaps) < 1.15 * 30
+    assert len(gaps) <= 7
 
 
 def test_the_most_eager_wait_for_an_overdub_serves_all():
@@ -537,20 +576,20 @@ def test_what_is_remembered_of_ended_overdubs_is_bounded(monkeypatch):
         runner.run(main())
 
 
-def test_rows_that_lack_something_are_completed_by_a_get():
-    server = Server(
-        {f"od_{n}": (20.0 + n, "failed" if n % 2 else "completed") for n in range(10)}, lean_rows=True
-    )
-    for end in run(server, [watch(name) for name in server.ends]):
+@pytest.mark.parametrize("name", ["title", "duration", "callback_id", "created_at", "failure_message"])
+def test_rows_that_lack_something_are_completed_by_a_get(name):
+    ends = {f"od_{n}": (20.0 + n, "failed" if n % 2 else "completed") for n in range(10)}
+    server = Server(ends, lacking=(name,))
+    for end in run(server, [watch(i) for i in server.ends]):
         if end.event["status"] == "completed":
-            assert end.event["overdub"]["callback_id"] == f"cb-{end.event['overdub_id']}"
+            assert end.event["overdub"][name] == server.row(end.event["overdub_id"], end.at)[name]
         else:
             assert "no face" in end.event["message"]
 
 
 @pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
 def test_what_has_ended_is_not_asked_for_again_before_its_get(resource):
-    server = Server(jobs(300, spread=1), resource=resource, bulk_status=200, lean_rows=True)
+    server = Server(jobs(300, spread=1), resource=resource, bulk_status=200, lacking=LEAN)
     ends = run(server, [watch(name) for name in server.ends])
     assert asked(server, 65, 200)["list"] + asked(server, 65, 200)["bulk"] <= 10
     assert late(server, ends)[-1] < 300 / 5 + 8
@@ -564,6 +603,97 @@ def test_a_deleted_overdub_ends_its_own_wait_only():
     assert "404" in by_id["gone"].event["message"]
     assert by_id["gone"].at < 30
     assert Counter(end.event["status"] for end in ends) == {"completed": 30, "error": 1}
+
+
+@pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
+@pytest.mark.parametrize("status", [None, 4, ["completed"]], ids=str)
+def test_rows_without_a_status_tell_nothing(resource, status, monkeypatch):
+    server = Server(jobs(20), resource=resource, bulk_status=200)
+    answer = server.answer
+
+    def half(call, key):
+        code, headers, body = answer(call, key)
+        for row in body["data"] if isinstance(body.get("data"), list) else ():
+            row["status"] = status
+        return code, headers, body
+
+    monkeypatch.setattr(server, "answer", half)
+    ends = run(server, [watch(name) for name in server.ends])
+    assert {end.event["status"] for end in ends} == {"completed"}
+    assert late(server, ends)[-1] < 10
+
+
+@pytest.mark.parametrize("tokens", ["the same", "new ones"])
+def test_a_list_without_end(tokens, monkeypatch):
+    """Its first page comes again and again."""
+    server = Server(jobs(200))
+    page = server.page
+    numbers = itertools.count()
+
+    def endless(_, now):
+        token = "x" if tokens == "the same" else f"x{next(numbers)}"
+        return {**page("", now), "has_more": True, "next_token": token}
+
+    monkeypatch.setattr(server, "page", endless)
+    ends = run(server, [watch(name) for name in server.ends])
+    assert {end.event["status"] for end in ends} == {"completed"}
+    # A hundred are in no page and get a GET each, after a search that costs no more than a GET for all.
+    searched = 4 if tokens == "the same" else 200 / 2
+    assert asked(server, 0, 30)["list"] <= searched + 10
+    assert late(server, ends)[-1] < (100 + searched) / 5 + 10
+
+
+@pytest.mark.parametrize("order", ["desc", "asc"])
+def test_pages_that_shift_while_they_are_read(order):
+    """Two others' jobs arrive each second, and two are deleted, at both ends and between."""
+
+    class Busy(Server):
+        def page(self, token, now):
+            while len(arrived) < 2 * now:
+                arrived.append(f"new_{len(arrived)}")
+                self.ends[arrived[-1]] = (9e9, "completed")
+                self.ids.append(arrived[-1])
+                self.ids.remove(self.random.choice([i for i in self.ids if i.startswith("other")]))
+            return super().page(token, now)
+
+    arrived = []
+    server = Busy(mixed(jobs(300), 3), order=order, rate=10.0)
+    ends = run(server, [watch(f"od_{n}") for n in range(300)])
+    assert {end.event["status"] for end in ends} == {"completed"}
+    assert late(server, ends)[-1] < 15
+    assert asked(server, 10, 60).total() <= 10 * (15 + 5)
+
+
+def test_ids_that_look_alike():
+    names = ["od_1", "OD_1", "od-1", "od.1", "od:1", "od~1", "\u00f6d", "o\u0308d", "1", "01", "od_1,od-1"]
+    for resource in ("overdubs", "lipsyncs"):
+        words = itertools.cycle(["completed", "failed"])
+        server = Server({name: (20.0, next(words)) for name in names}, resource=resource, bulk_status=200)
+        ends = run(server, [watch(name) for name in names])
+        assert [end.event["overdub_id"] for end in ends] == names
+        assert [end.event["status"] for end in ends] == [server.ends[name][1] for name in names]
+
+
+@pytest.mark.parametrize("list_status", [200, 404])
+def test_an_id_that_a_template_made_a_number(list_status):
+    server = Server({str(n): (20.0, "completed") for n in range(5)}, list_status=list_status)
+    ends = run(server, [watch(n) for n in range(5)])
+    assert [end.event["overdub_id"] for end in ends] == list(server.ends)
+    assert {end.event["status"] for end in ends} == {"completed"}
+    assert server.kinds["list"] >= 1
+
+
+@pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
+def test_what_tells_of_many_may_hang(resource):
+    server = Server(
+        jobs(100, spread=1000),
+        resource=resource,
+        bulk_status=200,
+        hangs="list" if resource == "overdubs" else "bulk",
+        rate=50.0,
+    )
+    ends = run(server, [watch(name) for name in server.ends])
+    assert late(server, ends)[90] < 6  # a GET each, nearly all the time
 
 
 def test_a_list_that_we_cannot_even_fail_to_read(monkeypatch):
@@ -593,9 +723,12 @@ def test_a_server_without_the_bulk_call():
 # --- Trouble ----------------------------------------------------------------------------------------------
 
 
-def test_429_is_waited_out_by_all():
+def test_429_is_waited_out_by_all(caplog):
     server = Server(jobs(300, first_end=20), faults=[(30, 36, "429/40", 1.0)])
-    ends = run(server, [watch(name) for name in server.ends])
+    with caplog.at_level(logging.INFO, poller.__name__):
+        ends = run(server, [watch(name) for name in server.ends])
+    assert re.fullmatch(r"Asking HeyGen nothing for \d\d s: .* 429 .*", caplog.messages[0])
+    assert len(caplog.messages) == 1
     begin = min(moment for moment, _ in server.requests if moment >= 30)
     assert not [moment for moment, _ in server.requests if begin < moment < begin + 40]
     assert {end.event["status"] for end in ends} == {"completed"}
@@ -647,6 +780,28 @@ def test_the_last_look_is_at_the_deadline():
     assert all(98 <= end.at < 101 for end in ends)
 
 
+def test_a_deadline_that_passed_while_nobody_looked_leaves_one_look():
+    """The triggerer was away; what has ended meanwhile is no timeout."""
+    server = Server({"od_0": (-1.0, "completed"), "od_1": (-1.0, "failed"), "od_2": (9.0, "completed")})
+    ends = run(server, [watch(name, deadline=-60.0) for name in server.ends])
+    assert [end.event["status"] for end in ends] == ["completed", "failed", "timeout"]
+    assert all(end.at < 2 for end in ends)
+
+
+@pytest.mark.parametrize("jump", [-3600.0, 3600.0])
+def test_a_clock_that_is_set_puts_off_no_deadline(jump):
+    server = Server({"od_0": (9e9, "completed"), "od_1": (30.0, "completed")})
+
+    async def jumps():
+        await asyncio.sleep(20)
+        server.clock_is_off = jump
+
+    watches = [watch("od_0", deadline=60.0), watch("od_1")]
+    ends = run(server, watches, meanwhile=jumps)
+    assert [end.event["status"] for end in ends] == ["timeout", "completed"]
+    assert ends[0].at <= 60 + poller.GRACE_SECONDS + 0.1
+
+
 # --- Waits that come, go and break at bad moments -----------------------------------------------------------
 
 
@@ -671,6 +826,38 @@ def test_an_impossible_interval_hurts_nobody_else(poke_interval):
     ends = run(server, [watch("od_0", poke_interval)] + [watch(name) for name in server.ends])
     assert [end.event["status"] for end in ends] == ["error"] + ["completed"] * 5
     assert "poke_interval" in ends[0].event["message"]
+
+
+@pytest.mark.parametrize("poke_interval", [5e-324, 1e-9, 1e300])
+def test_an_interval_beyond_reason_is_no_harm(poke_interval):
+    server = Server(jobs(20))
+    ends = run(server, [watch(i, poke_interval if i == "od_0" else 5.0, 200.0) for i in server.ends])
+    ended = Counter(end.event["status"] for end in ends)
+    assert ended == {"completed": 20} if poke_interval < 1 else {"completed": 19, "timeout": 1}
+
+
+@pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
+def test_all_may_leave_at_any_moment(resource):
+    """In a look-up, a page, a GET, a pause: run() sees that nothing is left."""
+    for step in range(150):
+        server = Server(
+            mixed(jobs(12, first_end=3, spread=6), 9),
+            resource=resource,
+            bulk_status=200,
+            latency=0.5,
+            look_up_seconds=0.7,
+            lacking=LEAN,
+            faults=[(4.0, 6.0, "503", 0.5), (8.0, 9.0, "401", 0.5), (9.0, 12.0, "429/1", 0.5)],
+            seed=step,
+        )
+        watches = [watch(f"od_{n}", 1.0) for n in range(12)]
+        run(server, watches, leaves=dict.fromkeys(range(12), 0.1 * step + 0.01))
+
+
+def test_pollers_of_closed_loops_are_forgotten():
+    for _ in range(3):
+        run(Server(jobs(1)), [watch("od_0")])
+    assert len([loop for loop, _ in poller._pollers if loop.is_closed()]) <= 1
 
 
 def poller_of(server):
@@ -747,6 +934,36 @@ def test_a_rotated_key_is_picked_up(waits):
     ends = run(server, [watch(name) for name in server.ends], meanwhile=rotate)
     assert {end.event["status"] for end in ends} == {"completed"}
     assert not [line for end in ends for line in end.watch.log.lines if "401" in line]
+
+
+def test_a_connection_that_cannot_be_read_for_a_while_is_used_as_it_was(caplog):
+    server = Server(jobs(20, spread=200), look_up_fails=(50, 290))
+    ends = run(server, [watch(name) for name in server.ends])
+    assert "connection 'heygen_default' as it was: AirflowNotFoundException" in caplog.text
+    assert {end.event["status"] for end in ends} == {"completed"}
+    assert late(server, ends)[-1] < 8
+    assert not [line for end in ends for line in end.watch.log.lines if "failure" in line]
+
+
+def test_a_connection_that_cannot_be_read_at_first():
+    server = Server(jobs(20), look_up_fails=(0, 30))
+    ends = run(server, [watch(name) for name in server.ends])
+    assert {end.event["status"] for end in ends} == {"completed"}
+    assert server.requests[0][0] >= 30
+    assert late(server, ends)[-1] < 40
+
+
+def test_a_key_rotated_while_the_connection_cannot_be_read():
+    server = Server(jobs(20, spread=100), look_up_fails=(50, 120))
+
+    async def rotate():
+        await asyncio.sleep(60)
+        server.key = "key-2"
+
+    ends = run(server, [watch(name) for name in server.ends], meanwhile=rotate)
+    assert {end.event["status"] for end in ends} == {"completed"}
+    assert asked(server, 70, 119).total() <= 2  # a refused key is not tried again and again
+    assert late(server, ends)[-1] < 60 + 120
 
 
 @pytest.mark.parametrize("at", [60.5, 61.5, 62.5, 63.5])

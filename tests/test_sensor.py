@@ -22,6 +22,7 @@ from airflow.sdk.execution_time.comms import SetXCom
 from airflow.triggers.base import TaskSuccessEvent
 from airflow_task import Task
 
+from airflow_provider_heygen.emulator import state
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenNotFoundError,
@@ -87,6 +88,17 @@ def test_it_waits(heygen, mode):
     details, held = wait(overdub_id, mode)
     assert details["status"] == "completed"
     assert {"poke": held == 0, "reschedule": held > 1, "deferrable": held == 1}[mode]
+
+
+@ALL_MODES
+def test_an_id_that_a_template_made_a_number(heygen, mode, monkeypatch):
+    """As ``render_template_as_native_obj`` does with digits."""
+    monkeypatch.setattr(state, "new_id", lambda _: "4711")
+    heygen.behaviour.job_seconds = 0.4
+    with HeyGenHook() as hook:
+        hook.create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
+    details, _ = wait(4711, mode)
+    assert (details["overdub_id"], details["status"]) == ("4711", "completed")
 
 
 def test_no_deferral_when_it_has_ended_already(heygen, overdub_id):

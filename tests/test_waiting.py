@@ -318,6 +318,13 @@ def test_bad_event(event):
         waiting.check_event(event)
 
 
+def test_good_event_of_an_id_that_a_template_made_a_number():
+    event = {"overdub_id": "4711", "status": "failed", "message": "m"}
+    assert waiting.check_event(event, 4711) == event
+    with pytest.raises(HeyGenTriggerEventError):
+        waiting.check_event(event, 471)
+
+
 def test_event_of_another_overdub():
     with pytest.raises(HeyGenTriggerEventError, match="overdub od_2"):
         waiting.check_event(DONE, "od_2")
