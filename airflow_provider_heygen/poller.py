@@ -140,7 +140,9 @@ class _Source:
         log.info("Doing without %s for %.0f s: %s", self.name, self.pause, api.redact_links(reason))
 
 
-# A poller without work stays, as a few bytes that know when the next request may be sent.
+# A poller without work stays, as a few bytes that know when the next request may be sent. An id leads to the
+# same settings for all triggers of a process, whose connections all come from one place; when they change, the
+# poller goes over to the new ones between two ticks, while no request is under way.
 _pollers: dict[tuple[asyncio.AbstractEventLoop, str], _Poller] = {}
 
 
