@@ -140,9 +140,9 @@ class _Source:
         log.info("Doing without %s for %.0f s: %s", self.name, self.pause, api.redact_links(reason))
 
 
-# A poller without work stays, as a few bytes that know when the next request may be sent. An id leads to the
-# same settings for all triggers of a process, whose connections all come from one place; when they change, the
-# poller goes over to the new ones between two ticks, while no request is under way.
+# A poller without work stays, as a few bytes that know when the next request may be sent. An id leads all
+# triggers of a process to the same settings, since Airflow gives them their connections from one place. When
+# these change, the poller goes over to the new ones, and answers to the old ones count no more.
 _pollers: dict[tuple[asyncio.AbstractEventLoop, str], _Poller] = {}
 
 
@@ -192,6 +192,8 @@ class _Poller:
         self._tick_at = -math.inf
         self._late = False
         self._open: dict[str, _Job] = {}
+        self._looks: set[asyncio.Task[None]] = set()
+        self._slots = asyncio.Semaphore(CONCURRENT_LOOKS)
         self._forget()
 
     def _forget(self) -> None:
@@ -256,14 +258,14 @@ class _Poller:
     # --- The rhythm -----------------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        self._hook = None
-        async with AsyncExitStack() as session:
+        self._hook, self._looks = None, set()
+        async with AsyncExitStack() as session, asyncio.TaskGroup() as looks:
             while True:
                 await self._until_due()
                 if self._task is not asyncio.current_task():
-                    return
+                    raise asyncio.CancelledError
                 try:
-                    await self._tick(session)
+                    await self._tick(session, looks)
                 except Exception as error:
                     await self._fail(self._open, error)
 
@@ -277,7 +279,7 @@ class _Poller:
             finally:
                 timer.cancel()
 
-    async def _tick(self, session: AsyncExitStack) -> None:
+    async def _tick(self, session: AsyncExitStack, looks: asyncio.TaskGroup) -> None:
         """Look at all that is due, once; what is not reached remains due for the next tick."""
         self._tick_at = now = self._loop.time()
         self._trouble_in_tick = 0
@@ -315,7 +317,15 @@ class _Poller:
         worth = settings.max_requests_per_second * min(interval, TICK_SECONDS)
         spent = (self._loop.time() - now) * settings.max_requests_per_second
         budget = max(1, math.ceil(max(worth - spent, worth / 4)))
-        await self._look_at(sorted(self._open.values(), key=lambda job: not job.urgent)[:budget], settings)
+        room = max(0, budget - len(self._looks))
+        for job in sorted(self._open.values(), key=lambda job: not job.urgent)[:room]:
+            del self._open[job.overdub_id]
+            job.due = math.inf
+            look = looks.create_task(self._look(job, settings))
+            self._looks.add(look)
+            look.add_done_callback(self._looks.discard)
+        if self._looks:  # but one that hangs holds up nobody else
+            await asyncio.wait(self._looks, timeout=TICK_SECONDS)
         if self._trouble_in_tick >= DOWN:
             await self._fail(self._open, self._last_trouble)
 
@@ -363,6 +373,7 @@ class _Poller:
         """Tell whether an error is a refusal, for all or due to an outdated connection, and act on it."""
         if not isinstance(error, HeyGenPermanentError):
             return False
+        hook = self._hook
         async with self._turn:  # one reads the connection, and nobody asks meanwhile
             age = self._loop.time() - self._resolved_at
             # What would end all waits is never believed without a look.
@@ -373,7 +384,7 @@ class _Poller:
                 except Exception:
                     same = False  # the next tick meets it again
                 self._resolved_at = self._loop.time() if same else -math.inf
-        if self._resolved_at == -math.inf:
+        if hook is not self._hook or self._resolved_at == -math.inf:
             return True
         if error.status_code != 401:
             return False
@@ -382,33 +393,43 @@ class _Poller:
 
     # --- Ways to look ---------------------------------------------------------------------------------
 
-    async def _look_at(self, jobs: list[_Job], settings: HeyGenConnection) -> None:
-        """GET each of some overdubs."""
-        slots = asyncio.Semaphore(CONCURRENT_LOOKS)
+    async def _look(self, job: _Job, settings: HeyGenConnection) -> None:
+        """GET one overdub; it may take longer than the tick that began it."""
+        async with self._slots:
+            if job.waiters and not await self._learn(job, settings):
+                # It remains due: for the next tick, with a fresh connection, or for failing with the others.
+                job.due = self._loop.time()
+                self._open[job.overdub_id] = job
+        if job.due < self._alarm:
+            self._alarm = job.due
+            self._wake.set()
 
-        async def look(job: _Job) -> None:
-            async with slots:
-                # What is left out remains due: for the next tick, with a fresh connection, or for failing.
-                hopeless = self._trouble_in_tick >= DOWN or self._resolved_at == -math.inf
-                if job.overdub_id not in self._open or hopeless:
-                    return
-                job.asked_at = self._loop.time()
-                try:
-                    overdub = await self._ask(api.get_overdub(settings.resource, job.overdub_id))
-                except Exception as error:
-                    failure = error
-                    if self._trouble_in_tick < DOWN and not await self._refused(error):
-                        self._tell(job, lambda watch: watch.failed(failure))
-                else:
-                    if overdub.is_final:
-                        self._witnesses[job.overdub_id] = self._loop.time()
-                        if len(self._witnesses) > MAX_WITNESSES:
-                            del self._witnesses[next(iter(self._witnesses))]
-                    self._tell(job, lambda watch: watch.saw(overdub))
+    async def _learn(self, job: _Job, settings: HeyGenConnection) -> bool:
+        """GET one overdub, if that makes sense; tell whether those who wait for it have been told."""
+        if self._trouble_in_tick >= DOWN or self._resolved_at == -math.inf:
+            return False
+        hook = self._hook
+        job.asked_at = self._loop.time()
+        try:
+            overdub = await self._ask(api.get_overdub(settings.resource, job.overdub_id))
+        except Exception as error:
+            failure = error
+            if hook is not self._hook or self._trouble_in_tick >= DOWN or await self._refused(error):
+                return all(waiter.ended.done() for waiter in job.waiters)
+            self._tell(job, lambda watch: watch.failed(failure))
+            return True
+        if hook is not self._hook:  # an answer to an outdated connection, perhaps of another account
+            return False
+        self._saw(job, overdub)
+        return True
 
-        async with asyncio.TaskGroup() as looks:
-            for job in jobs:
-                looks.create_task(look(job))
+    def _saw(self, job: _Job, overdub: api.Overdub) -> None:
+        """Take what a GET says."""
+        if overdub.is_final:
+            self._witnesses[job.overdub_id] = self._loop.time()
+            if len(self._witnesses) > MAX_WITNESSES:
+                del self._witnesses[next(iter(self._witnesses))]
+        self._tell(job, lambda watch: watch.saw(overdub))
 
     def _undecided(self) -> list[_Job]:
         """Give the open overdubs of which the list or the bulk call may tell all that is needed."""

@@ -966,6 +966,47 @@ def test_a_key_rotated_while_the_connection_cannot_be_read():
     assert late(server, ends)[-1] < 60 + 120
 
 
+@pytest.mark.parametrize("look_up_seconds", [0.5, 2.0, 4.5, 6.0, 11.0])
+@pytest.mark.parametrize("latency", [0.02, 3.0, 8.0])
+def test_a_key_rotated_while_requests_are_under_way(look_up_seconds, latency):
+    server = Server(jobs(30, first_end=100), list_status=404)
+    server.look_up_seconds, server.latency = look_up_seconds, latency
+
+    async def rotate():
+        await asyncio.sleep(21)
+        server.key = "key-2"
+
+    ends = run(server, [watch(name) for name in server.ends], meanwhile=rotate)
+    assert {end.event["status"] for end in ends} == {"completed"}
+
+
+@pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_look_that_hangs_holds_up_nobody_else(resource, listed, monkeypatch):
+    class Stuck(Hook):
+        async def asend(self, call):
+            if call.path.endswith("/stuck"):
+                await asyncio.sleep(self.settings.connect_timeout + self.settings.read_timeout)
+                raise HeyGenTransientError("TimeoutError")
+            return await super().asend(call)
+
+    monkeypatch.setitem(globals(), "Hook", Stuck)
+    server = Server(jobs(50, spread=300) | {"stuck": (9e9, "completed")}, resource=resource)
+    server.list_status = server.bulk_status = 200 if listed else 404
+    server.ids.remove("stuck")
+    ends = run(server, [watch(name) for name in server.ends])
+    assert ends.pop().event["status"] == "error"
+    assert {end.event["status"] for end in ends} == {"completed"}
+    assert late(server, ends)[-1] < 15
+
+
+def test_gets_that_hang_leave_the_list_alone():
+    server = Server(jobs(300, spread=300), hangs="get")
+    ends = run(server, [watch(name) for name in server.ends])
+    assert Counter(end.event["status"] for end in ends)["completed"] >= 297  # the last get a GET each
+    assert late(server, ends)[296] < 15
+
+
 @pytest.mark.parametrize("at", [60.5, 61.5, 62.5, 63.5])
 def test_a_key_rotated_just_after_the_connection_was_read(at):
     server = Server(jobs(20, first_end=70))
