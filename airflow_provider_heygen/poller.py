@@ -351,13 +351,12 @@ class _Poller:
                 continue
             try:
                 step = waiter.context.run(take, waiter.watch)  # its log lines go where its trigger logs
+                if isinstance(step, dict):
+                    waiter.ended.set_result(step)
+                else:
+                    job.due = min(job.due, self._next(waiter.watch, step))
             except Exception as error:  # it could not log, say; the others can
                 waiter.ended.set_exception(error)
-                continue
-            if isinstance(step, dict):
-                waiter.ended.set_result(step)
-            else:
-                job.due = min(job.due, self._next(waiter.watch, step))
 
     def _give_up(self, waiter: _Waiter) -> None:
         if not waiter.ended.done():
