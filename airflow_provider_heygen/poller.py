@@ -82,7 +82,7 @@ MAX_WITNESSES = 100
 """Overdubs that a GET saw ended, kept until a source says so too, at most."""
 
 TICK_SECONDS = 5.0
-"""How long a tick sends GETs, at most."""
+"""How long a tick sends GETs and waits for their answers, at most."""
 
 CONCURRENT_LOOKS = 10
 """GETs under way at the same time, at most."""
@@ -263,7 +263,7 @@ class _Poller:
             while True:
                 await self._until_due()
                 if self._task is not asyncio.current_task():
-                    raise asyncio.CancelledError
+                    raise asyncio.CancelledError  # which also ends looks that are under way
                 try:
                     await self._tick(session, looks)
                 except Exception as error:

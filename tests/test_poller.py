@@ -90,6 +90,7 @@ class Server:
     loop: Any = None
     requests: list[tuple[float, str]] = field(default_factory=list)
     open_sessions: int = 0
+    refused: int = 0
 
     def __post_init__(self):
         self.random = random.Random(self.seed)
@@ -125,6 +126,7 @@ class Server:
                 status, _, after = fault.partition("/")
                 return int(status), {"Retry-After": after} if after else {}, {"error": {"code": "fault"}}
         if key != self.key:
+            self.refused += 1
             return 401, {}, {"error": {"code": "unauthorized"}}
         if kind == "list":
             if self.list_status != 200:
@@ -513,6 +515,15 @@ def test_an_eager_wait_does_not_stand_behind_many_slow_ones(joins):
     watches = [watch(name, 5.0 if name == "eager" else 3600.0) for name in server.ends]
     ends = run(server, watches, joins={500: joins}, leaves=dict.fromkeys(range(500), 100.0))
     assert late(server, ends[500:])[-1] < 12
+
+
+def test_an_eager_wait_does_not_stand_behind_what_429_has_held_up():
+    server = Server(jobs(500, first_end=9e9) | {"eager": (60.0, "completed")}, list_status=404)
+    server.faults = [(12.0, 14.0, "429/60", 1.0)]
+    watches = [watch(name, 5.0 if name == "eager" else 3600.0) for name in server.ends]
+    ends = run(server, watches, joins={500: 40.0}, leaves=dict.fromkeys(range(500), 200.0))
+    resumed = next(moment for moment, _ in server.requests if moment > 50)
+    assert ends[500].at < resumed + 12
 
 
 def test_a_slow_wait_is_not_forgotten_over_many_eager_ones():
@@ -987,6 +998,7 @@ def test_a_key_rotated_while_requests_are_under_way(look_up_seconds, latency):
 
     ends = run(server, [watch(name) for name in server.ends], meanwhile=rotate)
     assert {end.event["status"] for end in ends} == {"completed"}
+    assert server.refused <= poller.CONCURRENT_LOOKS
 
 
 @pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
@@ -995,10 +1007,12 @@ def test_a_look_that_hangs_holds_up_nobody_else(resource, listed, monkeypatch):
     class Stuck(Hook):
         async def asend(self, call):
             if call.path.endswith("/stuck"):
+                asked_at.append(self.server.loop.now)
                 await asyncio.sleep(self.settings.connect_timeout + self.settings.read_timeout)
                 raise HeyGenTransientError("TimeoutError")
             return await super().asend(call)
 
+    asked_at = []
     monkeypatch.setitem(globals(), "Hook", Stuck)
     server = Server(jobs(50, spread=300) | {"stuck": (9e9, "completed")}, resource=resource)
     server.list_status = server.bulk_status = 200 if listed else 404
@@ -1007,6 +1021,45 @@ def test_a_look_that_hangs_holds_up_nobody_else(resource, listed, monkeypatch):
     assert ends.pop().event["status"] == "error"
     assert {end.event["status"] for end in ends} == {"completed"}
     assert late(server, ends)[-1] < 15
+    assert len(asked_at) == 10
+    assert min(later - before for before, later in itertools.pairwise(asked_at)) > 40
+
+
+def test_an_answer_to_a_connection_that_was_exchanged_does_not_count(monkeypatch):
+    class Outdated(Hook):
+        async def asend(self, call):
+            overdub = await super().asend(call)
+            if poller_of(self.server)._hook is not self:
+                outdated.append(overdub)
+                overdub = overdub.model_copy(update={"status": "completed"})  # in the other account
+            return overdub
+
+    outdated = []
+    monkeypatch.setitem(globals(), "Hook", Outdated)
+    server = Server(jobs(30, first_end=120), list_status=404, latency=9.0)
+    answer = server.answer
+    monkeypatch.setattr(server, "answer", lambda call, _: answer(call, server.key))  # both keys are good
+
+    async def rotate():
+        await asyncio.sleep(50)
+        server.connection_key = "key-2"
+
+    ends = run(server, [watch(name) for name in server.ends], meanwhile=rotate)
+    assert outdated
+    assert late(server, ends)[0] >= 0
+
+
+def test_a_changed_connection_is_learned_anew():
+    """The first one's 'resource' was wrong, so the list was left alone for ten minutes."""
+    server = Server(jobs(100, first_end=200), list_status=404)
+
+    async def correct():
+        await asyncio.sleep(50)
+        server.key = server.connection_key = "key-2"
+        server.list_status = 200
+
+    run(server, [watch(name) for name in server.ends], meanwhile=correct)
+    assert asked(server, 100, 200)["list"] >= 18
 
 
 def test_gets_that_hang_leave_the_list_alone():
