@@ -59,6 +59,13 @@ def get_provider_info() -> dict[str, Any]:
                 "python-module": "airflow_provider_heygen.transfers.heygen_to_object_storage",
             }
         ],
+        "asset-uris": [
+            {
+                "schemes": ["heygen"],
+                "handler": "airflow_provider_heygen.lineage.sanitize_uri",
+                "to_openlineage_converter": "airflow_provider_heygen.lineage.convert_asset",
+            }
+        ],
         "extra-links": ["airflow_provider_heygen.links.HeyGenDashboardLink"],
         "connection-types": [
             {

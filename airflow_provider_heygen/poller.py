@@ -21,7 +21,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from airflow_provider_heygen import api
+from airflow_provider_heygen import api, metrics
 from airflow_provider_heygen.exceptions import HeyGenError, HeyGenPermanentError, HeyGenTransientError
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.waiting import seconds
@@ -605,6 +605,7 @@ class _Poller:
                     await asyncio.sleep(pause)
                 started_at = self._loop.time()
                 self._next_turn = started_at + spacing
+            metrics.polled(self.conn_id)
             try:
                 answer = await self._hook.asend(call)
             except HeyGenTransientError as error:

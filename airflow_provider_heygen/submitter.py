@@ -7,6 +7,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
+from airflow_provider_heygen import metrics
 from airflow_provider_heygen.api import MediaAsset, OverdubStatus
 from airflow_provider_heygen.exceptions import (
     HeyGenError,
@@ -116,6 +117,7 @@ def submit(
         if step is Step.ATTACH:
             log.info("Going on with overdub %s, which an earlier run of this task started.", overdub_id)
             ledger.write(submission, overdub_id=overdub_id, answered=submission.answered or time.time())
+            metrics.reattached(ledger.ti)
             return overdub_id
     if submission is None or step is Step.POST_NEW:
         if submission is not None and submission.overdub_id and not submission.delivered:
@@ -153,6 +155,7 @@ def _create(
             ledger.write(submission)
         raise
     ledger.write(submission, sent=True, overdub_id=overdub_id, answered=time.time())
+    metrics.submitted(ledger.ti)  # when it is written: whoever finds it does not count it again
     log.info("Started overdub %s (mode %s, key %s).", overdub_id, request.mode or "default", submission.key)
     return overdub_id
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from airflow_provider_heygen.hooks.heygen import HeyGenHook
+    from airflow_provider_heygen.metrics import Wait
 
 FRESH_SECONDS = 30
 """How long after our own create a 404 means "not readable yet" rather than "gone"."""
@@ -233,11 +234,12 @@ def check_event(event: Any, overdub_id: str | None = None) -> WaitEvent:
     return event  # type: ignore[return-value]
 
 
-def conclude(event: WaitEvent, hook: HeyGenHook, given_up: int) -> dict[str, Any] | None:
+def conclude(event: WaitEvent, hook: HeyGenHook, given_up: int, wait: Wait) -> dict[str, Any] | None:
     """
     Turn the end of a wait into the overdub's details, or into the right exception.
 
     :param given_up: how often the wait was given up before.
+    :param wait: counts how it has ended.
     :returns: the details; ``None`` when looking was given up but a last look from here finds the overdub
         well and not ended, so that the wait may go on (the key was changed, a network came back).
     :raises HeyGenOverdubFailedError: HeyGen says it failed.
@@ -245,8 +247,10 @@ def conclude(event: WaitEvent, hook: HeyGenHook, given_up: int) -> dict[str, Any
     :raises HeyGenError: looking was given up or refused, and a last look from here fares no better.
     """
     if event["status"] == "completed":
+        wait.completed()
         return event["overdub"]
     if event["status"] == "failed":
+        wait.failed()
         raise HeyGenOverdubFailedError(event["message"])
     if event["status"] == "timeout":
         raise HeyGenOverdubTimeoutError(event["message"])
@@ -254,8 +258,10 @@ def conclude(event: WaitEvent, hook: HeyGenHook, given_up: int) -> dict[str, Any
     hook.log.warning("%s", event["message"])
     overdub = hook.get_overdub(event["overdub_id"])
     if overdub.status == OverdubStatus.FAILED:
+        wait.failed()
         raise HeyGenOverdubFailedError(failure(overdub))
     if overdub.status == OverdubStatus.COMPLETED:
+        wait.completed()
         return overdub.details()
     if given_up >= MAX_TIMES_GIVEN_UP:
         raise HeyGenTransientError(

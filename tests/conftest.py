@@ -56,11 +56,16 @@ LABELS_EARLY = Version("3.2") <= AIRFLOW
 KILLS_TRIGGERS = Version("3.3") <= AIRFLOW
 MASKS_RENDERED_FIELDS = Version("3.1") <= AIRFLOW
 RETRIES_KILLED_PROCESSES = Version("3.1") <= AIRFLOW
+STATS_ARE_SET_UP = Version("3.2") <= AIRFLOW  # by worker and triggerer; before, they set themselves up
+HAS_RETRY_POLICIES = Version("3.3") <= AIRFLOW
 needs_state_store = pytest.mark.skipif(
     not HAS_STATE_STORE, reason="Airflow before 3.3 has no task state store"
 )
 needs_trigger_on_kill = pytest.mark.skipif(
     not KILLS_TRIGGERS, reason="Airflow before 3.3 does not tell a trigger that its task was killed"
+)
+needs_retry_policies = pytest.mark.skipif(
+    not HAS_RETRY_POLICIES, reason="Airflow before 3.3 has no retry policies"
 )
 needs_retries_of_killed_processes = pytest.mark.skipif(
     not RETRIES_KILLED_PROCESSES, reason="Airflow 3.0 fails a task whose process was killed, without a retry"

@@ -689,7 +689,7 @@ def lineage(monkeypatch):
 def test_lineage(heygen, lineage, storage, overdub_id, resource):
     returned, _ = transfer(overdub_id, storage.uri("v.mp4"))
     collected = lineage.collected_assets
-    assert [found.asset.uri for found in collected.inputs] == [f"{heygen.url}/v3/{resource}/{overdub_id}"]
+    assert [found.asset.uri for found in collected.inputs] == [f"heygen://overdubs/{overdub_id}"]
     assert [found.asset.uri for found in collected.outputs] == [returned.replace("s3@", "")]
 
 

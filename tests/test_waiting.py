@@ -24,6 +24,7 @@ from airflow_provider_heygen.exceptions import (
     HeyGenTriggerEventError,
 )
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.metrics import Wait
 
 NOW = 1_800_000_000.0
 SECRET = "QUERY-SECRET"
@@ -335,13 +336,16 @@ def event(status, **members):
     return {"overdub_id": "od_1", "status": status, "message": "The message.", **members}
 
 
+WAIT = Wait(SimpleNamespace(dag_id="dag", task_id="task"), None)
+
+
 def test_conclusions_from_the_event_alone(heygen):
     hook = HeyGenHook()
-    assert waiting.conclude(DONE, hook, 0) == DONE["overdub"]
+    assert waiting.conclude(DONE, hook, 0, WAIT) == DONE["overdub"]
     with pytest.raises(HeyGenOverdubFailedError, match=r"^The message\.$"):
-        waiting.conclude(event("failed"), hook, 0)
+        waiting.conclude(event("failed"), hook, 0, WAIT)
     with pytest.raises(HeyGenOverdubTimeoutError, match=r"^The message\.$") as raised:
-        waiting.conclude(event("timeout"), hook, 0)
+        waiting.conclude(event("timeout"), hook, 0, WAIT)
     assert not isinstance(raised.value, HeyGenPermanentError)
     assert heygen.requests == []
 
@@ -356,7 +360,7 @@ def test_conclusions_from_the_event_alone(heygen):
 def test_after_an_error_a_last_look_decides(heygen, status, kind, text):
     overdub_id = create(heygen, status) if status else "nowhere"
     with pytest.raises(kind, match=text):
-        waiting.conclude({**event("error"), "overdub_id": overdub_id}, HeyGenHook(), 0)
+        waiting.conclude({**event("error"), "overdub_id": overdub_id}, HeyGenHook(), 0, WAIT)
 
 
 def create(heygen, status):
@@ -370,14 +374,14 @@ def create(heygen, status):
 def test_after_an_error_the_wait_may_go_on_but_not_for_ever(heygen, status):
     gave_up = {**event("error"), "overdub_id": create(heygen, status)}
     most = waiting.MAX_TIMES_GIVEN_UP
-    assert [waiting.conclude(gave_up, HeyGenHook(), before) for before in range(most)] == [None] * most
+    assert [waiting.conclude(gave_up, HeyGenHook(), before, WAIT) for before in range(most)] == [None] * most
     with pytest.raises(HeyGenTransientError, match=r"^The message\. "):
-        waiting.conclude(gave_up, HeyGenHook(), most)
+        waiting.conclude(gave_up, HeyGenHook(), most, WAIT)
 
 
 def test_after_an_error_the_last_look_may_be_good_news(heygen):
     overdub_id = create(heygen, "completed")
-    details = waiting.conclude({**event("error"), "overdub_id": overdub_id}, HeyGenHook(), 99)
+    details = waiting.conclude({**event("error"), "overdub_id": overdub_id}, HeyGenHook(), 99, WAIT)
     assert (details["overdub_id"], details["status"]) == (overdub_id, "completed")
     assert "Signature" not in json.dumps(details)
 

@@ -41,7 +41,7 @@ from requests.exceptions import (
 from requests_toolbelt import MultipartEncoder
 from urllib3.exceptions import NameResolutionError, NewConnectionError
 
-from airflow_provider_heygen import __version__, api, download, media, upload
+from airflow_provider_heygen import __version__, api, download, lineage, media, upload
 from airflow_provider_heygen.connection import HeyGenConnection
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
@@ -424,10 +424,16 @@ class HeyGenHook(HttpHook):
                 settings=self.settings,
                 say=self.log.info,
             )
-        lineage = get_hook_lineage_collector()
-        lineage.add_input_asset(context=self, uri=self.settings.base_url + call.path)
-        lineage.add_output_asset(context=self, uri=media.plain_uri(path))
+        self._tell_lineage(lineage.overdub_uri(overdub_id), media.plain_uri(path))
         return size
+
+    def _tell_lineage(self, source: str, destination: str) -> None:
+        try:
+            collector = get_hook_lineage_collector()
+            collector.add_input_asset(context=self, uri=source)
+            collector.add_output_asset(context=self, uri=destination)
+        except Exception as error:  # an Asset may have no name of over 1,500 characters, say
+            self.log.warning("Airflow's lineage does not take %s: %s", destination, error)
 
     def test_connection(self) -> tuple[bool, str]:
         """Try the connection with a free look at the resource itself, as Airflow's "Test" button does."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     import jinja2
     from airflow.providers.common.compat.sdk import Context
+    from airflow.providers.openlineage.extractors import OperatorLineage
 
 
 class LinksMaskedOperator(BaseOperator):
@@ -62,6 +63,7 @@ class HeyGenUploadAssetOperator(LinksMaskedOperator):
         super().__init__(**kwargs)
         self.source = source
         self.heygen_conn_id = heygen_conn_id
+        self._asset_id: str | None = None
 
     def execute(self, context: Context) -> dict[str, str]:
         """Upload it."""
@@ -71,6 +73,13 @@ class HeyGenUploadAssetOperator(LinksMaskedOperator):
 
         with HeyGenHook(self.heygen_conn_id) as hook:
             source = Source.of(self.source, hook.settings)
-            asset_id = upload_once(source, hook, Ledger(context, durable=True))
-        context["ti"].xcom_push(key="asset_id", value=asset_id)
-        return {"type": "asset_id", "asset_id": asset_id}
+            self._asset_id = upload_once(source, hook, Ledger(context, durable=True))
+        context["ti"].xcom_push(key="asset_id", value=self._asset_id)
+        return {"type": "asset_id", "asset_id": self._asset_id}
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:  # noqa: ARG002
+        """Tell OpenLineage: the file has become HeyGen's asset, unless the task failed before."""
+        from airflow_provider_heygen import lineage
+
+        assets = [lineage.dataset(lineage.asset_uri(self._asset_id))] if self._asset_id else []
+        return lineage.of_task([lineage.media_uri(self.source)], assets)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from airflow.providers.common.compat.sdk import Context, ObjectStoragePath
+    from airflow.providers.openlineage.extractors import OperatorLineage
 
     from airflow_provider_heygen.api import CreateOverdubRequest
     from airflow_provider_heygen.hooks.heygen import HeyGenHook
@@ -162,20 +163,26 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         return self._create(context, deadline=deadline)
 
     def execute_complete(
-        self, context: Context, event: Any = None, deadline: float | None = None, given_up: int = 0
+        self,
+        context: Context,
+        event: Any = None,
+        deadline: float | None = None,
+        given_up: int = 0,
+        since: float | None = None,
     ) -> str:
         """Go on when the trigger has fired."""
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
+        from airflow_provider_heygen.metrics import Wait
         from airflow_provider_heygen.waiting import check_event, conclude, first_deadline
 
         checked = check_event(event)
         with HeyGenHook(self.heygen_conn_id) as self._hook:
             self._overdub_id = checked["overdub_id"]
-            details = conclude(checked, self._hook, given_up)
+            details = conclude(checked, self._hook, given_up, Wait(context["ti"], since))
             if details is None:
                 if deadline is None:  # `airflow dags test` forgets it
                     deadline = first_deadline(self.timeout, self.execution_timeout, context)
-                return self._await(context, deadline, given_up=given_up + 1)
+                return self._await(context, deadline, since, given_up=given_up + 1)
             return self._deliver(context, details)
 
     def _create(self, context: Context, deadline: float | None) -> str:
@@ -204,7 +211,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
                 self._until_readable(self._hook)
                 Ledger(context, durable=self.durable).delivered()
                 return self._overdub_id
-            return self._await(context, deadline, created_at=time.time())
+            return self._await(context, deadline, time.time())
 
     def _until_readable(self, hook: HeyGenHook) -> None:
         """Give the next task an id it can look at: a fresh overdub may be a 404 for a moment."""
@@ -245,7 +252,8 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
                 pause = (error.retry_after or 30.0) * random.uniform(1.0, 1.2)  # noqa: S311
                 if deadline is not None and time.time() + pause > deadline:
                     raise HeyGenOverdubTimeoutError(
-                        f"HeyGen asks to wait longer than 'timeout' allows; no overdub was started. {error}"
+                        f"HeyGen asks to wait longer than 'timeout' allows; no overdub was started. {error}",
+                        retry_after=error.retry_after,
                     ) from None
                 self.log.info("%s Sending it again in %.0f s.", error, pause)
             if self.deferrable:
@@ -262,10 +270,15 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         )
 
     def _await(
-        self, context: Context, deadline: float | None, *, created_at: float = 0.0, given_up: int = 0
+        self, context: Context, deadline: float | None, since: float | None, *, given_up: int = 0
     ) -> str:
-        """Wait for the end: here, or after one look in the triggerer."""
+        """
+        Wait for the end: here, or after one look in the triggerer.
+
+        :param since: Unix seconds when the overdub was started, or found.
+        """
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
+        from airflow_provider_heygen.metrics import Wait
         from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
         from airflow_provider_heygen.waiting import (
             FRESH_SECONDS,
@@ -282,7 +295,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
             "poke_interval": poke_interval,
             "deadline": deadline,
             "max_consecutive_failures": MAX_CONSECUTIVE_FAILURES,
-            "not_found_until": created_at + FRESH_SECONDS,
+            "not_found_until": (since or 0.0) + FRESH_SECONDS,
         }
         while True:
             # A hook of its own for each wait: it takes the connection as it is now.
@@ -290,7 +303,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
                 event = Watch(overdub_id, log=self.log, **rules).follow(looking, once=self.deferrable)
             if event is not None:
                 with HeyGenHook(self.heygen_conn_id) as hook:
-                    details = conclude(event, hook, given_up)
+                    details = conclude(event, hook, given_up, Wait(context["ti"], since))
                 if details is not None:
                     return self._deliver(context, details)
                 given_up += 1
@@ -303,7 +316,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
                         **rules,
                     ),
                     method_name="execute_complete",
-                    kwargs={"deadline": deadline, "given_up": given_up},
+                    kwargs={"deadline": deadline, "given_up": given_up, "since": since},
                     timeout=backstop(deadline, poke_interval),
                 )
             time.sleep(poke_interval)
@@ -316,6 +329,21 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         context["ti"].xcom_push(key="overdub", value=details)
         Ledger(context, durable=self.durable).delivered()
         return str(self._overdub_id)
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:  # noqa: ARG002
+        """Tell OpenLineage: out of both sources came the overdub."""
+        from airflow_provider_heygen import lineage
+
+        return lineage.of_task(
+            map(lineage.media_uri, (self.video, self.audio)),
+            [lineage.dataset(lineage.overdub_uri(str(self._overdub_id)))],
+        )
+
+    def get_openlineage_facets_on_failure(self, task_instance: Any) -> OperatorLineage:  # noqa: ARG002
+        """Tell OpenLineage what it was to be made of; there is nothing yet that somebody could read."""
+        from airflow_provider_heygen import lineage
+
+        return lineage.of_task(map(lineage.media_uri, (self.video, self.audio)), [])
 
     def on_kill(self) -> None:
         """Delete the overdub, if asked to and if it has not ended. Airflow calls this on the worker."""

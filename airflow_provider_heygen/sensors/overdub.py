@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import (
@@ -62,9 +63,11 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         self.deferrable = deferrable
         self.end_from_trigger = end_from_trigger
         self._told: str | None = None
+        self._began: float | None = None
 
     def execute(self, context: Context) -> Any:
         """Wait here, or after one look in the triggerer."""
+        self._began = time.time()
         try:
             return super().execute(context)
         except AirflowSensorTimeout as error:
@@ -83,6 +86,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         from airflow_provider_heygen.api import OverdubStatus
         from airflow_provider_heygen.exceptions import HeyGenOverdubFailedError, HeyGenTransientError
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
+        from airflow_provider_heygen.metrics import Wait
         from airflow_provider_heygen.waiting import failure, first_deadline, summary
 
         try:
@@ -96,16 +100,26 @@ class HeyGenOverdubSensor(BaseSensorOperator):
                 self._told = overdub.status
                 self.log.info("Overdub %s is %s.", overdub.overdub_id, overdub.status)
             if overdub.status == OverdubStatus.FAILED:
+                Wait(context["ti"], self._since(context)).failed()
                 raise HeyGenOverdubFailedError(failure(overdub))
             if overdub.status == OverdubStatus.COMPLETED:
+                Wait(context["ti"], self._since(context)).completed()
                 details = overdub.details()
                 self.log.info("%s", summary(details))
                 return PokeReturnValue(is_done=True, xcom_value=details)
         if self.deferrable:
-            self._defer(context, first_deadline(self.timeout, self.execution_timeout, context))
+            deadline = first_deadline(self.timeout, self.execution_timeout, context)
+            self._defer(context, deadline, self._began)
         return PokeReturnValue(is_done=False)
 
-    def _defer(self, context: Context, deadline: float | None, given_up: int = 0) -> None:
+    def _since(self, context: Context) -> float | None:
+        """Give the Unix seconds when the wait began, perhaps in another process."""
+        first = context["ti"].get_first_reschedule_date(context) if self.reschedule else None
+        return first.timestamp() if first else self._began
+
+    def _defer(
+        self, context: Context, deadline: float | None, since: float | None, given_up: int = 0
+    ) -> None:
         from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
         from airflow_provider_heygen.waiting import backstop
 
@@ -117,9 +131,10 @@ class HeyGenOverdubSensor(BaseSensorOperator):
                 deadline=deadline,
                 end_task=self.end_from_trigger and not self._needs_worker(context),
                 do_xcom_push=self.do_xcom_push,
+                since=since,
             ),
             method_name="execute_complete",
-            kwargs={"deadline": deadline, "given_up": given_up},
+            kwargs={"deadline": deadline, "given_up": given_up, "since": since},
             timeout=backstop(deadline, self.poke_interval),
         )
 
@@ -152,21 +167,24 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         event: Any = None,
         deadline: float | None = None,
         given_up: int = 0,
+        since: float | None = None,
     ) -> dict[str, Any]:
         """Go on when the trigger has fired."""
         from airflow_provider_heygen.exceptions import HeyGenOverdubTimeoutError
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
+        from airflow_provider_heygen.metrics import Wait
         from airflow_provider_heygen.waiting import check_event, conclude, first_deadline, summary
 
         try:
             with HeyGenHook(self.heygen_conn_id) as hook:
-                details = conclude(check_event(event, self.overdub_id), hook, given_up)
+                wait = Wait(context["ti"], since)
+                details = conclude(check_event(event, self.overdub_id), hook, given_up, wait)
         except HeyGenOverdubTimeoutError as error:
             raise AirflowSensorTimeout(str(error)) from None
         if details is None:
             if deadline is None:  # `airflow dags test` forgets it
                 deadline = first_deadline(self.timeout, self.execution_timeout, context)
-            self._defer(context, deadline, given_up + 1)
+            self._defer(context, deadline, since, given_up + 1)
             raise AssertionError  # defer() raises; this tells mypy
         self.log.info("%s", summary(details))
         return details

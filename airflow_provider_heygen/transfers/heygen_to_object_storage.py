@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from airflow.providers.common.compat.sdk import Context
+    from airflow.providers.openlineage.extractors import OperatorLineage
 
 
 class HeyGenOverdubToObjectStorageOperator(BaseOperator):
@@ -60,6 +61,7 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
         self.overwrite = overwrite
         self.captions = captions
         self.heygen_conn_id = heygen_conn_id
+        self._written: dict[str, int] = {}
 
     def execute(self, context: Context) -> str:
         """Fetch and store it."""
@@ -73,13 +75,23 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
             destination = f"file://{os.path.abspath(destination)}"
         with HeyGenHook(self.heygen_conn_id) as hook:
             size = hook.download_overdub(self.overdub_id, destination, overwrite=self.overwrite)
+            self._written[destination] = size
             self.log.info("Overdub %s is at %s (%.1f MB).", self.overdub_id, destination, size / 1e6)
             if self.captions:
                 captions = f"{os.path.splitext(destination)[0]}.srt"
-                hook.download_captions(self.overdub_id, captions, overwrite=self.overwrite)
+                self._written[captions] = hook.download_captions(
+                    self.overdub_id, captions, overwrite=self.overwrite
+                )
                 context["ti"].xcom_push(key="captions", value=captions)
         for outlet in self.outlets:
             if isinstance(outlet, Asset):
                 extra = context["outlet_events"][outlet].extra
                 extra.update(overdub_id=self.overdub_id, uri=destination, size_bytes=size)
         return destination
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:  # noqa: ARG002
+        """Tell OpenLineage: out of the overdub came the files that are there, if the task failed, too."""
+        from airflow_provider_heygen import lineage
+
+        files = [lineage.written(uri, size) for uri, size in self._written.items()]
+        return lineage.of_task([lineage.overdub_uri(self.overdub_id)], files)

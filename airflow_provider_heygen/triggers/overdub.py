@@ -10,6 +10,7 @@ from asgiref.sync import sync_to_async
 from airflow_provider_heygen import poller
 from airflow_provider_heygen.api import OverdubStatus
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.metrics import Wait
 from airflow_provider_heygen.waiting import MAX_CONSECUTIVE_FAILURES, Watch, summary
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class HeyGenOverdubTrigger(BaseTrigger):
     :param delete_on_kill: delete the overdub when a user kills the deferred task (Airflow 3.3+).
     :param end_task: end the task here when the overdub is completed, without another start of a worker.
     :param do_xcom_push: with ``end_task``, push the details as the task's return value.
+    :param since: with ``end_task``, Unix seconds when the wait began, for the metrics.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class HeyGenOverdubTrigger(BaseTrigger):
         delete_on_kill: bool = False,
         end_task: bool = False,
         do_xcom_push: bool = True,
+        since: float | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.heygen_conn_id = heygen_conn_id
@@ -58,6 +61,7 @@ class HeyGenOverdubTrigger(BaseTrigger):
         self.delete_on_kill = delete_on_kill
         self.end_task = end_task
         self.do_xcom_push = do_xcom_push
+        self.since = since
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Give class path and arguments."""
@@ -72,7 +76,11 @@ class HeyGenOverdubTrigger(BaseTrigger):
                 "not_found_until": self.not_found_until,
                 "delete_on_kill": self.delete_on_kill,
                 # Left out where they are not needed: a triggerer of an older release does not know them.
-                **({"end_task": True, "do_xcom_push": self.do_xcom_push} if self.end_task else {}),
+                **(
+                    {"end_task": True, "do_xcom_push": self.do_xcom_push, "since": self.since}
+                    if self.end_task
+                    else {}
+                ),
             },
         )
 
@@ -97,6 +105,7 @@ class HeyGenOverdubTrigger(BaseTrigger):
                 self.log.warning("A worker has to end this task: pushing its XCom failed (%s).", error)
             else:
                 self.log.info("%s The task ends here.", summary(event["overdub"]))
+                Wait(self.task_instance, self.since, in_triggerer=True).completed()
                 yield TaskSuccessEvent()
                 return
         yield TriggerEvent(event)  # type: ignore[no-untyped-call]
