@@ -6,6 +6,7 @@ import atexit
 import http.client
 import json
 import os
+import re
 import select
 import shutil
 import socket
@@ -241,6 +242,33 @@ def listen() -> Iterator[Callable[..., Listener]]:
     yield start
     for listener in listeners:
         listener.close()
+
+
+class StatsD:
+    """A StatsD server on loopback that keeps what it is sent until it is taken."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind(("127.0.0.1", 0))
+        self._socket.setblocking(False)
+        self.port: int = self._socket.getsockname()[1]
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def take(self) -> list[tuple[str, dict[str, str], float, str]]:
+        """Give what has come since: names without ``airflow.``, tags in InfluxDB's way, values and types."""
+        found = []
+        while True:
+            try:
+                text = self._socket.recv(65536).decode()
+            except BlockingIOError:
+                return found
+            for line in text.splitlines():
+                match = re.fullmatch(r"airflow\.([^,:]+)((?:,[^:]+)*):(.+)\|(\w+)", line)
+                assert match, line
+                tags = dict(tag.split("=") for tag in match[2].split(",")[1:])
+                found.append((match[1], tags, float(match[3]), match[4]))
 
 
 def forward(url: str) -> Callable[[Seen], tuple[int, dict[str, str], bytes]]:
