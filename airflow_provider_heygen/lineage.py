@@ -82,7 +82,7 @@ def _name(uri: str) -> tuple[str, str]:
     return f"{_ONE_STORE.get(scheme, scheme)}://{authority}", path.strip("/") or "/"
 
 
-def of_task(inputs: Iterable[str | None], outputs: Iterable[Dataset]) -> OperatorLineage:
+def of_task(inputs: Iterable[str | None], outputs: Iterable[Dataset]) -> OperatorLineage[Any, Any]:
     """
     Give a task's lineage as OpenLineage takes it.
 

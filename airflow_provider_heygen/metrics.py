@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -85,13 +86,13 @@ def _stats(in_triggerer: bool) -> Any:
     From Airflow 3.2 there are two: a worker sets up those of the Task SDK, a triggerer those of the core, and
     what is not set up says nothing.
     """
-    if not in_triggerer:
-        from airflow.providers.common.compat.sdk import Stats
-    else:
-        try:
-            from airflow.observability.stats import Stats
-        except ImportError:
-            from airflow.stats import Stats
+    if in_triggerer:
+        with suppress(ImportError):  # before Airflow 3.2 there is one for all
+            from airflow.observability import stats
+
+            return stats.Stats
+    from airflow.providers.common.compat.sdk import Stats
+
     return Stats
 
 

@@ -77,7 +77,7 @@ class HeyGenUploadAssetOperator(LinksMaskedOperator):
         context["ti"].xcom_push(key="asset_id", value=self._asset_id)
         return {"type": "asset_id", "asset_id": self._asset_id}
 
-    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:  # noqa: ARG002
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage[Any, Any]:  # noqa: ARG002
         """Tell OpenLineage: the file has become HeyGen's asset, unless the task failed before."""
         from airflow_provider_heygen import lineage
 

@@ -330,7 +330,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         Ledger(context, durable=self.durable).delivered()
         return str(self._overdub_id)
 
-    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:  # noqa: ARG002
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage[Any, Any]:  # noqa: ARG002
         """Tell OpenLineage: out of both sources came the overdub."""
         from airflow_provider_heygen import lineage
 
@@ -339,7 +339,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
             [lineage.dataset(lineage.overdub_uri(str(self._overdub_id)))],
         )
 
-    def get_openlineage_facets_on_failure(self, task_instance: Any) -> OperatorLineage:  # noqa: ARG002
+    def get_openlineage_facets_on_failure(self, task_instance: Any) -> OperatorLineage[Any, Any]:  # noqa: ARG002
         """Tell OpenLineage what it was to be made of; there is nothing yet that somebody could read."""
         from airflow_provider_heygen import lineage
 

@@ -89,7 +89,7 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
                 extra.update(overdub_id=self.overdub_id, uri=destination, size_bytes=size)
         return destination
 
-    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:  # noqa: ARG002
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage[Any, Any]:  # noqa: ARG002
         """Tell OpenLineage: out of the overdub came the files that are there, if the task failed, too."""
         from airflow_provider_heygen import lineage
 

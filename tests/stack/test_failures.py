@@ -3,17 +3,30 @@ What a real Airflow makes of HeyGen's failures, and that no secret is left behin
 
 One DAG run has a task for each way to wait and each kind of trouble. All of them wait until each has had one
 good look at its job; then the emulator is told what to do to each. A second run has waits that end in the
-triggerer, and what comes after them.
+triggerer, and what comes after them. A third is watched by OpenLineage, a fourth has a retry policy; StatsD
+hears of them all.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import threading
 import time
+import uuid
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import HAS_STATE_STORE, LABELS_EARLY, MASKS_RENDERED_FIELDS
+from conftest import (
+    HAS_RETRY_POLICIES,
+    HAS_STATE_STORE,
+    LABELS_EARLY,
+    MASKS_RENDERED_FIELDS,
+    Listener,
+    StatsD,
+    needs_retry_policies,
+)
 
 from airflow_provider_heygen.emulator.media import make_video
 from stack.airflow import Stack, why_no_postgres
@@ -69,12 +82,82 @@ ENDS = {
 class Outcome:
     """What is left when the run is over."""
 
-    def __init__(self, stack: Stack, heygen: HeyGen, run: Run, ends: Run, midway: Any) -> None:
+    def __init__(self, stack: Stack, heygen: HeyGen, run: Run, ends: Run, midway: Any, watch: Watch) -> None:
         self.stack, self.heygen, self.run, self.ends, self.midway = stack, heygen, run, ends, midway
         self.tasks, self.ended = run.tasks(), ends.tasks()
+        self.watch = watch
 
     def log(self, name: str) -> str:
         return self.run.log(name, self.tasks[name]["try_number"])
+
+
+class Watch:
+    """
+    What is watched from outside: two DAG runs more, the events of OpenLineage, the datagrams of StatsD.
+
+    :ivar metrics: name, tags, value and type of each datagram.
+    """
+
+    def __init__(self, stack: Stack, folder: Path) -> None:
+        self.stack, self.folder = stack, folder
+        self.statsd, self.lineage = StatsD(), Listener()
+        self.metrics: list[tuple[str, dict[str, str], float, str]] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+        self.heygen, self.busy = stack.heygen(job_seconds=20), stack.heygen(job_seconds=0.1)
+        stack.connect("heygen_observed", self.heygen.connection())
+        stack.connect("heygen_busy", self.busy.connection())
+        for path in ("/v3/overdubs", "/v3/assets"):
+            self.busy.add_fault(path, method="POST", status=429, headers={"Retry-After": "61"})
+        stack.env |= {
+            "AIRFLOW__OPENLINEAGE__TRANSPORT": json.dumps({"type": "http", "url": self.lineage.url}),
+            "AIRFLOW__OPENLINEAGE__SELECTIVE_ENABLE": "True",  # each event takes a process of its own
+            "AIRFLOW__METRICS__STATSD_ON": "True",
+            "AIRFLOW__METRICS__STATSD_HOST": "127.0.0.1",
+            "AIRFLOW__METRICS__STATSD_PORT": str(self.statsd.port),
+            "AIRFLOW__METRICS__STATSD_INFLUXDB_ENABLED": "True",
+            "AIRFLOW__METRICS__METRICS_ALLOW_LIST": "heygen",
+        }
+
+    def _listen(self) -> None:
+        while not self._over.wait(0.05):
+            self.metrics += self.statsd.take()
+
+    def start(self) -> None:
+        conf = {"folder": str(self.folder)}
+        self.observed = Run(self.stack.rest, "observed", **conf)
+        self.policy = Run(self.stack.rest, "policy", **conf) if HAS_RETRY_POLICIES else None
+        (job,) = wait_for("the job that is to fail", lambda: self.heygen.jobs("fails"))
+        self.heygen.force(job["id"], "failed", SAYS["job_fails"])
+
+    def wait(self) -> None:
+        self.observed.wait()
+        if self.policy:
+            self.policy.wait()
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+        self.statsd.close()
+        self.lineage.close()
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """OpenLineage's, of tasks."""
+        found = [json.loads(seen.body) for seen in self.lineage.seen]
+        return [event for event in found if event["job"]["name"].startswith("observed.")]
+
+    def told(self, task_id: str, kind: str = "COMPLETE") -> list[tuple[list[Any], list[Any]]]:
+        """Give the inputs and outputs of a task's events of a kind, as pairs of namespace and name."""
+        return [
+            tuple(
+                [(found["namespace"], found["name"]) for found in event.get(side, [])]
+                for side in ("inputs", "outputs")
+            )
+            for event in self.events
+            if (event["job"]["name"], event["eventType"]) == (f"observed.{task_id}", kind)
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +165,15 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
     """Let the whole DAG run; everything in this module looks at what it left behind."""
     debug = {"AIRFLOW__LOGGING__LOGGING_LEVEL": "DEBUG"}
     with Stack(postgres=not why_no_postgres(), settings=debug) as stack:
-        yield _run(stack, tmp_path_factory.mktemp("media"))
+        folder = tmp_path_factory.mktemp("media")
+        watch = Watch(stack, folder)
+        try:
+            yield _run(stack, folder, watch)
+        finally:
+            watch.close()
 
 
-def _run(stack: Stack, folder: Path) -> Outcome:
+def _run(stack: Stack, folder: Path, watch: Watch) -> Outcome:
     # A job takes until it is told to end.
     heygen = stack.heygen(job_seconds=100_000)
     renamed = stack.heygen(resources="lipsyncs")
@@ -99,7 +187,7 @@ def _run(stack: Stack, folder: Path) -> Outcome:
     stack.env["STACK_VIDEO"] = f"https://example.com/v.mp4?X-Amz-Date=1&X-Amz-Signature={signature}"
     stack.env["STACK_AUDIO"] = f"https://user:{password}@example.com/a.mp3"
     stack.env["STACK_CALLBACK"] = f"https://127.0.0.1:1/done?token={token}"
-    stack.start("failures", "ends")
+    stack.start("failures", "ends", "observed")
 
     sensors = [f"{waiter}__{case}" for waiter in SENSORS for case in SENSOR_CASES]
     transfers = ["transfer__after_trouble", "transfer__place_taken"]
@@ -110,6 +198,7 @@ def _run(stack: Stack, folder: Path) -> Outcome:
     heygen.add_fault(f"/files/{ids[transfers[0]]}.mp4", status=403)
     make_video(folder / "upload.mp4", seconds=1, hz=440)
     (folder / f"{transfers[1]}.mp4").write_text("something else")
+    watch.start()
     run = Run(stack.rest, "failures", ids=ids, folder=str(folder))
 
     # Those that wait without an end of their own.
@@ -136,7 +225,9 @@ def _run(stack: Stack, folder: Path) -> Outcome:
     for name in steered:
         _steer(heygen, name, jobs[name])
     run.wait()
-    return Outcome(stack, heygen, run, _run_ends(stack, heygen), midway)
+    ends = _run_ends(stack, heygen)
+    watch.wait()
+    return Outcome(stack, heygen, run, ends, midway, watch)
 
 
 def _run_ends(stack: Stack, heygen: HeyGen) -> Run:
@@ -268,9 +359,114 @@ def test_one_job_for_each_create(outcome: Outcome) -> None:
     assert sorted(titles) == sorted(set(titles))
 
 
+SOURCES = [("https://example.com", "/v.mp4"), ("https://example.com", "/a.mp3")]
+
+
+def overdubs(outcome: Outcome, task_id: str) -> list[tuple[str, str]]:
+    return [("heygen", f"overdubs/{job['id']}") for job in outcome.watch.heygen.jobs(task_id)]
+
+
+def test_lineage(outcome: Outcome) -> None:
+    watch, folder = outcome.watch, outcome.watch.folder
+    uploaded = ("file", f"{folder}/upload.mp4")
+    asset = ("heygen", f"assets/{watch.observed.xcoms('upload')['asset_id']}")
+    assert watch.told("upload") == [([uploaded], [asset])]
+    assert watch.told("sync") == [([asset, SOURCES[1]], overdubs(outcome, "sync"))]
+    deferred = overdubs(outcome, "deferred")
+    assert watch.told("deferred") == [(SOURCES, deferred)]
+    assert watch.told("keep") == [
+        (deferred, [("file", f"{folder}/kept/{deferred[0][1].removeprefix('overdubs/')}.mp4")])
+    ]
+    # A Python task has no facets of its own; this is Airflow's hook lineage.
+    assert watch.told("download") == [(deferred, [("file", f"{folder}/downloaded.mp4")])]
+    mapped = {inputs[0]: outputs for inputs, outputs in watch.told("mapped")}
+    ids = [watch.observed.xcoms(f"mapped[{index}]")["return_value"] for index in range(2)]
+    assert mapped == {
+        ("https://example.com", "/0.mp4"): [("heygen", f"overdubs/{ids[0]}")],
+        uploaded: [("heygen", f"overdubs/{ids[1]}")],
+    }
+    assert (watch.told("fails"), watch.told("fails", "FAIL")) == ([], [(SOURCES, [])])
+    # One overdub over two tries.
+    (goes_on,) = overdubs(outcome, "goes_on")
+    assert watch.told("goes_on", "FAIL") == [(SOURCES, [])]
+    assert watch.told("goes_on") == [(SOURCES, [goes_on])]
+
+
+def test_each_run_of_openlineage_is_whole(outcome: Outcome) -> None:
+    runs = defaultdict(list)
+    for event in outcome.watch.events:
+        runs[str(uuid.UUID(event["run"]["runId"]))].append(event["eventType"])
+        assert event["run"]["facets"]["parent"]["job"]["name"] == "observed"
+        failures = [name for name in event["run"]["facets"] if "extractionError" in name]
+        assert not failures, event
+    assert len(runs) == 10  # 8 tasks, one of them twice mapped, one with two tries
+    for kinds in runs.values():
+        assert set(kinds) in ({"START", "COMPLETE"}, {"START", "FAIL"})
+        assert kinds.count("COMPLETE") + kinds.count("FAIL") == 1
+
+
+def counted(outcome: Outcome, name: str) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for metric, tags, value, kind in outcome.watch.metrics:
+        if metric == f"heygen.overdubs.{name}":
+            found[f"{tags['dag_id']}.{tags['task_id']}"] += int(value) if kind == "c" else 1
+    return found
+
+
+def test_metrics(outcome: Outcome) -> None:
+    creates = [*names(CREATES, CREATE_CASES), "create_mapped"]
+    fine = [*names(CREATES + SENSORS, ["survives_trouble", "oauth"]), "create_mapped"]
+    bad = names(CREATES + SENSORS, ["job_fails"])
+    bad += names(SENSORS, ["soft_fail_job_fails", "never_fail_job_fails"])
+    observed = Counter(f"observed.{name}" for name in ("sync", "deferred", "mapped", "mapped", "goes_on"))
+    submitted = Counter(f"failures.{name}" for name in creates if not name.endswith("wrong_resource"))
+    submitted += observed + Counter(["observed.fails"])
+    completed = observed + Counter(f"failures.{name}" for name in fine)
+    completed += Counter(f"ends.{name.partition('[')[0]}" for name in ENDS)
+    failed = Counter(["ends.fails", "ends.fails_softly", "observed.fails"])
+    failed += Counter(f"failures.{name}" for name in bad)
+    if HAS_RETRY_POLICIES:
+        submitted["policy.create"] = completed["policy.create"] = 1
+    assert counted(outcome, "submitted") == submitted
+    assert counted(outcome, "completed") == completed
+    assert counted(outcome, "failed") == failed
+    assert counted(outcome, "reattached") == {"observed.goes_on": 1}
+    assert counted(outcome, "wait") == completed + failed
+    waits = [
+        (tags["task_id"], value)
+        for name, tags, value, kind in outcome.watch.metrics
+        if (name, kind) == ("heygen.overdubs.wait", "ms") and tags["dag_id"] == "observed"
+    ]
+    assert 15_000 < dict(waits)["deferred"] < 120_000  # milliseconds, over the deferral
+
+
+def test_polls(outcome: Outcome) -> None:
+    polls = Counter(tags["conn_id"] for name, tags, *_ in outcome.watch.metrics if name == "heygen.polls")
+    assert {"heygen_default", "heygen_oauth", "heygen_observed"} <= set(polls)
+    asked = [request for request in outcome.watch.heygen.requests("GET") if "/files/" not in request["path"]]
+    assert 0 < polls["heygen_observed"] < len(asked)
+
+
+@needs_retry_policies
+def test_retry_policy(outcome: Outcome) -> None:
+    policy = outcome.watch.policy
+    assert policy is not None
+    tasks = policy.tasks()
+    for name, path in {"create": "/v3/overdubs", "upload": "/v3/assets"}.items():
+        assert (tasks[name]["state"], tasks[name]["try_number"]) == ("success", 2)
+        assert "HeyGen asks to wait 61 s" in policy.log(name, 1)
+        refused, taken = (request["at"] for request in outcome.watch.busy.requests("POST", path))
+        assert 61 <= taken - refused < 120
+    # Not after a day, and not at all.
+    assert (tasks["refused"]["state"], tasks["refused"]["try_number"]) == ("failed", 1)
+    assert "HeyGen will refuse it again" in policy.log("refused", 1)
+
+
 def test_no_secret_is_left_behind(outcome: Outcome) -> None:
     secrets = {**SECRETS, "API key": outcome.heygen.key, "OAuth token": outcome.heygen.token}
-    for number, request in enumerate(outcome.heygen.requests("GET")):
+    secrets["another API key"] = outcome.watch.heygen.key
+    downloads = [*outcome.heygen.requests("GET"), *outcome.watch.heygen.requests("GET")]
+    for number, request in enumerate(downloads):
         if match := re.search("Signature=([0-9a-f]+)", request["query"]):
             secrets[f"signature of download {number}"] = match[1]
     assert len(secrets) > len(SECRETS) + 2
@@ -280,6 +476,8 @@ def test_no_secret_is_left_behind(outcome: Outcome) -> None:
         # The emulator's own output is HeyGen's affair.
         if path.is_file() and not path.is_relative_to(outcome.stack.home / "heygen"):
             places[str(path.relative_to(outcome.stack.home))] = path.read_bytes().decode(errors="replace")
+    places["OpenLineage's events"] = " ".join(seen.body.decode() for seen in outcome.watch.lineage.seen)
+    places["StatsD's datagrams"] = repr(outcome.watch.metrics)
     if not MASKS_RENDERED_FIELDS:
         # Airflow 3.0 stores rendered fields whole, whatever a task has asked it to mask.
         places = {name: text for name, text in places.items() if "rendered_task_instance_fields" not in name}

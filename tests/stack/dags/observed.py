@@ -1,0 +1,86 @@
+"""What OpenLineage, StatsD and a retry policy see: from files over assets and overdubs to files again."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+from airflow.providers.openlineage.utils.selective_enable import enable_lineage
+from airflow.sdk import DAG, BaseOperator, get_current_context, task
+
+from airflow_provider_heygen.exceptions import HeyGenPermanentError
+from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.operators.asset import HeyGenUploadAssetOperator
+from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
+from airflow_provider_heygen.retry_policy import HeyGenRetryPolicy
+from airflow_provider_heygen.transfers.heygen_to_object_storage import HeyGenOverdubToObjectStorageOperator
+
+HAS_RETRY_POLICIES = hasattr(BaseOperator, "has_retry_policy")
+
+with DAG(
+    "observed",
+    schedule=None,
+    default_args={"retries": 2, "retry_delay": timedelta(seconds=1)},
+    user_defined_macros={"secret_url": os.environ.get},
+) as dag:
+    common = {"heygen_conn_id": "heygen_observed", "title": "{{ task.task_id }}", "poke_interval": 1}
+    audio = {"type": "url", "url": "{{ secret_url('STACK_AUDIO') }}"}
+    links = {"video": "{{ secret_url('STACK_VIDEO') }}", "audio": audio}
+    upload = HeyGenUploadAssetOperator(
+        task_id="upload", heygen_conn_id="heygen_observed", source="{{ dag_run.conf['folder'] }}/upload.mp4"
+    )
+    HeyGenCreateOverdubOperator(task_id="sync", video=upload.output, audio=audio, **common)
+    deferred = HeyGenCreateOverdubOperator(task_id="deferred", deferrable=True, **links, **common)
+    HeyGenCreateOverdubOperator.partial(task_id="mapped", deferrable=True, audio=audio, **common).expand(
+        video=["https://example.com/0.mp4", "file://{{ dag_run.conf['folder'] }}/upload.mp4"]
+    )
+    HeyGenCreateOverdubOperator(task_id="fails", deferrable=True, **links, **common)
+    HeyGenCreateOverdubOperator(
+        task_id="goes_on", timeout="{{ 2 if ti.try_number == 1 else 600 }}", **links, **common
+    )
+    HeyGenOverdubToObjectStorageOperator(
+        task_id="keep",
+        heygen_conn_id="heygen_observed",
+        overdub_id=deferred.output,
+        destination="{{ dag_run.conf['folder'] }}/kept/",
+    )
+
+    @task
+    def download(overdub_id: str) -> int:
+        folder = get_current_context()["dag_run"].conf["folder"]
+        return HeyGenHook("heygen_observed").download_overdub(overdub_id, f"{folder}/downloaded.mp4")
+
+    download(deferred.output)
+
+enable_lineage(dag)
+
+if HAS_RETRY_POLICIES:
+    with DAG(
+        "policy",
+        schedule=None,
+        # Without the policy, no second try comes before the test is over.
+        default_args={
+            "retries": 1,
+            "retry_delay": timedelta(days=1),
+            "retry_policy": HeyGenRetryPolicy(),
+        },
+    ):
+        busy = {"heygen_conn_id": "heygen_busy"}
+        HeyGenCreateOverdubOperator(
+            task_id="create",
+            video="https://example.com/v.mp4",
+            audio="https://example.com/a.mp3",
+            poke_interval=1,
+            timeout=20,
+            **busy,
+        )
+        HeyGenUploadAssetOperator(task_id="upload", source="{{ dag_run.conf['folder'] }}/upload.mp4", **busy)
+
+        @task
+        def refused() -> None:
+            try:
+                HeyGenHook("heygen_wrong_key").get_overdub("od_1")
+            except HeyGenPermanentError as error:
+                raise ValueError("The author's own error") from error
+
+        refused()
