@@ -11,16 +11,23 @@ from types import SimpleNamespace
 
 import pytest
 from airflow.exceptions import AirflowRescheduleException
+from airflow.listeners.listener import get_listener_manager as core_listener_manager
 from airflow.providers.common.compat.sdk import (
     AirflowFailException,
     AirflowSensorTimeout,
     AirflowSkipException,
     TaskDeferred,
+    get_listener_manager,
 )
 from airflow.sdk import DAG, Asset
 from airflow.sdk.execution_time.comms import SetXCom
 from airflow.triggers.base import TaskSuccessEvent
 from airflow_task import Task
+
+try:
+    from airflow.dag_processing.dagbag import DagBag
+except ImportError:  # before Airflow 3.2
+    from airflow.models.dagbag import DagBag
 
 from airflow_provider_heygen.emulator import state
 from airflow_provider_heygen.exceptions import (
@@ -350,6 +357,30 @@ def test_ending_in_the_triggerer_is_off_by_default(heygen, running, comms):
 def test_what_a_worker_has_to_do_is_not_skipped(heygen, running, comms, duty, name, capsys):
     assert end_in_triggerer(heygen, running, **duty).payload["status"] == "completed"
     assert f"a worker is needed for: {name}." in capsys.readouterr().out
+
+
+@pytest.fixture
+def listener():
+    """A listener on a worker and where DAGs are parsed."""
+    managers = {get_listener_manager(), core_listener_manager()}
+    for manager in managers:
+        manager.add_listener(object())
+    yield
+    for manager in managers:
+        manager.clear()
+
+
+def test_where_somebody_listens_a_worker_ends_the_task(heygen, running, comms, listener, capsys):
+    assert end_in_triggerer(heygen, running).payload["status"] == "completed"
+    assert "a worker is needed for: listeners." in capsys.readouterr().out
+
+
+def test_airflow_takes_the_dag_where_somebody_listens(listener):
+    with DAG("dag", schedule=None) as dag:
+        HeyGenOverdubSensor(task_id="wait", overdub_id="od_1", deferrable=True, end_from_trigger=True)
+    bag = DagBag("/dev/null", include_examples=False)
+    bag.bag_dag(dag)
+    assert list(bag.dags) == ["dag"]
 
 
 def test_where_a_worker_makes_the_label_one_ends_the_task(heygen, running, comms, monkeypatch, capsys):

@@ -3,8 +3,8 @@ What a real Airflow makes of HeyGen's failures, and that no secret is left behin
 
 One DAG run has a task for each way to wait and each kind of trouble. All of them wait until each has had one
 good look at its job; then the emulator is told what to do to each. A second run has waits that end in the
-triggerer, and what comes after them. A third is watched by OpenLineage, a fourth has a retry policy; StatsD
-hears of them all.
+triggerer, and what comes after them. A third has a retry policy. Where OpenLineage listens, no wait ends in
+the triggerer, so the run that it watches comes last. StatsD hears of them all.
 """
 
 from __future__ import annotations
@@ -111,8 +111,6 @@ class Watch:
         for path in ("/v3/overdubs", "/v3/assets"):
             self.busy.add_fault(path, method="POST", status=429, headers={"Retry-After": "61"})
         stack.env |= {
-            "AIRFLOW__OPENLINEAGE__TRANSPORT": json.dumps({"type": "http", "url": self.lineage.url}),
-            "AIRFLOW__OPENLINEAGE__SELECTIVE_ENABLE": "True",  # each event takes a process of its own
             "AIRFLOW__METRICS__STATSD_ON": "True",
             "AIRFLOW__METRICS__STATSD_HOST": "127.0.0.1",
             "AIRFLOW__METRICS__STATSD_PORT": str(self.statsd.port),
@@ -124,17 +122,23 @@ class Watch:
         while not self._over.wait(0.05):
             self.metrics += self.statsd.take()
 
-    def start(self) -> None:
-        conf = {"folder": str(self.folder)}
-        self.observed = Run(self.stack.rest, "observed", **conf)
-        self.policy = Run(self.stack.rest, "policy", **conf) if HAS_RETRY_POLICIES else None
-        (job,) = wait_for("the job that is to fail", lambda: self.heygen.jobs("fails"))
-        self.heygen.force(job["id"], "failed", SAYS["job_fails"])
+    def start_policy(self) -> None:
+        folder = str(self.folder)
+        self.policy = Run(self.stack.rest, "policy", folder=folder) if HAS_RETRY_POLICIES else None
 
-    def wait(self) -> None:
-        self.observed.wait()
+    def run_observed(self) -> None:
         if self.policy:
             self.policy.wait()
+        self.stack.env["AIRFLOW__OPENLINEAGE__TRANSPORT"] = json.dumps(
+            {"type": "http", "url": self.lineage.url}
+        )
+        for part in ("scheduler", "dag-processor"):
+            self.stack.restart_part(part)
+        self.stack.wait_until_up()
+        self.observed = Run(self.stack.rest, "observed", folder=str(self.folder))
+        (job,) = wait_for("the job that is to fail", lambda: self.heygen.jobs("fails"))
+        self.heygen.force(job["id"], "failed", SAYS["job_fails"])
+        self.observed.wait()
 
     def close(self) -> None:
         self._over.set()
@@ -198,7 +202,7 @@ def _run(stack: Stack, folder: Path, watch: Watch) -> Outcome:
     heygen.add_fault(f"/files/{ids[transfers[0]]}.mp4", status=403)
     make_video(folder / "upload.mp4", seconds=1, hz=440)
     (folder / f"{transfers[1]}.mp4").write_text("something else")
-    watch.start()
+    watch.start_policy()
     run = Run(stack.rest, "failures", ids=ids, folder=str(folder))
 
     # Those that wait without an end of their own.
@@ -226,7 +230,7 @@ def _run(stack: Stack, folder: Path, watch: Watch) -> Outcome:
         _steer(heygen, name, jobs[name])
     run.wait()
     ends = _run_ends(stack, heygen)
-    watch.wait()
+    watch.run_observed()
     return Outcome(stack, heygen, run, ends, midway, watch)
 
 
@@ -392,6 +396,11 @@ def test_lineage(outcome: Outcome) -> None:
     assert watch.told("goes_on") == [(SOURCES, [goes_on])]
 
 
+def test_where_openlineage_listens_no_wait_ends_in_the_triggerer(outcome: Outcome) -> None:
+    assert "a worker is needed for: listeners." in outcome.watch.observed.log("wait")
+    assert outcome.watch.told("wait") == [([], [])]
+
+
 def test_each_run_of_openlineage_is_whole(outcome: Outcome) -> None:
     runs = defaultdict(list)
     for event in outcome.watch.events:
@@ -399,7 +408,7 @@ def test_each_run_of_openlineage_is_whole(outcome: Outcome) -> None:
         assert event["run"]["facets"]["parent"]["job"]["name"] == "observed"
         failures = [name for name in event["run"]["facets"] if "extractionError" in name]
         assert not failures, event
-    assert len(runs) == 10  # 8 tasks, one of them twice mapped, one with two tries
+    assert len(runs) == 12  # 10 tasks, one of them mapped over two, one with two tries
     for kinds in runs.values():
         assert set(kinds) in ({"START", "COMPLETE"}, {"START", "FAIL"})
         assert kinds.count("COMPLETE") + kinds.count("FAIL") == 1
@@ -420,8 +429,8 @@ def test_metrics(outcome: Outcome) -> None:
     bad += names(SENSORS, ["soft_fail_job_fails", "never_fail_job_fails"])
     observed = Counter(f"observed.{name}" for name in ("sync", "deferred", "mapped", "mapped", "goes_on"))
     submitted = Counter(f"failures.{name}" for name in creates if not name.endswith("wrong_resource"))
-    submitted += observed + Counter(["observed.fails"])
-    completed = observed + Counter(f"failures.{name}" for name in fine)
+    submitted += observed + Counter(["observed.fails", "observed.started"])
+    completed = observed + Counter(["observed.wait"]) + Counter(f"failures.{name}" for name in fine)
     completed += Counter(f"ends.{name.partition('[')[0]}" for name in ENDS)
     failed = Counter(["ends.fails", "ends.fails_softly", "observed.fails"])
     failed += Counter(f"failures.{name}" for name in bad)

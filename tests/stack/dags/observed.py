@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 
-from airflow.providers.openlineage.utils.selective_enable import enable_lineage
 from airflow.sdk import DAG, BaseOperator, get_current_context, task
 
 from airflow_provider_heygen.exceptions import HeyGenPermanentError
@@ -13,6 +12,7 @@ from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.operators.asset import HeyGenUploadAssetOperator
 from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
 from airflow_provider_heygen.retry_policy import HeyGenRetryPolicy
+from airflow_provider_heygen.sensors.overdub import HeyGenOverdubSensor
 from airflow_provider_heygen.transfers.heygen_to_object_storage import HeyGenOverdubToObjectStorageOperator
 
 HAS_RETRY_POLICIES = hasattr(BaseOperator, "has_retry_policy")
@@ -22,7 +22,7 @@ with DAG(
     schedule=None,
     default_args={"retries": 2, "retry_delay": timedelta(seconds=1)},
     user_defined_macros={"secret_url": os.environ.get},
-) as dag:
+):
     common = {"heygen_conn_id": "heygen_observed", "title": "{{ task.task_id }}", "poke_interval": 1}
     audio = {"type": "url", "url": "{{ secret_url('STACK_AUDIO') }}"}
     links = {"video": "{{ secret_url('STACK_VIDEO') }}", "audio": audio}
@@ -51,8 +51,15 @@ with DAG(
         return HeyGenHook("heygen_observed").download_overdub(overdub_id, f"{folder}/downloaded.mp4")
 
     download(deferred.output)
-
-enable_lineage(dag)
+    started = HeyGenCreateOverdubOperator(task_id="started", wait_for_completion=False, **links, **common)
+    HeyGenOverdubSensor(
+        task_id="wait",
+        heygen_conn_id="heygen_observed",
+        overdub_id=started.output,
+        deferrable=True,
+        end_from_trigger=True,
+        poke_interval=1,
+    )
 
 if HAS_RETRY_POLICIES:
     with DAG(
