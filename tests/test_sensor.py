@@ -378,7 +378,7 @@ def test_where_somebody_listens_a_worker_ends_the_task(heygen, running, comms, l
 def test_airflow_takes_the_dag_where_somebody_listens(listener):
     with DAG("dag", schedule=None) as dag:
         HeyGenOverdubSensor(task_id="wait", overdub_id="od_1", deferrable=True, end_from_trigger=True)
-    bag = DagBag("/dev/null", include_examples=False)
+    bag = DagBag(collect_dags=False)
     bag.bag_dag(dag)
     assert list(bag.dags) == ["dag"]
 
