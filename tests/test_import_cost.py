@@ -18,6 +18,9 @@ INFO = get_provider_info()
 MODULES = [
     *(name for kind in ("operators", "sensors") for entry in INFO[kind] for name in entry["python-modules"]),
     *(entry["python-module"] for entry in INFO["transfers"]),
+    # By Airflow, wherever an Asset is made.
+    *(entry["handler"].rpartition(".")[0] for entry in INFO["asset-uris"]),
+    "airflow_provider_heygen.retry_policy",
 ]
 EXAMPLES = sorted((ROOT / "example_dags").rglob("*.py"))
 

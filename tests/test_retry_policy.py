@@ -10,7 +10,6 @@ from airflow.sdk import DAG
 from airflow_task import StateStore, Task
 from conftest import HAS_RETRY_POLICIES, needs_retry_policies
 from test_exactly_once import dub
-from test_import_cost import assert_light, run
 
 from airflow_provider_heygen import retry_policy
 from airflow_provider_heygen.exceptions import (
@@ -110,12 +109,6 @@ def test_a_dag_can_have_it():
     assert [read.get_task(name).has_retry_policy for name in ("plain", "mapped")] == [True, True]
     policy = HeyGenRetryPolicy()
     assert isinstance(HeyGenRetryPolicy.deserialize(json.loads(json.dumps(policy.serialize()))), type(policy))
-
-
-def test_importing_it_is_light(tmp_path):
-    found = run("import airflow_provider_heygen.retry_policy", tmp_path)
-    assert "airflow_provider_heygen.retry_policy" in found["new"]
-    assert_light(found)
 
 
 def test_before_airflow_3_3_it_says_what_it_needs(monkeypatch):
