@@ -93,5 +93,6 @@ def test_the_look_sees_what_it_looks_for(tmp_path):
         "s = socket.socket(); s.settimeout(1); s.connect_ex(('127.0.0.1', 9))",
         tmp_path,
     )
-    assert set(found["new"]) >= HEAVY_MODULES | {"requests", "aiohttp"}
+    # Not aiohttp: Airflow 3.0 has loaded it before.
+    assert set(found["new"]) >= HEAVY_MODULES | {"requests"}
     assert any("socket.connect" in event for event in found["sockets"])
