@@ -16,12 +16,16 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import yaml
@@ -36,8 +40,11 @@ from packaging.requirements import Requirement
 
 from airflow_provider_heygen.connection import HeyGenConnection
 from airflow_provider_heygen.emulator import Behaviour
-from airflow_provider_heygen.emulator.media import make_audio, make_video
+from airflow_provider_heygen.emulator.media import make_audio, make_video, probe
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -64,6 +71,32 @@ def test_every_page_is_one_click_from_the_first(built):
     linked = set(re.findall(r'href="([\w/-]+\.html)', (built / "index.html").read_text()))
     pages = {page.relative_to(DOCS).with_suffix(".html").as_posix() for page in DOCS.rglob("*.md")}
     assert pages - {"index.html"} <= linked
+
+
+def links(page: Path) -> list[str]:
+    tokens = MarkdownIt().enable("table").parse(page.read_text())
+    inside = [child for token in tokens for child in token.children or ()]
+    return [str(child.attrs["href"]) for child in inside if child.type == "link_open"]
+
+
+def anchors(page: Path) -> set[str]:
+    """What a code host calls the headings of a page."""
+    tokens = MarkdownIt().parse(page.read_text())
+    titles = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_work_where_the_sources_are_read(page):
+    dead = []
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if "://" not in link and not (
+            target.exists() and target.is_relative_to(ROOT) and (not anchor or anchor in anchors(target))
+        ):
+            dead.append(link)
+    assert dead == []
 
 
 # --- The error messages -------------------------------------------------------------------------------
@@ -121,6 +154,61 @@ def test_a_test_that_the_comparison_names_is_there(file, name):
     assert f"def {name}(" in (ROOT / file).read_text()
 
 
+# --- The quickstart -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def terminal(script: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A shell that knows nothing of the environment the tests run in."""
+    env = {"PATH": os.defpath, "HOME": str(folder)}
+    shell = subprocess.Popen(
+        ["bash", "-e", "-c", script],
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield shell
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)
+        shell.communicate()
+
+
+def test_the_quickstart_word_for_word(tmp_path):
+    """As far as the video, with the environment of the tests in place of a new one."""
+    if not Path(sys.prefix, "bin", "activate").exists():
+        pytest.skip("this Python is in no virtual environment")
+    (tmp_path / "dubbing").symlink_to(sys.prefix)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    page = DOCS / "quickstart.md"
+    (place,) = re.findall(r"Save this as `(.+?)`", page.read_text())
+    script = server_script = ""
+    for block in blocks():
+        if not block.place.startswith("docs/quickstart.md"):
+            continue
+        code = block.code.replace("8000", str(port)).replace("/tmp/dubbed", f"{tmp_path}/dubbed")
+        if block.language == "python":
+            script += f"cat > {place} <<'END'\n{code}END\n"
+        elif "airflow_provider_heygen.emulator" in code:
+            server_script = code
+        else:
+            script += re.sub(r"^(python3 -m venv|pip install) .*\n", "", code, flags=re.MULTILINE)
+        if "dags test" in code:
+            break
+    with terminal(server_script, tmp_path) as emulator, terminal(script, tmp_path) as shell:
+        out, _ = shell.communicate(timeout=300)
+        assert shell.returncode == 0, out
+        assert emulator.poll() is None
+    assert "Started overdub" in out
+    assert re.search(r"Overdub \w+ is completed\.", out)
+    assert probe(tmp_path / "dubbed" / "talk.de.mp4").duration > 0
+
+
 # --- The blocks ---------------------------------------------------------------------------------------
 
 
@@ -146,8 +234,17 @@ def blocks_in(*languages: str) -> pytest.MarkDecorator:
 
 
 def test_each_block_has_a_language_that_is_tested():
-    known = {"python", "bash", "json", "ini", "yaml", "text"}
+    known = {"python", "bash", "dockerfile", "json", "ini", "yaml", "text"}
     assert {block.place for block in blocks() if block.language not in known} == set()
+
+
+def quickstart_dag() -> str:
+    (dag,) = (
+        block.code
+        for block in blocks()
+        if block.place.startswith("docs/quickstart.md") and block.language == "python"
+    )
+    return dag
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +263,7 @@ def here(tmp_path, media):
 
     def replace(text: str) -> str:
         text = re.sub(r"\bs3://(\w+@)?[\w-]+/", f"file://{tmp_path}/data/", text)
-        return re.sub(r"(?<![\w/])/(data|tmp/dubbed)/", f"{tmp_path}/data/", text)
+        return re.sub(r"(?<![\w/])/(data|tmp/dubbed|tmp/media)/", f"{tmp_path}/data/", text)
 
     return replace
 
@@ -182,6 +279,9 @@ def test_python(block, heygen, airflow_db, here, tmp_path, monkeypatch):
     snippet = tmp_path / "test_snippet.py"
     snippet.write_text(code)
     if "def test_" in code:
+        if "from dub import dag" in code:
+            (tmp_path / "dub.py").write_text(here(quickstart_dag()))
+            monkeypatch.setenv("AIRFLOW__CORE__DAGS_FOLDER", str(tmp_path))
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_snippet.py"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -243,6 +343,18 @@ def check_airflow(words, heygen, monkeypatch):
         run("connections", "delete", words[2])
 
 
+@blocks_in("dockerfile")
+def test_dockerfile(block, heygen, monkeypatch):
+    image, *steps = block.code.splitlines()
+    pinned = re.search(r"^apache-airflow==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert image == f"FROM apache/airflow:{pinned[1]}"
+    for step in steps:
+        run, *words = shlex.split(step)
+        assert (run, words.pop(0)) == ("RUN", "pip")
+        assert f"apache-airflow=={pinned[1]}" in words
+        check_pip(words, heygen, monkeypatch)
+
+
 def check_make(words, heygen, monkeypatch):
     targets = re.findall(r"^([\w-]+)[\w -]*:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(words) <= set(targets)
@@ -250,7 +362,7 @@ def check_make(words, heygen, monkeypatch):
 
 def check_pip(words, heygen, monkeypatch):
     assert words[0] == "install"
-    for wanted in map(Requirement, words[1:]):
+    for wanted in map(Requirement, [word for word in words[1:] if word != "--no-cache-dir"]):
         ours = "airflow-provider-heygen"
         assert wanted.name in (ours, "apache-airflow", "pre-commit", "pytest") or version(wanted.name)
         assert wanted.extras <= ({"emulator"} if wanted.name == ours else {"statsd"})
@@ -261,7 +373,7 @@ def check_python(words, heygen, monkeypatch):
         flags = {f"--{name.replace('_', '-')}" for name in Behaviour.model_fields}
         assert {word for word in words if word.startswith("--")} <= flags | {"--port", "--host"}
     else:
-        assert words[:2] == ["-m", "venv"]
+        assert words[:2] in (["-m", "venv"], ["-m", "pytest"])
 
 
 def check_export(words, heygen, monkeypatch):
@@ -292,6 +404,7 @@ COMMANDS = {
     "python": check_python,
     "python3": check_python,
     "source": lambda *_: None,
+    "unset": lambda words, _, monkeypatch: [monkeypatch.delenv(name, raising=False) for name in words],
     "uvicorn": check_uvicorn,
 }
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from airflow.providers.common.compat.sdk import TaskDeferred
@@ -152,6 +153,17 @@ def test_timeout_then_retry_goes_on_with_the_same_overdub(heygen, deferrable):
     heygen.force(heygen.jobs[0].id, "completed")
     assert finish(task, task.start()) == heygen.jobs[0].id
     assert len(heygen.jobs) == 1
+
+
+def test_execution_timeout_holds_while_deferred(heygen):
+    heygen.behaviour.job_seconds = 60
+    task = Task(dub(deferrable=True, execution_timeout=timedelta(seconds=1)), store=StateStore())
+    deferred = task.start()
+    assert task.xcoms == {"overdub_id": heygen.jobs[0].id}
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        finish(task, deferred)
+    assert 1 <= (datetime.now(UTC) - task.ti.start_date).total_seconds() < 2
+    assert not heygen.jobs[0].deleted
 
 
 def test_a_clear_after_a_timeout_goes_on_with_it_too(heygen):

@@ -134,6 +134,13 @@ def test_metadata(metadata):
     assert "Framework :: Apache Airflow :: Provider" in metadata.get_all("Classifier")
 
 
+def test_each_link_of_the_description_works_on_a_package_index(metadata):
+    links = re.findall(r"\]\((.+?)\)", metadata.get_payload())
+    assert links
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert "quickstart (`docs/quickstart.md`)" in metadata.get_payload()
+
+
 def test_the_licence_itself_is_in_the_wheel(built):
     text = of_dist_info(wheel_files(built.wheel), "licenses/LICENSE")
     assert text == (ROOT / "LICENSE").read_bytes()

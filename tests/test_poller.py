@@ -1264,6 +1264,21 @@ def test_a_restarted_triggerer_goes_on(heygen, connect, no_leak):
     assert events == {(overdub_id, "completed"): 1 for overdub_id in ids}
 
 
+def test_a_restart_does_not_move_the_deadline(heygen, no_leak):
+    heygen.behaviour.job_seconds = 600
+    (overdub_id,) = create(1)
+    deadline = time.time() + 2
+    _, stored = trigger(overdub_id, deadline=deadline).serialize()
+
+    async def main():
+        with suppress(TimeoutError):
+            await asyncio.wait_for(event_of(HeyGenOverdubTrigger(**stored)), 1)
+        return await event_of(HeyGenOverdubTrigger(**json.loads(json.dumps(stored))))
+
+    assert asyncio.run(main())["status"] == "timeout"
+    assert deadline <= time.time() < deadline + 1
+
+
 def test_lines_go_to_the_log_of_their_own_trigger(heygen, monkeypatch, no_leak):
     whose = contextvars.ContextVar("whose")
     heard = []
