@@ -6,13 +6,14 @@ import asyncio
 import json
 import os
 import shutil
+import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from airflow.providers.common.compat.sdk import TaskDeferred
 from airflow_task import StateStore, Task
 
-from airflow_provider_heygen import upload
+from airflow_provider_heygen import upload, waiting
 from airflow_provider_heygen.emulator import media
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
@@ -626,6 +627,22 @@ def test_on_kill(heygen, delete_on_kill, kept):
     assert heygen.jobs[0].deleted is not kept
 
 
+def test_a_worker_that_is_shut_down_is_retried_although_it_deleted_its_overdub(heygen, monkeypatch):
+    """Airflow calls ``on_kill`` on its SIGTERM, while the wait goes on in the same process."""
+    heygen.behaviour.job_seconds = 60
+    monkeypatch.setattr(waiting, "FRESH_SECONDS", 0)
+    operator = dub(delete_on_kill=True)()
+    task = Task(lambda: operator, store=StateStore())
+    sigterm = threading.Timer(0.5, operator.on_kill)
+    sigterm.start()
+    with pytest.raises(HeyGenTransientError, match="A retry starts another"):
+        task.start()
+    sigterm.join()
+    heygen.behaviour.job_seconds = 0.05
+    assert task.start() == heygen.jobs[1].id
+    assert [job.deleted for job in heygen.jobs] == [True, False]
+
+
 def test_on_kill_keeps_what_has_ended(heygen):
     operator = dub(delete_on_kill=True)()
     Task(lambda: operator, store=StateStore()).start()
@@ -650,10 +667,10 @@ def test_a_cancelled_trigger_deletes_nothing(heygen):
     deferred = Task(dub(deferrable=True, delete_on_kill=True), store=StateStore()).start()
 
     async def restart():
-        waiting = asyncio.create_task(anext(deferred.trigger.run()))
+        run = asyncio.create_task(anext(deferred.trigger.run()))
         await asyncio.sleep(0.1)
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
+        run.cancel()
+        await asyncio.gather(run, return_exceptions=True)
         await deferred.trigger.cleanup()
 
     asyncio.run(restart())

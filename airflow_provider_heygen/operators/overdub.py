@@ -151,6 +151,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         self.durable = durable
         self._again = False
         self._overdub_id: str | None = None
+        self._deleted = False
         self._hook: HeyGenHook | None = None
 
     def execute(self, context: Context) -> str:
@@ -186,6 +187,20 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
             return self._deliver(context, details)
 
     def _create(self, context: Context, deadline: float | None) -> str:
+        from airflow_provider_heygen.exceptions import HeyGenNotFoundError, HeyGenTransientError
+
+        try:
+            return self._start_and_wait(context, deadline)
+        except HeyGenNotFoundError:
+            if not self._deleted:
+                raise
+            # Airflow passes on the SIGTERM of a worker that is shut down, too: nobody wished the task to end.
+            raise HeyGenTransientError(
+                f"Overdub {self._overdub_id} was deleted because the task was killed ('delete_on_kill')."
+                " A retry starts another."
+            ) from None
+
+    def _start_and_wait(self, context: Context, deadline: float | None) -> str:
         from airflow_provider_heygen.api import CreateOverdubRequest
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.submitter import Ledger
@@ -353,6 +368,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         if self._hook.get_overdub(self._overdub_id).is_final:
             self.log.info("Overdub %s has already ended; it is kept.", self._overdub_id)
             return
+        self._deleted = True
         self._hook.delete_overdub(self._overdub_id)
         self.log.info("The task was killed: deleted overdub %s.", self._overdub_id)
 
