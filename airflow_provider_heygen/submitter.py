@@ -90,9 +90,16 @@ class Ledger:
 
     def delivered(self) -> None:
         """Note that the task hands on its result: a clear after this wants another overdub."""
+        self._note(delivered=True)
+
+    def deleted(self) -> None:
+        """Note that the overdub is gone for good: a 404 does not mean that it is not readable yet."""
+        self._note(answered=0.0)
+
+    def _note(self, **changes: Any) -> None:
         submission = Submission.load(self.store.get(STATE_KEY)) if self.store is not None else None
         if submission is not None:
-            self.write(submission, delivered=True)
+            self.write(submission, **changes)
 
 
 def submit(

@@ -632,7 +632,8 @@ def test_a_worker_that_is_shut_down_is_retried_although_it_deleted_its_overdub(h
     heygen.behaviour.job_seconds = 60
     monkeypatch.setattr(waiting, "FRESH_SECONDS", 0)
     operator = dub(delete_on_kill=True)()
-    task = Task(lambda: operator, store=StateStore())
+    operators = iter([operator, dub()()])
+    task = Task(lambda: next(operators), store=StateStore())
     sigterm = threading.Timer(0.5, operator.on_kill)
     sigterm.start()
     with pytest.raises(HeyGenTransientError, match="A retry starts another"):

@@ -188,6 +188,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
 
     def _create(self, context: Context, deadline: float | None) -> str:
         from airflow_provider_heygen.exceptions import HeyGenNotFoundError, HeyGenTransientError
+        from airflow_provider_heygen.submitter import Ledger
 
         try:
             return self._start_and_wait(context, deadline)
@@ -195,6 +196,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
             if not self._deleted:
                 raise
             # Airflow passes on the SIGTERM of a worker that is shut down, too: nobody wished the task to end.
+            Ledger(context, durable=self.durable).deleted()
             raise HeyGenTransientError(
                 f"Overdub {self._overdub_id} was deleted because the task was killed ('delete_on_kill')."
                 " A retry starts another."
