@@ -64,6 +64,7 @@ def statsd(monkeypatch):
         "STATSD_HOST": "127.0.0.1",
         "STATSD_PORT": str(listening.port),
         "STATSD_INFLUXDB_ENABLED": "True",
+        "METRICS_ALLOW_LIST": "heygen",
     }.items():
         monkeypatch.setenv(f"AIRFLOW__METRICS__{name}", value)
     metrics._complain.cache_clear()
