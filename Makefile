@@ -4,7 +4,7 @@ export AIRFLOW_HOME ?= $(CURDIR)/.local/airflow
 export AIRFLOW__CORE__LOAD_EXAMPLES := False
 
 .DELETE_ON_ERROR:
-.PHONY: demo ui test test-stack test-matrix test-oldest chaos_kills chaos_random bench docs lint format dist clean
+.PHONY: demo ui test test-stack test-matrix test-oldest chaos_kills chaos_random bench docs screenshots lint format dist clean
 
 demo: .venv/done       ## dub a real video with a real Airflow DAG, on the HeyGen emulator
 	@$(BIN)/python example_dags/run_local.py demo
@@ -35,6 +35,9 @@ bench: .venv/done .venv-bench/done  ## what importing, waiting and moving files 
 
 docs: .venv/done       ## the documentation, in .local/docs/index.html
 	$(BIN)/python -m sphinx -q -W --keep-going docs .local/docs
+
+screenshots: .venv/done ## the documentation's pictures of the web UI, anew; needs Chromium
+	SCREENSHOTS=docs/images $(BIN)/python -m pytest tests/stack/test_web_ui.py
 
 lint: .venv/done
 	$(BIN)/ruff check .

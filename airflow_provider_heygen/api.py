@@ -481,7 +481,7 @@ class Call(Generic[T]):
 
 _COLLECTION_404 = (
     "The whole route is missing there. HeyGen renamed overdubs to lipsyncs in 2026: set the extra 'resource'"
-    " of Airflow connection '{conn_id}' to '{other}' (it is '{resource}'), or check its host."
+    " of Airflow connection '{conn_id}' to '{other}' (it is '{resource}'), or check its host"
 )
 
 _NEXT_STEP = {
@@ -500,7 +500,7 @@ _NEXT_STEP = {
 _DIRECT_UPLOADS = "/v3/assets/direct-uploads"
 
 _NEXT_STEP_BY_CODE = {
-    "download_failed": "HeyGen could not fetch an input: the URL must be public https straight to the file."
+    "download_failed": "HeyGen could not fetch an input: the URL must be public https straight to the file"
     " Or upload the file and pass its asset_id",
     "asset_not_found": "Upload the file with the same credential and pass the new asset_id",
 }
@@ -573,7 +573,7 @@ def _error(
         "other": other,
     }.items():
         step = step.replace(f"{{{name}}}", value)
-    message = f"{message} {step.removesuffix('.')}.{trace}"
+    message = f"{message} {step}.{trace}"
     return (HeyGenNotFoundError if status == 404 else HeyGenPermanentError)(message, **details)
 
 

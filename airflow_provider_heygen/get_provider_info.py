@@ -21,15 +21,20 @@ def _seconds(label: str, default: int, description: str) -> dict[str, Any]:
     }
 
 
-def _choice(label: str, words: list[str], description: str) -> dict[str, Any]:
-    """Describe a select; the first word is the default, which an emptied select means as well."""
+def _choice(label: str, words: dict[str, str], description: str) -> dict[str, Any]:
+    """
+    Describe a select; the first word is the default, which an emptied select means as well.
+
+    :param words: what is stored, and how the form calls it. ``None`` is not among them, though the form
+        stores it when the select is emptied: it would be a choice of its own beside the default.
+    """
     return {
         "label": label,
         "schema": {
             "type": ["string", "null"],
-            "enum": [*words, None],
-            "values_display": {"null": f"{words[0]} (default)"},
-            "default": words[0],
+            "enum": list(words),
+            "values_display": words,
+            "default": next(iter(words)),
         },
         "description": description,
     }
@@ -80,29 +85,34 @@ def get_provider_info() -> dict[str, Any]:
                 "conn-fields": {
                     "auth_type": _choice(
                         "Auth type",
-                        ["api_key", "oauth"],
-                        "What the password is: an API key (billed to the API wallet)"
-                        " or an OAuth access token (billed to the web plan).",
+                        {"api_key": "API key", "oauth": "OAuth access token"},
+                        "Which of the two is among the standard fields. An API key is billed to the API"
+                        " wallet, an OAuth access token to the web plan.",
                     ),
                     "resource": _choice(
                         "Resource",
-                        ["overdubs", "lipsyncs"],
+                        {"overdubs": "overdubs", "lipsyncs": "lipsyncs"},
                         "The name of the resource in HeyGen's API: overdubs became lipsyncs"
                         " in 2026. Change it when HeyGen answers 404 to everything.",
                     ),
                     "connect_timeout": _seconds("Connect timeout", 10, "Seconds to reach HeyGen."),
-                    "read_timeout": _seconds("Read timeout", 30, "Seconds to wait for an answer to a look."),
+                    "read_timeout": _seconds(
+                        "Read timeout", 30, "Seconds to wait for the answer when a status is asked for."
+                    ),
                     "write_timeout": _seconds(
-                        "Write timeout", 120, "Seconds to wait for an answer to a create; HeyGen may take 30."
+                        "Write timeout",
+                        120,
+                        "Seconds to wait for the answer when an overdub is created; HeyGen may take 30.",
                     ),
                     "upload_timeout": _seconds(
                         "Upload timeout", 600, "Seconds of silence to bear during an upload."
                     ),
                     "max_requests_per_second": {
                         "label": "Requests per second",
-                        "schema": {"type": ["number", "null"], "exclusiveMinimum": 0},
-                        "description": "With which one triggerer looks at all waiting overdubs, at most."
-                        " Default: 5.",
+                        # The form knows no exclusive minimum.
+                        "schema": {"type": ["number", "null"], "minimum": 0.1},
+                        "description": "How often one triggerer asks HeyGen at most, for all waiting overdubs"
+                        " together. Default: 5.",
                     },
                     "allow_http": {
                         "label": "Allow plain http",

@@ -59,6 +59,7 @@ MASKS_RENDERED_FIELDS = Version("3.1") <= AIRFLOW
 RETRIES_KILLED_PROCESSES = Version("3.1") <= AIRFLOW
 STATS_ARE_SET_UP = Version("3.2") <= AIRFLOW  # by worker and triggerer; before, they set themselves up
 HAS_RETRY_POLICIES = Version("3.3") <= AIRFLOW
+HAS_THE_WEB_UI = Version("3.3") <= AIRFLOW
 needs_state_store = pytest.mark.skipif(
     not HAS_STATE_STORE, reason="Airflow before 3.3 has no task state store"
 )
@@ -70,6 +71,9 @@ needs_retry_policies = pytest.mark.skipif(
 )
 needs_retries_of_killed_processes = pytest.mark.skipif(
     not RETRIES_KILLED_PROCESSES, reason="Airflow 3.0 fails a task whose process was killed, without a retry"
+)
+needs_the_web_ui = pytest.mark.skipif(
+    not HAS_THE_WEB_UI, reason="Airflow before 3.2 has no fields of ours in its web UI, 3.2 looks different"
 )
 
 # What would make the machine's own network settings part of a test.

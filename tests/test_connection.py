@@ -537,18 +537,17 @@ def unused_port():
 
 @pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
 def test_good_connection(heygen, resource):
-    assert HeyGenHook().test_connection() == (True, f"HeyGen accepts the api_key; {resource}: no jobs yet.")
+    accepted = "HeyGen accepts the API key."
+    assert HeyGenHook().test_connection() == (True, f"{accepted} There are no {resource} yet.")
     media = {"video": "https://example.com/v.mp4", "audio": "https://example.com/a.mp3"}
     HeyGenHook().create_overdub(media)
-    assert HeyGenHook().test_connection() == (
-        True,
-        f"HeyGen accepts the api_key; {resource}: there are jobs.",
-    )
+    assert HeyGenHook().test_connection() == (True, f"{accepted} There are {resource}.")
 
 
 def test_good_token(heygen, connect):
     connect(heygen.url, heygen.oauth_token, auth_type="oauth")
-    assert HeyGenHook().test_connection() == (True, "HeyGen accepts the oauth; overdubs: no jobs yet.")
+    accepted = "HeyGen accepts the OAuth token."
+    assert HeyGenHook().test_connection() == (True, f"{accepted} There are no overdubs yet.")
 
 
 @pytest.mark.parametrize(
@@ -571,6 +570,7 @@ def test_bad_connection(heygen, connect, change, texts):
     assert not ok
     for text in texts:
         assert text in message
+    assert ".;" not in message
     assert given["password"] not in message
     assert "heygen_default" not in message  # in the web UI it would be an id that nobody knows
     assert len(heygen.requests) <= 1

@@ -443,8 +443,10 @@ class HeyGenHook(HttpHook):
             # The web UI tries it under an id made up for the occasion.
             named = f"Airflow connection '{self.heygen_conn_id}'"
             return False, str(error).replace(named, "this connection")
-        seen = "there are jobs" if page.data else "no jobs yet"
-        return True, f"HeyGen accepts the {self.settings.auth_type}; {self.settings.resource}: {seen}."
+        credential = "OAuth token" if self.settings.auth_type == "oauth" else "API key"
+        resource = self.settings.resource
+        seen = f"There are {resource}." if page.data else f"There are no {resource} yet."
+        return True, f"HeyGen accepts the {credential}. {seen}"
 
     async def aget_overdub(self, overdub_id: str) -> api.Overdub:
         """:meth:`get_overdub` for an event loop."""
