@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import socket
 import ssl
@@ -396,10 +397,18 @@ class Authority:
             .not_valid_before(now - timedelta(days=1))
             .not_valid_after(now + timedelta(days=1))
             .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+            # Python 3.13 and newer insist on what RFC 5280 does.
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
         )
         if issuer:
+            known_by = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.key.public_key())
+            builder = builder.add_extension(known_by, critical=False)
             address = x509.SubjectAlternativeName([x509.IPAddress(ip_address(name))])
             builder = builder.add_extension(address, critical=False)
+        else:
+            signs = dict.fromkeys(inspect.signature(x509.KeyUsage).parameters, False)
+            usage = x509.KeyUsage(**signs | {"key_cert_sign": True, "crl_sign": True})
+            builder = builder.add_extension(usage, critical=True)
         return key, builder.sign(issuer.key if issuer else key, hashes.SHA256())
 
     def _write(self, name, content):
