@@ -30,6 +30,8 @@ with DAG(
         "audio": f"{MEDIA}/talk.de.mp3",
         "result": f"{MEDIA}/talk.dubbed.mp4",
     },
+    # A retry uploads nothing twice, and goes on with the overdub that an earlier try has started.
+    default_args={"retries": 3, "retry_delay": timedelta(seconds=10)},
     tags=["example", "heygen"],
     doc_md=__doc__,
 ) as dag:
@@ -52,9 +54,6 @@ with DAG(
         mode="precision",
         deferrable=True,
         poke_interval=5,
-        # A retry goes on with the overdub that an earlier try has started.
-        retries=3,
-        retry_delay=timedelta(seconds=10),
         doc_md="Starts one overdub and waits for it in the triggerer. XCom `overdub_id` holds its id from the"
         " start, XCom `overdub` its title, status and length when it is done.",
     )

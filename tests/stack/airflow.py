@@ -123,6 +123,8 @@ class Stack:
             # that is due again by then (deferred or rescheduled for less) is failed by the scheduler.
             "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
             "AIRFLOW__WORKERS__MAX_FAILED_HEARTBEATS": "15",
+            # On a busy machine the API server needs more than 5 s for an answer, and the task would be lost.
+            "AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT": "20",
             **settings,
         }
 
