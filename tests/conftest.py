@@ -60,6 +60,19 @@ RETRIES_KILLED_PROCESSES = Version("3.1") <= AIRFLOW
 STATS_ARE_SET_UP = Version("3.2") <= AIRFLOW  # by worker and triggerer; before, they set themselves up
 HAS_RETRY_POLICIES = Version("3.3") <= AIRFLOW
 HAS_THE_WEB_UI = Version("3.3") <= AIRFLOW
+
+
+def without_messages(output: str) -> str:
+    """
+    Leave out what Airflow 3.0 prints of the messages between a task and its supervisor.
+
+    It prints each of them, whatever its log level, and with all that it was asked to mask.
+    """
+    if MASKS_RENDERED_FIELDS:
+        return output
+    return re.sub(r"^.*\[debug +\] (?:Sending request|Received message) .*$", "", output, flags=re.MULTILINE)
+
+
 needs_state_store = pytest.mark.skipif(
     not HAS_STATE_STORE, reason="Airflow before 3.3 has no task state store"
 )

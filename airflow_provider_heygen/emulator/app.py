@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from xml.sax.saxutils import escape
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
@@ -429,8 +430,8 @@ class HeyGen:
                 asset = Asset(new_id("asset"), mime_type, file.size or 0)
                 path = self._directory / f"{asset.id}{SUFFIXES[mime_type]}"
                 await asyncio.to_thread(_save, file, path)
-        except MultiPartException as error:
-            raise invalid(f"The form could not be read: {error.message}", "file") from error
+        except (MultiPartException, FormParserError) as error:  # of starlette and of what it reads forms with
+            raise invalid(f"The form could not be read: {error}", "file") from error
         asset.path = path
         self.state.assets[asset.id] = asset
         return self._json({"data": self._asset(asset, request)})

@@ -26,6 +26,7 @@ from conftest import (
     Listener,
     StatsD,
     needs_retry_policies,
+    without_messages,
 )
 
 from airflow_provider_heygen.emulator.media import make_video
@@ -484,7 +485,8 @@ def test_no_secret_is_left_behind(outcome: Outcome) -> None:
     for path in outcome.stack.home.rglob("*"):
         # The emulator's own output is HeyGen's affair.
         if path.is_file() and not path.is_relative_to(outcome.stack.home / "heygen"):
-            places[str(path.relative_to(outcome.stack.home))] = path.read_bytes().decode(errors="replace")
+            text = path.read_bytes().decode(errors="replace")
+            places[str(path.relative_to(outcome.stack.home))] = without_messages(text)
     places["OpenLineage's events"] = " ".join(seen.body.decode() for seen in outcome.watch.lineage.seen)
     places["StatsD's datagrams"] = repr(outcome.watch.metrics)
     if not MASKS_RENDERED_FIELDS:
