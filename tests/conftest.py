@@ -38,6 +38,7 @@ import tenacity  # noqa: E402
 from airflow import __version__ as airflow_version  # noqa: E402
 from airflow.sdk import ObjectStoragePath  # noqa: E402
 from airflow.sdk.io import attach  # noqa: E402
+from airflow_task import build_execution_api_once  # noqa: E402
 from fsspec.implementations.memory import MemoryFileSystem  # noqa: E402
 from packaging.version import Version  # noqa: E402
 
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Iterator
     from email.message import Message
+
+build_execution_api_once()
 
 AIRFLOW = Version(airflow_version)
 

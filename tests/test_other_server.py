@@ -240,8 +240,10 @@ with DAG("life", default_args={"retries": 2, "retry_delay": timedelta(0)}) as da
 
 if __name__ == "__main__":
     sys.path.insert(0, os.environ["TESTS"])
+    from airflow_task import build_execution_api_once
     from other_server import VIDEO, OtherServer
 
+    build_execution_api_once()
     folder = sys.argv[1]
     open(f"{folder}/source.mp4", "wb").write(VIDEO)
     for number, row in json.load(open(f"{folder}/rows.json")):
@@ -289,7 +291,7 @@ class DagRuns:
 
     def result(self, number: int) -> dict[str, Any]:
         place, process = self.folders[number % 2], self.processes[number % 2]
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600
         while not (found := place / f"{number}.json").exists():
             if process.poll() not in (None, 0) or time.monotonic() > until:
                 pytest.fail((place / "log").read_text()[-4000:])

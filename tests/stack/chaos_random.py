@@ -1,7 +1,8 @@
 """
-At least 200 overdubs while something dies every few seconds, by a seed that is printed.
+Many overdubs while something dies every few seconds, by a seed that is printed.
 
 ``STACK_SEED`` repeats a run: the same blows in the same order, though not at the same microsecond.
+``STACK_OVERDUBS`` is the number of overdubs, 200 by default.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SEED = int(os.environ.get("STACK_SEED", random.SystemRandom().randrange(10**6)))
+OVERDUBS = int(os.environ.get("STACK_OVERDUBS", "200"))
 SERVERS = ("honours", "ignores")
+# One API server answers the heartbeats of all; with more tasks at a time it does little else.
+AT_A_TIME = {"AIRFLOW__CORE__MAX_ACTIVE_TASKS_PER_DAG": "16"}
 BLOWS = {
     "kill worker": 12,
     "worker's machine dies": 3,
@@ -38,18 +42,16 @@ BLOWS = {
     "connection drops": 2,
     "silence": 1,
 }
-MOST = {"kill scheduler": 2, "worker's machine dies": 8}
-"""Each of these may cost any task a try, and there are four."""
 
 
 @pytest.fixture(scope="module")
 def _chaos(postgres: None) -> Iterator[Chaos]:
-    with Stack(postgres=True, settings=NOTICES_SOON) as stack:
+    with Stack(postgres=True, settings=NOTICES_SOON | AT_A_TIME) as stack:
         chaos = Chaos(stack)
         for name in SERVERS:
             chaos.add_server(name, idempotency=name == "honours", job_seconds=8)
-        chaos.add_server("narrow", concurrent_jobs=10, retry_after=10, job_seconds=5)
-        stack.start("dubs")
+        chaos.add_server("narrow", concurrent_jobs=10, retry_after=10, job_seconds=10)
+        stack.start("dubs", "dubs_patient")
         yield chaos
 
 
@@ -65,7 +67,6 @@ class Storm:
     def __init__(self, chaos: Chaos, dubs: Dubs, dice: random.Random) -> None:
         self.chaos, self.dubs, self.dice = chaos, dubs, dice
         self.dealt: Counter[str] = Counter()
-        self.killed: Counter[str] = Counter()
 
     def rage(self) -> None:
         deck = self.dice.sample(list(BLOWS), len(BLOWS))  # each once, then by weight
@@ -73,8 +74,6 @@ class Storm:
         while sum(self._ended()) < 0.95 * len(self.dubs.names):
             time.sleep(self.dice.uniform(1, 3))
             kind = deck.pop() if deck else self.dice.choices(list(BLOWS), list(BLOWS.values()))[0]
-            if self.dealt[kind] >= MOST.get(kind, 10**6):
-                continue
             if self._deal(kind):
                 self.dealt[kind] += 1
             else:
@@ -90,13 +89,10 @@ class Storm:
         stack = self.chaos.stack
         server = self.chaos.servers[self.dice.choice(SERVERS)]
         if kind in ("kill worker", "worker's machine dies"):
-            # Of three kills, a task of four tries survives one more mishap.
-            victims = {name: pid for name, pid in self.dubs.pids().items() if self.killed[name] < 2}
-            if not victims:
-                return False
-            name = self.dice.choice(sorted(victims))
-            self.killed[name] += 1
-            return kill_worker(victims[name], stack.home, supervisor=kind != "kill worker")
+            victims = sorted(self.dubs.pids().values())
+            return bool(victims) and kill_worker(
+                self.dice.choice(victims), stack.home, supervisor=kind != "kill worker"
+            )
         if kind == "kill triggerer":
             stack.restart_part("triggerer")
         elif kind == "kill scheduler":
@@ -121,10 +117,15 @@ class Storm:
         return True
 
 
-def test_200_overdubs_in_a_storm(chaos: Chaos, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overdubs_in_a_storm(chaos: Chaos, capsys: pytest.CaptureFixture[str]) -> None:
     dice = random.Random(SEED)
+    # A kill costs a retry, and so may the death of a part of Airflow. Nobody shall run out of them by that.
     dubs = chaos.dubs(
-        {"heygen_conn_id": SERVERS[index % 2], "deferrable": dice.random() < 0.7} for index in range(200)
+        (
+            {"heygen_conn_id": SERVERS[index % 2], "deferrable": dice.random() < 0.7}
+            for index in range(OVERDUBS)
+        ),
+        "dubs_patient",
     )
     began = time.monotonic()
     storm = Storm(chaos, dubs, dice)
@@ -153,19 +154,21 @@ def test_without_durable_there_are_duplicates(chaos: Chaos, capsys: pytest.Captu
     assert report.orphans
 
 
-def test_200_overdubs_through_10_slots(chaos: Chaos, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overdubs_through_10_slots(chaos: Chaos, capsys: pytest.CaptureFixture[str]) -> None:
     """A 429 on create is waiting, not failing, and waiting holds no worker."""
     began, said = time.monotonic(), len(chaos.stack.output("scheduler"))
-    dubs = chaos.dubs({"heygen_conn_id": "narrow"} for _ in range(200))
+    dubs = chaos.dubs({"heygen_conn_id": "narrow"} for _ in range(OVERDUBS))
     report = dubs.report(patience=900)
     turned_away = sum(request["status"] == 429 for request in chaos.servers["narrow"].requests("POST"))
     workers = chaos.stack.worker_seconds(since=said)
     with capsys.disabled():
-        print(f"\n200 overdubs through 10 slots, {time.monotonic() - began:.0f} s:\n  {report}")
+        print(f"\n{OVERDUBS} overdubs through 10 slots, {time.monotonic() - began:.0f} s:\n  {report}")
         print(
             f"  turned away by 429: {turned_away} times; a start of a worker took {workers:.2f} s on average,"
         )
         print(f"  so {turned_away * workers:.0f} worker-seconds went into asking again, none into waiting")
-    assert report.tries == {1: 200}
+    assert turned_away
+    # Airflow itself may fail a try, on a machine as busy as this one: what matters is that ours did not.
+    assert set(report.retried_for) <= {"no exception"}
     assert report.jobs == report.tasks
     assert not report.wrong
