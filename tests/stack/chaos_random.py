@@ -50,7 +50,7 @@ def _chaos(postgres: None) -> Iterator[Chaos]:
         chaos = Chaos(stack)
         for name in SERVERS:
             chaos.add_server(name, idempotency=name == "honours", job_seconds=8)
-        chaos.add_server("narrow", concurrent_jobs=10, retry_after=10, job_seconds=10)
+        chaos.add_server("narrow", concurrent_jobs=10, retry_after=10, job_seconds=15)
         stack.start("dubs", "dubs_patient")
         yield chaos
 
