@@ -22,6 +22,8 @@ from urllib.parse import unquote
 
 import pytest
 from airflow.exceptions import AirflowNotFoundException
+from airflow.models import Connection
+from airflow.providers.common.compat import connection as compat
 from conftest import forward
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -1147,6 +1149,33 @@ def test_a_poller_that_swallows_its_cancellation_leaves_its_successor_alone(monk
     ends = run(server, watches, joins={1: 1.01}, leaves={0: 1.0}, meanwhile=begins_again)
     assert ends[1].event["status"] == "completed"
     assert opened == [0, 1]
+
+
+def test_a_look_up_is_never_cut_off(monkeypatch):
+    """
+    Before Airflow 3.2, an answer that nobody fetches stays in the pipe between triggerer and supervisor.
+
+    There it passes for the answer to the next question, which ends the process that runs all triggers.
+    """
+
+    async def leave_midway():
+        asked, may_answer, answered = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def look_up(conn_id, hook):
+            asked.set()
+            await may_answer.wait()
+            answered.set()
+            return Connection(conn_id, password="sk_key", host="https://example.com")
+
+        monkeypatch.setattr(compat, "get_async_connection", look_up)
+        waits = asyncio.create_task(poller.wait("heygen_slow", watch("od_1")))
+        await asked.wait()
+        waits.cancel()
+        await asyncio.wait([waits])  # it does not wait for the answer
+        may_answer.set()
+        await asyncio.wait_for(answered.wait(), 30)
+
+    asyncio.run(leave_midway())
 
 
 # --- Over HTTP ---------------------------------------------------------------------------------------------

@@ -573,15 +573,22 @@ class HeyGenHook(HttpHook):
     async def asettings(self) -> HeyGenConnection:
         """:attr:`settings` for an event loop."""
         if self._resolved is None:
-            from airflow.providers.common.compat.connection import (
-                get_async_connection,
-                get_async_extra_dejson,
-            )
-
-            connection = await get_async_connection(self.heygen_conn_id, hook=self)
-            extra = await get_async_extra_dejson(connection)
-            self._resolved = HeyGenConnection.from_airflow(connection, extra)
+            # Who is cancelled here does not cut the look-up off. Before Airflow 3.2 its answer would stay in
+            # the pipe between triggerer and supervisor, pass for the next one and end all triggers there are.
+            look_up = asyncio.create_task(self._look_up())
+            _look_ups.add(look_up)
+            look_up.add_done_callback(_look_ups.discard)
+            self._resolved = await asyncio.shield(look_up)
         return self._resolved
+
+    async def _look_up(self) -> HeyGenConnection:
+        from airflow.providers.common.compat.connection import (
+            get_async_connection,
+            get_async_extra_dejson,
+        )
+
+        connection = await get_async_connection(self.heygen_conn_id, hook=self)
+        return HeyGenConnection.from_airflow(connection, await get_async_extra_dejson(connection))
 
     async def __aenter__(self) -> HeyGenHook:
         stack = AsyncExitStack()
@@ -772,6 +779,9 @@ class _Shared:
     options: dict[str, Any]
     users: int = 0
 
+
+# An event loop itself does not keep its tasks alive.
+_look_ups: set[asyncio.Task[HeyGenConnection]] = set()
 
 # One session for all triggers of an event loop with the same settings, kept while somebody uses it.
 _sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Shared]] = WeakKeyDictionary()
