@@ -93,15 +93,13 @@ class Dubs:
             else:
                 followed = self.run.xcoms(name)["return_value"]
             report.orphans += [f"{job['id']} of {name}" for job in jobs if job["id"] != followed]
-            tries = tasks[name]["try_number"]
-            report.tries[tries] += 1
-            report.retried_for.update(self._why_it_ended(name, earlier) for earlier in range(1, tries))
+            report.tries[tasks[name]["try_number"]] += 1
         return report
 
-    def _why_it_ended(self, name: str, try_number: int) -> str:
-        """Name the exception by which a try failed; one that was killed or failed by Airflow has none."""
-        raised = re.findall(r"'exc_type': '(\w+)'", self.run.log(name, try_number))
-        return raised[-1] if raised else "no exception"
+    def raised(self) -> Counter[str]:
+        """Count the exceptions in the logs of all tries; a try that was failed by Airflow itself has none."""
+        logs = [self.run.log(name, number) for name in self.names for number in self.run.tries(name)]
+        return Counter(found for log in logs for found in re.findall(r"'exc_type': '(\w+)'", log))
 
 
 @dataclass
@@ -114,7 +112,6 @@ class Report:
     wrong: list[str] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
     tries: Counter[int] = field(default_factory=Counter)
-    retried_for: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         return (
@@ -122,5 +119,4 @@ class Report:
             f" (tasks by number of jobs: {dict(sorted(self.jobs_per_task.items()))}),"
             f" {len(self.wrong)} ended wrongly {self.wrong[:5]}, {len(self.orphans)} jobs orphaned"
             f" {self.orphans[:5]}, tasks by tries: {dict(sorted(self.tries.items()))}"
-            f", retried for: {dict(self.retried_for)}"
         )

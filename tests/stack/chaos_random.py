@@ -169,6 +169,6 @@ def test_overdubs_through_10_slots(chaos: Chaos, capsys: pytest.CaptureFixture[s
         print(f"  so {turned_away * workers:.0f} worker-seconds went into asking again, none into waiting")
     assert turned_away
     # Airflow itself may fail a try, on a machine as busy as this one: what matters is that ours did not.
-    assert set(report.retried_for) <= {"no exception"}
+    assert not dubs.raised()
     assert report.jobs == report.tasks
     assert not report.wrong

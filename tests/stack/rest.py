@@ -115,6 +115,11 @@ class Run:
         )
         return "\n".join(line if isinstance(line, str) else str(line) for line in answer["content"])
 
+    def tries(self, name: str) -> list[int]:
+        """The numbers of the tries that Airflow has kept a record of."""
+        tries = self.rest.call("GET", f"{self._task(name)}/tries")["task_instances"]
+        return [task["try_number"] for task in tries]
+
     def starts(self, name: str, try_number: int = 1) -> int:
         """How often a worker has started one try, by its log: each start reads the DAG."""
         return self.log(name, try_number).count("Filling up the DagBag")
@@ -131,9 +136,11 @@ class Run:
 
     def mark(self, name: str, state: str) -> None:
         """Set a task instance's state, as a user does."""
+        self.rest.call("PATCH", self._task(name), {"new_state": state})
+
+    def _task(self, name: str) -> str:
         task_id, map_index = _parts(name)
-        path = f"{self.path}/taskInstances/{task_id}" + (f"/{map_index}" if map_index >= 0 else "")
-        self.rest.call("PATCH", path, {"new_state": state})
+        return f"{self.path}/taskInstances/{task_id}" + (f"/{map_index}" if map_index >= 0 else "")
 
 
 def _name(task: dict[str, Any]) -> str:
