@@ -21,6 +21,7 @@ from airflow.providers.common.compat.sdk import (
 )
 from airflow.sdk import DAG, Asset
 from airflow.sdk.execution_time.comms import SetXCom
+from airflow.sdk.execution_time.xcom import XCom
 from airflow.triggers.base import TaskSuccessEvent
 from airflow_task import Task
 
@@ -40,6 +41,7 @@ from airflow_provider_heygen.exceptions import (
 )
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.sensors.overdub import HeyGenOverdubSensor
+from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
 
 MODES = {
     "poke": {"mode": "poke", "deferrable": False},
@@ -337,6 +339,31 @@ def test_without_a_triggerer_the_event_is_the_usual_one(heygen, running, comms):
 def test_an_xcom_that_cannot_be_pushed_is_left_to_a_worker(heygen, running, comms):
     comms.error = OSError("no")
     assert end_in_triggerer(heygen, running).payload["status"] == "completed"
+
+
+@pytest.mark.skipif(not hasattr(XCom, "aset"), reason="Airflow before 3.3 pushes in a thread")
+def test_a_push_is_never_cut_off(comms, monkeypatch):
+    """See `test_poller.py` for why."""
+    trigger = HeyGenOverdubTrigger(heygen_conn_id="heygen_default", overdub_id="od_1", end_task=True)
+    trigger.task_instance = SimpleNamespace(dag_id="dag", task_id="task", run_id="run", map_index=3)
+
+    async def leave_midway():
+        asked, may_answer, answered = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def send(message):
+            asked.set()
+            await may_answer.wait()
+            answered.set()
+
+        monkeypatch.setattr(comms, "asend", send)
+        push = asyncio.create_task(trigger._push({"status": "completed"}))
+        await asked.wait()
+        push.cancel()
+        await asyncio.wait([push])
+        may_answer.set()
+        await asyncio.wait_for(answered.wait(), 30)
+
+    asyncio.run(leave_midway())
 
 
 def test_ending_in_the_triggerer_is_off_by_default(heygen, running, comms):

@@ -55,7 +55,7 @@ from airflow_provider_heygen.exceptions import (
 from airflow_provider_heygen.waiting import failure
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
     from os import PathLike
 
     from airflow.providers.common.compat.sdk import ObjectStoragePath
@@ -573,12 +573,7 @@ class HeyGenHook(HttpHook):
     async def asettings(self) -> HeyGenConnection:
         """:attr:`settings` for an event loop."""
         if self._resolved is None:
-            # Who is cancelled here does not cut the look-up off. Before Airflow 3.2 its answer would stay in
-            # the pipe between triggerer and supervisor, pass for the next one and end all triggers there are.
-            look_up = asyncio.create_task(self._look_up())
-            _look_ups.add(look_up)
-            look_up.add_done_callback(_look_ups.discard)
-            self._resolved = await asyncio.shield(look_up)
+            self._resolved = await to_its_end(self._look_up())
         return self._resolved
 
     async def _look_up(self) -> HeyGenConnection:
@@ -780,8 +775,21 @@ class _Shared:
     users: int = 0
 
 
-# An event loop itself does not keep its tasks alive.
-_look_ups: set[asyncio.Task[HeyGenConnection]] = set()
+_asking: set[asyncio.Task[Any]] = set()
+
+
+async def to_its_end(question: Coroutine[Any, Any, T]) -> T:
+    """
+    Await what asks Airflow something; who is cancelled meanwhile does not cut it off.
+
+    Before Airflow 3.2, an answer that nobody fetches stays in the pipe between triggerer and supervisor. It
+    passes for the answer to the next question then, at which the runner of all triggers ends (seen on 3.0.6).
+    """
+    task = asyncio.create_task(question)
+    _asking.add(task)  # an event loop itself does not keep its tasks alive
+    task.add_done_callback(_asking.discard)
+    return await asyncio.shield(task)
+
 
 # One session for all triggers of an event loop with the same settings, kept while somebody uses it.
 _sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Shared]] = WeakKeyDictionary()

@@ -9,7 +9,7 @@ from asgiref.sync import sync_to_async
 
 from airflow_provider_heygen import poller
 from airflow_provider_heygen.api import OverdubStatus
-from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.hooks.heygen import HeyGenHook, to_its_end
 from airflow_provider_heygen.metrics import Wait
 from airflow_provider_heygen.waiting import MAX_CONSECUTIVE_FAILURES, Watch, summary
 
@@ -122,9 +122,9 @@ class HeyGenOverdubTrigger(BaseTrigger):
         names = ("dag_id", "task_id", "run_id", "map_index")
         of_task = {name: getattr(self.task_instance, name) for name in names}
         if hasattr(XCom, "aset"):
-            await XCom.aset(key="return_value", value=details, **of_task)
+            await to_its_end(XCom.aset(key="return_value", value=details, **of_task))
         else:  # before Airflow 3.3
-            await sync_to_async(XCom.set)(key="return_value", value=details, **of_task)
+            await to_its_end(sync_to_async(XCom.set)(key="return_value", value=details, **of_task))
 
     async def on_kill(self) -> None:
         """
