@@ -782,8 +782,9 @@ async def to_its_end(question: Coroutine[Any, Any, T]) -> T:
     """
     Await what asks Airflow something; who is cancelled meanwhile does not cut it off.
 
-    Before Airflow 3.2, an answer that nobody fetches stays in the pipe between triggerer and supervisor. It
-    passes for the answer to the next question then, at which the runner of all triggers ends (seen on 3.0.6).
+    Before Airflow 3.2, an answer that nobody fetches stays in the pipe between triggerer and supervisor. The
+    next question reads it as its own and fails (seen on 3.0.6 and 3.1); it may be that of the runner of all
+    triggers, which ends by it (so says its code).
     """
     task = asyncio.create_task(question)
     _asking.add(task)  # an event loop itself does not keep its tasks alive

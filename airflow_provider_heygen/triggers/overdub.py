@@ -121,10 +121,8 @@ class HeyGenOverdubTrigger(BaseTrigger):
 
         names = ("dag_id", "task_id", "run_id", "map_index")
         of_task = {name: getattr(self.task_instance, name) for name in names}
-        if hasattr(XCom, "aset"):
-            await to_its_end(XCom.aset(key="return_value", value=details, **of_task))
-        else:  # before Airflow 3.3
-            await to_its_end(sync_to_async(XCom.set)(key="return_value", value=details, **of_task))
+        push = XCom.aset if hasattr(XCom, "aset") else sync_to_async(XCom.set)  # aset: from Airflow 3.3 on
+        await to_its_end(push(key="return_value", value=details, **of_task))
 
     async def on_kill(self) -> None:
         """
