@@ -73,11 +73,13 @@ def redact_links(text: str) -> str:
     text = re.sub(r"(?i)(https?://)[^\s/@\"'<>]*@", r"\1", text)
     # A link without a query matches, too: starting again inside of it would take quadratic time.
     text = re.sub(
-        r"(?i)(https?://[^\s\"'<>?]*)(\?[^\s\"'<>]+)?",
+        r"(?i)(https?://[^\s\"'<>?]*)(\?[^\s\"<>]+)?",  # an apostrophe may be part of a query
         lambda link: f"{link[1]}?***" if link[2] else link[1],
         text,
     )
-    return re.sub(r"\?[^\s\"'<>?]*=[^\s\"'<>]*", "?***", text)
+    text = re.sub(r"\?[^\s\"'<>?]*=[^\s\"<>]*", "?***", text)
+    # The same, percent-encoded: a link within a link.
+    return re.sub(r"(?i)%3f(?:(?!%3[fd])[^\s\"<>])*%3d[^\s\"<>]*", "%3F***", text)
 
 
 def _text(value: Any) -> Any:
@@ -119,6 +121,12 @@ class MediaUrl(BaseModel):
     url: Annotated[str, AfterValidator(_https)] = Field(repr=False)
 
 
+def _not_none(text: str) -> str:
+    if text == "None":
+        raise ValueError("is the text 'None', which is what a template makes of a missing value")
+    return text
+
+
 def _unwrap_asset(value: Any) -> Any:
     # {"type": "asset_id", "asset_id": upload.output}: the upload operator returns a whole media input.
     return value.get("asset_id") if isinstance(value, Mapping) else value
@@ -130,7 +138,9 @@ class MediaAsset(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     type: Literal["asset_id"]
-    asset_id: Annotated[str, Field(min_length=1, pattern=r"^\S+$"), BeforeValidator(_unwrap_asset)]
+    asset_id: Annotated[
+        str, Field(min_length=1, pattern=r"^\S+$"), BeforeValidator(_unwrap_asset), AfterValidator(_not_none)
+    ]
 
 
 def _as_media(value: Any) -> Any:
@@ -151,12 +161,6 @@ MediaInput = Annotated[
     BeforeValidator(_as_media),
 ]
 """An https URL, or ``{"type": "url", "url": ...}``, or ``{"type": "asset_id", "asset_id": ...}``."""
-
-
-def _not_none(text: str) -> str:
-    if text == "None":
-        raise ValueError("is the text 'None', which is what a template makes of a missing value")
-    return text
 
 
 Text = Annotated[str, Field(min_length=1, pattern=r"\S"), BeforeValidator(_text), AfterValidator(_not_none)]
@@ -500,8 +504,8 @@ _NEXT_STEP = {
 _DIRECT_UPLOADS = "/v3/assets/direct-uploads"
 
 _NEXT_STEP_BY_CODE = {
-    "download_failed": "HeyGen could not fetch an input: the URL must be public https straight to the file"
-    " Or upload the file and pass its asset_id",
+    "download_failed": "HeyGen could not fetch an input: the URL must be public https straight to the file,"
+    " or upload the file and pass its asset_id",
     "asset_not_found": "Upload the file with the same credential and pass the new asset_id",
 }
 
@@ -682,6 +686,10 @@ def update_overdub(resource: str, overdub_id: str, title: str) -> Call[Overdub]:
     title = _text(title)
     if not isinstance(title, str) or not title.strip():
         raise HeyGenBadInputError("title is empty; an overdub cannot be renamed to nothing.")
+    if title == "None":
+        raise HeyGenBadInputError(
+            "title is the text 'None', which is what a template makes of a missing value."
+        )
     return Call(
         what=f"the renaming of overdub '{overdub_id}'",
         method="PATCH",

@@ -100,18 +100,21 @@ def plain_uri(path: ObjectStoragePath) -> str:
 @contextlib.contextmanager
 def links_unlogged() -> Iterator[None]:
     """
-    Keep presigned links out of urllib3's log, which at level DEBUG has each path with its query.
+    Keep presigned links out of urllib3's log.
 
+    At level DEBUG it has each path with its query, and its warning of broken headers has the whole link.
     Airflow's mask does not do: a scheduler or worker mirrors the lines of its tasks to its own output
     unmasked.
     """
-    logger = logging.getLogger("urllib3.connectionpool")
+    loggers = [logging.getLogger(f"urllib3.{module}") for module in ("connection", "connectionpool")]
     cut = _CutLinks()  # one of its own: what another thread ends must not end ours
-    logger.addFilter(cut)
+    for logger in loggers:
+        logger.addFilter(cut)
     try:
         yield
     finally:
-        logger.removeFilter(cut)
+        for logger in loggers:
+            logger.removeFilter(cut)
 
 
 class _CutLinks(logging.Filter):

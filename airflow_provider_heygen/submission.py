@@ -36,8 +36,8 @@ class Submission(BaseModel):
     :param number: counts the submissions of this task; a new one gets a new key.
     :param key: idempotency key, and ``callback_id`` unless the author set one.
     :param began: Unix seconds of the first attempt.
-    :param max_tries: the task's ``max_tries`` then. Airflow raises it when somebody clears the task and
-        leaves it alone over retries, whatever happens to ``retries`` in the DAG.
+    :param max_tries: the task's ``max_tries`` then. Airflow sets it anew when somebody clears the task, to
+        the tries so far and ``retries``, and leaves it alone over retries.
     :param sent: a request may have reached HeyGen.
     :param sent_at: Unix seconds of the last time that may have been.
     :param overdub_id: what HeyGen answered, once it has.

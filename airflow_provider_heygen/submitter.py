@@ -43,18 +43,22 @@ class Ledger:
     """
     The record of a task instance's submissions, in Airflow's task state store (3.3+).
 
-    Before 3.3 nothing is kept; what an earlier try may have sent is derived from the task instance.
+    Before 3.3 it lasts as long as the try; what an earlier try may have sent is derived from the task
+    instance.
 
-    :param durable: without it nothing is kept or derived, and each run stands alone.
+    :param durable: without it the record lasts as long as the try, and nothing is derived.
     :param again: this run goes on after a deferral in which nothing was waited for but HeyGen's patience.
+    :param kept: what the run before that deferral had of :attr:`kept`, as JSON.
     """
 
-    def __init__(self, context: Context, *, durable: bool, again: bool = False) -> None:
+    def __init__(self, context: Context, *, durable: bool, again: bool = False, kept: Any = None) -> None:
         self.ti: Any = context["ti"]
         self.durable = durable
         self.again = again
         self.dag_run_began = context["dag_run"].start_date
         self.store: Any = context.get("task_state_store") if durable else None
+        self.kept = Submission.load(kept)
+        """The record of this try, where there is no store."""
 
     def recall(self, body_digest: str) -> Submission | None:
         """Give what an earlier run of this task instance has left behind."""
@@ -64,10 +68,18 @@ class Ledger:
                 # Somebody has cleared the task, perhaps because of what was uploaded.
                 submission = submission.model_copy(update={"assets": {}})
             return submission
+        if self.kept is not None:
+            return self.kept
         if not self.durable or (self.ti.try_number == 1 and not self.again):
             return None
         began = self.dag_run_began.timestamp() if self.dag_run_began else time.time()
-        return self.begin(body_digest, None).model_copy(update={"began": began, "sent": True})
+        # When an earlier try sent it is not known, only that it did not after this one began.
+        derived = self.begin(body_digest, None).model_copy(
+            update={"began": began, "sent": True, "sent_at": time.time()}
+        )
+        # Airflow, too, tells the first try after a clear like this; the earlier ones had another max_tries.
+        cleared = self.ti.try_number == self.ti.max_tries - self.ti.task.retries + 1 and not self.again
+        return derived.model_copy(update={"max_tries": -1}) if cleared else derived
 
     def begin(self, body_digest: str, before: Submission | None) -> Submission:
         """Begin a new submission; nothing is written yet."""
@@ -84,9 +96,17 @@ class Ledger:
 
     def write(self, submission: Submission, **changes: Any) -> None:
         """Write it down, changed, for whoever runs this task instance next."""
+        submission = submission.model_copy(update={**changes, "max_tries": self.ti.max_tries})
         if self.store is not None:
-            changes["max_tries"] = self.ti.max_tries
-            self.store.set(STATE_KEY, submission.model_copy(update=changes).model_dump(mode="json"))
+            self.store.set(STATE_KEY, submission.model_dump(mode="json"))
+        else:
+            self.kept = submission
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether a create was sent of which nobody knows what came of it."""
+        submission = self.kept if self.store is None else Submission.load(self.store.get(STATE_KEY))
+        return submission is not None and submission.sent and submission.overdub_id is None
 
     def delivered(self) -> None:
         """Note that the task hands on its result: a clear after this wants another overdub."""
@@ -118,8 +138,14 @@ def submit(
     submission = ledger.recall(body_digest)
     step = next_step(submission, body_digest, ledger.ti.max_tries)
     if submission is not None and step in (Step.LOOK, Step.SEARCH):
-        cleared = submission.max_tries != ledger.ti.max_tries
-        overdub_id, seen = _see(submission, request, hook, cleared=cleared)
+        try:
+            overdub_id, seen = _see(submission, request, hook)
+        except HeyGenOutcomeUnknownError:
+            if submission.max_tries == ledger.ti.max_tries:
+                raise
+            # Cleared: somebody was told what we cannot tell, and has decided, for later runs, too.
+            overdub_id, seen = "", Seen.MISSING
+            submission = submission.model_copy(update={"sent": False})
         step = next_step(submission, body_digest, ledger.ti.max_tries, seen)
         if step is Step.ATTACH:
             log.info("Going on with overdub %s, which an earlier run of this task started.", overdub_id)
@@ -150,14 +176,17 @@ def _create(
 ) -> str:
     submission = _upload(files.values(), submission, hook, ledger, generation)
     request = _with_assets(request, {name: submission.assets[file.digest] for name, file in files.items()})
-    # Before the request: whoever comes after us must know that it may have been sent.
-    ledger.write(submission, sent=True, sent_at=time.time())
+
+    def note() -> None:
+        # Whoever comes after us must know that it may have been sent, and when.
+        ledger.write(submission, sent=True, sent_at=time.time())
+
     try:
-        overdub_id = hook.create_overdub(request, idempotency_key=submission.key)
+        overdub_id = hook.create_overdub(request, idempotency_key=submission.key, before_sending=note)
     except HeyGenError as error:
         # This run may be sure that it started nothing; it does not speak for an earlier one.
         if error.outcome_unknown:
-            ledger.write(submission, sent=True, sent_at=time.time())
+            note()
         else:
             ledger.write(submission)
         raise
@@ -199,20 +228,13 @@ def _with_assets(request: CreateOverdubRequest, asset_ids: Mapping[str, str]) ->
     return request.model_copy(update=media)
 
 
-def _see(
-    submission: Submission, request: CreateOverdubRequest, hook: HeyGenHook, *, cleared: bool
-) -> tuple[str, Seen]:
+def _see(submission: Submission, request: CreateOverdubRequest, hook: HeyGenHook) -> tuple[str, Seen]:
     """Find out what HeyGen has of an earlier submission; give its id, if there is one."""
     overdub: Overdub | None
     if submission.overdub_id is None:
-        try:
-            overdub = hook.find_created(
-                request, submission.key, since=submission.began, sent_at=submission.sent_at
-            )
-        except HeyGenOutcomeUnknownError:
-            if not cleared:
-                raise
-            overdub = None  # Somebody was told what we cannot tell, and has decided.
+        overdub = hook.find_created(
+            request, submission.key, since=submission.began, sent_at=submission.sent_at
+        )
         if overdub is None:
             return "", Seen.MISSING
     else:

@@ -88,7 +88,9 @@ def _media_type(file: Any, name: str) -> str:
     """
     head = file.read(_HEAD_BYTES)
     kind, found, instead = _match(head)
-    if kind == "audio/mpeg" and head.startswith(b"ID3"):
+    if head.startswith(b"ID3") and len(head) < 10:
+        kind = None  # not even its tag is whole
+    elif kind == "audio/mpeg" and head.startswith(b"ID3"):
         # The tag says how long it is, in digits of 7 bits; a FLAC or AAC file may have one, too.
         length = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
         file.seek(10 + length)

@@ -39,6 +39,7 @@ class Ugly:
     html_errors: bool = False
     bare_errors: bool = False  # {"error": {"message": ...}}: no code
     unknown_members: bool = False  # in rows, envelopes, errors, nested
+    untitled: str | None = None  # the title of what has none
     sparse: bool = False  # optional members are missing instead of null
     created_at: bool = True
     late_links: int = 0  # completed answers without a link
@@ -123,7 +124,11 @@ class OtherServer:
                 self._answers[slot] = None
         time.sleep(self.ugly.create_takes)
         with self._lock:
-            job = Job(uuid.UUID(int=self._random.getrandbits(128)).hex, body, title=body.get("title"))
+            job = Job(
+                uuid.UUID(int=self._random.getrandbits(128)).hex,
+                body,
+                title=body.get("title", self.ugly.untitled),
+            )
             self.jobs[job.id] = job
             self.created.append(body)
             answer = 200, {"data": self.decorate({self.ugly.create_id: job.id})}

@@ -74,6 +74,7 @@ BAD_MEDIA = {
     "number": 5,
     "list": [VIDEO],
     "None, rendered": "None",
+    "asset_id None, rendered": {"type": "asset_id", "asset_id": "None"},
 }
 
 
@@ -192,7 +193,7 @@ def test_odd_but_possible_id(heygen, overdub_id):
         assert heygen.requests[-1].query == ""
 
 
-@pytest.mark.parametrize("title", ["", "  ", "\n", None, True, 5.5])
+@pytest.mark.parametrize("title", ["", "  ", "\n", None, "None", True, 5.5])
 def test_bad_new_title(heygen, title):
     refused(heygen, lambda: HeyGenHook().update_overdub("od_1", title), "title")
 
@@ -694,6 +695,13 @@ def test_redirects_are_not_followed(heygen, listen, status):
         ("https://h/v?token?a=b", "https://h/v?***"),
         ("Is it so? Yes = no", "Is it so? Yes = no"),
         ("at https://h/v? Why?", "at https://h/v? Why?"),
+        ("https://h/v?a='x'&sig=pw", "https://h/v?***"),
+        ("'https://h/v?sig=pw' is gone", "'https://h/v?*** is gone"),
+        (
+            "https://h/v?u=1 and https%3A%2F%2Fh%2fv%3fsig%3Dpw%26a",
+            "https://h/v?*** and https%3A%2F%2Fh%2fv%3F***",
+        ),
+        ("100%3F or 5%3D5", "100%3F or 5%3D5"),
     ],
 )
 def test_redact_links(text, shown):

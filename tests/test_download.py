@@ -150,7 +150,9 @@ class Cdn:
         if wanted and fault.get("ranges", True) and (seen.headers["If-Range"] in known or "etag" in fault):
             status, start = 206, int(wanted[1])
             headers["Content-Range"] = f"bytes {start}-{len(video) - 1}/{len(video)}"
-        headers = {"Content-Length": len(video) - start} | headers | fault.get("always", {})
+        # It closes after each answer; a client that was not told might still try the old connection.
+        headers = {"Content-Length": len(video) - start, "Connection": "close"} | headers
+        headers |= fault.get("always", {})
         status = fault.get("status", status)
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items() if value is not None)
         body = fault.get("body", video[start:])
@@ -854,6 +856,14 @@ def test_links_are_not_logged(heygen, wire, pauses, tmp_path, caplog, fault):
     assert any("/files/" in line for line in lines)
     assert "Signature" not in caplog.text
     assert logging.getLogger("urllib3.connectionpool").filters == []
+
+
+def test_links_are_not_logged_when_the_headers_of_an_answer_are_broken(cdn, tmp_path, caplog):
+    cdn.headers["Broken\r\nheader"] = ""
+    HeyGenHook().download_overdub("od_1", tmp_path / "v.mp4")
+    assert "Failed to parse headers" in caplog.text
+    assert "Signature" not in caplog.text
+    assert logging.getLogger("urllib3.connection").filters == []
 
 
 def test_links_are_not_logged_while_another_download_ends(caplog):

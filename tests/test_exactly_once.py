@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -30,6 +31,13 @@ from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperato
 RESOURCES = pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
 SERVERS = pytest.mark.parametrize("idempotency", [True, False], ids=["honours the key", "ignores the key"])
 MODES = pytest.mark.parametrize("deferrable", [True, False], ids=["deferrable", "sync"])
+STORES = pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
+# What a task can remember: over all tries, until it ends, until it ends on any Airflow.
+MEMORIES = pytest.mark.parametrize(
+    ("store", "durable"),
+    [(True, True), (False, True), (True, False)],
+    ids=["state store", "no state store", "not durable"],
+)
 
 
 def dub(**changes):
@@ -83,7 +91,7 @@ def reaper(monkeypatch):
 @SERVERS
 @MODES
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
+@STORES
 def test_killed_at_any_step_and_retried(heygen, reaper, pauses, idempotency, deferrable, after, store):
     heygen.behaviour.idempotency = idempotency
     died, step = True, 0
@@ -287,21 +295,56 @@ def test_a_sure_refusal_does_not_speak_for_an_earlier_try(heygen, pauses):
     assert len(heygen.jobs) == 1
 
 
-def test_a_create_that_outlives_our_patience_is_waited_for(heygen, connect, monkeypatch):
+@STORES
+def test_a_create_that_outlives_our_patience_is_waited_for(heygen, connect, monkeypatch, store):
     monkeypatch.setattr("airflow_provider_heygen.hooks.heygen.SETTLE_SECONDS", 10)
     heygen.behaviour.idempotency = False
     # The worker dies while HeyGen works on the create, and starts again at once.
-    heygen.fail_next(method="POST", latency=2)
-    task = Task(dub(), store=StateStore())
+    heygen.behaviour.create_latency = 2
+    task = Task(dub(), store=StateStore() if store else None)
     connection = heygen.connection()
     connect(connection["host"], connection["password"], **connection["extra"], write_timeout=0.5)
-    monkeypatch.setattr(HeyGenHook, "find_created", killed)
-    with pytest.raises(Killed):
-        task.start()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(HeyGenHook, "_log_pause", killed)
+        with pytest.raises(Killed):
+            task.start()
+    due = time.monotonic() + 3
     connect(connection["host"], connection["password"], **connection["extra"])
     assert task.start() == heygen.jobs[0].id
+    time.sleep(max(0.0, due - time.monotonic()))
     assert len(heygen.jobs) == 1
+
+
+@MODES
+@MEMORIES
+def test_a_lost_answer_is_looked_for_although_heygen_asks_to_wait(
+    heygen, pauses, monkeypatch, deferrable, store, durable
+):
+    monkeypatch.setattr("airflow_provider_heygen.operators.overdub.time.sleep", pauses.append)
+    heygen.behaviour.idempotency = False
+    heygen.fail_next(method="POST", drop="after")
+    heygen.fail_next(method="GET", status=429, headers={"Retry-After": "90"})
+    task = Task(dub(deferrable=deferrable, durable=durable), store=StateStore() if store else None)
+    outcome = task.start()
+    if deferrable:
+        assert outcome.method_name == "execute_again"
+        outcome = finish(task, task.resume(outcome, None))
+    assert outcome == heygen.jobs[0].id
+    assert len(heygen.jobs) == 1
+    assert [pause >= 90 for pause in pauses].count(True) == (0 if deferrable else 1)
+
+
+def test_when_a_create_was_sent_is_known_of_each_attempt(heygen, pauses, monkeypatch):
+    """A create may come to be until some time after it was sent: after the last time, not the first."""
+    heygen.fail_next(method="POST", count=2, status=500)
+    sent = []
+    monkeypatch.setattr(
+        StateStore,
+        "set",
+        lambda store, key, value: sent.append(value["sent_at"]) or store.update({key: "null"}),
+    )
+    Task(dub(), store=StateStore()).start()
+    assert len(set(sent) - {0.0}) == 3
 
 
 @MODES
@@ -347,7 +390,7 @@ def uploads(heygen):
 
 @SERVERS
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
+@STORES
 def test_uploads_killed_at_any_step_and_retried(heygen, reaper, pauses, files, idempotency, after, store):
     died, step, most = True, 0, 0
     while died:
@@ -373,7 +416,7 @@ def test_uploads_killed_at_any_step_and_retried(heygen, reaper, pauses, files, i
 
 @SERVERS
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
+@STORES
 @pytest.mark.parametrize("name", ["video", "audio"])
 def test_an_upload_killed_at_any_step_and_retried(
     heygen, reaper, pauses, files, name, idempotency, after, store
@@ -408,7 +451,7 @@ def test_an_upload_that_was_recorded_is_not_sent_again(heygen, files):
     assert uploads(heygen) == 1
 
 
-@pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
+@STORES
 def test_a_clear_after_success_uploads_again(heygen, files, store):
     task = Task(uploading(files), store=StateStore() if store else None)
     first = task.start()
@@ -417,7 +460,7 @@ def test_a_clear_after_success_uploads_again(heygen, files, store):
     assert len(heygen.assets) == 2
 
 
-@pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
+@STORES
 def test_a_changed_file_is_uploaded_again_and_a_touched_one_is_not(heygen, files, tmp_path, store):
     task = Task(uploading(files), store=StateStore() if store else None)
     first = task.start()
@@ -469,7 +512,7 @@ def test_a_clear_after_success_uploads_and_dubs_again(heygen, files):
 
 
 @SERVERS
-@pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
+@STORES
 def test_assets_that_are_gone_are_uploaded_again(heygen, files, monkeypatch, store, idempotency):
     heygen.behaviour.idempotency = idempotency
     task = Task(dub(**files), store=StateStore() if store else None)
@@ -514,12 +557,16 @@ def test_429_during_an_upload_defers_and_goes_on(heygen, pauses, files):
 # --- Being told to wait ---------------------------------------------------------------------------------
 
 
-def test_429_defers_a_deferrable_create_until_it_may_come_again(heygen, pauses):
+@MEMORIES
+def test_429_defers_a_deferrable_create_until_it_may_come_again(heygen, pauses, store, durable):
     heygen.fail_next(method="POST", status=429, headers={"Retry-After": "40"}, code="rate_limit_exceeded")
-    task = Task(dub(deferrable=True), store=StateStore())
+    task = Task(dub(deferrable=True, timeout=500, durable=durable), store=StateStore() if store else None)
     deferred = task.start()
     assert isinstance(deferred, TaskDeferred)
     assert deferred.method_name == "execute_again"
+    json.dumps(deferred.kwargs)  # Airflow stores it
+    # Should no triggerer be there: Airflow ends it, a little after the task's own time.
+    assert timedelta(seconds=500) < deferred.timeout < timedelta(seconds=700)
     wait = (deferred.trigger.moment - task.ti.start_date).total_seconds()
     assert 40 <= wait <= 60
     assert pauses == []  # no worker sleeps
@@ -552,6 +599,15 @@ def test_429_beyond_the_deadline_ends_the_wait(heygen):
         task.start()
 
 
+@MEMORIES
+def test_a_lost_answer_beyond_the_deadline_is_not_denied(heygen, pauses, store, durable):
+    heygen.fail_next(method="POST", drop="after")
+    heygen.fail_next(method="GET", status=429, headers={"Retry-After": "500"})
+    task = Task(dub(timeout=100, durable=durable), store=StateStore() if store else None)
+    with pytest.raises(HeyGenOverdubTimeoutError, match="whether an overdub was started is unknown"):
+        task.start()
+
+
 @pytest.mark.parametrize("deferrable", [True, False])
 def test_a_spent_quota_is_not_waited_for(heygen, deferrable):
     heygen.fail_next(method="POST", status=429, code="quota_exceeded")
@@ -563,21 +619,25 @@ def test_a_spent_quota_is_not_waited_for(heygen, deferrable):
 # --- What cannot be told --------------------------------------------------------------------------------
 
 
-def test_an_authors_callback_id_on_many_jobs_adopts_none_of_them(heygen, pauses):
+@STORES
+def test_an_authors_callback_id_on_many_jobs_adopts_none_of_them(heygen, pauses, monkeypatch, store):
+    monkeypatch.setattr("airflow_provider_heygen.operators.overdub.time.sleep", pauses.append)
     heygen.behaviour.idempotency = False
-    sibling = Task(dub(callback_id="nightly"), store=StateStore())
+    sibling = Task(dub(callback_id="nightly"), store=StateStore() if store else None)
     sibling.ti.map_index = 7
     sibling.start()
     heygen.fail_next(method="POST", status=500)
-    task = Task(dub(callback_id="nightly"), store=StateStore())
+    task = Task(dub(callback_id="nightly"), store=StateStore() if store else None)
     with pytest.raises(HeyGenOutcomeUnknownError, match="Leave callback_id unset"):
         task.start()
     assert len(heygen.jobs) == 1
-    # Without a clear nobody has decided, with one somebody has.
+    # Without a clear nobody has decided, with one somebody has, whatever else comes in between.
     with pytest.raises(HeyGenOutcomeUnknownError):
         task.start()
     task.clear()
+    heygen.fail_next(method="POST", status=429, headers={"Retry-After": "90"})
     assert task.start() == heygen.jobs[1].id
+    assert max(pauses) >= 90
 
 
 def test_an_id_that_is_handed_on_can_be_looked_at(heygen):
@@ -642,6 +702,35 @@ def test_a_worker_that_is_shut_down_is_retried_although_it_deleted_its_overdub(h
     heygen.behaviour.job_seconds = 0.05
     assert task.start() == heygen.jobs[1].id
     assert [job.deleted for job in heygen.jobs] == [True, False]
+
+
+def test_on_kill_asks_airflow_nothing(heygen, monkeypatch):
+    """It runs in a signal handler, perhaps in the middle of another request to Airflow."""
+    heygen.behaviour.job_seconds = 60
+    operator = dub(deferrable=True, delete_on_kill=True)()
+    task = Task(lambda: operator, store=StateStore())
+    deferred = task.start()
+
+    def sigterm(*_, **__):
+        monkeypatch.setattr(HeyGenHook, "get_connection", killed)
+        operator.on_kill()
+        raise Killed
+
+    monkeypatch.setattr(waiting, "conclude", sigterm)
+    with pytest.raises(Killed):
+        task.resume(deferred, {"overdub_id": heygen.jobs[0].id, "status": "error", "message": "Gave up"})
+    assert heygen.jobs[0].deleted
+
+
+@pytest.mark.parametrize("headers", [{"Retry-After": "60"}, {}], ids=str)
+def test_the_last_look_of_a_wait_does_not_hold_a_worker(heygen, pauses, headers):
+    heygen.behaviour.job_seconds = 60
+    task = Task(dub(deferrable=True), store=StateStore())
+    deferred = task.start()
+    heygen.fail_next(method="GET", count=50, status=503, headers=headers)
+    with pytest.raises(HeyGenTransientError):
+        task.resume(deferred, {"overdub_id": heygen.jobs[0].id, "status": "error", "message": "Gave up"})
+    assert sum(pauses) <= 5
 
 
 def test_on_kill_keeps_what_has_ended(heygen):

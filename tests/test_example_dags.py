@@ -127,6 +127,7 @@ with DAG("no_triggerer") as dag:
 def test_there_is_no_triggerer_to_end_in(heygen, airflow, tmp_path, monkeypatch, capsys):
     with HeyGenHook() as hook:
         overdub_id = hook.create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
+    heygen.force(overdub_id, "completed")
     heygen.fail_next(method="GET", status=500)  # the first look, so that the task defers
     (tmp_path / "no_triggerer.py").write_text(NO_TRIGGERER.format(overdub_id))
     monkeypatch.setattr("airflow.settings.DAGS_FOLDER", str(tmp_path))

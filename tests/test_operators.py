@@ -220,6 +220,12 @@ def test_save_keeps_what_is_the_same_and_refuses_what_is_not(heygen, overdub_id,
     assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
 
 
+def test_save_to_what_a_template_found_missing(heygen):
+    with pytest.raises(HeyGenBadInputError, match="destination is the text 'None'"):
+        run(HeyGenOverdubToObjectStorageOperator, overdub_id="od_1", destination="None")
+    assert heygen.requests == []
+
+
 def test_save_of_a_failed_or_unfinished_overdub(heygen, tmp_path):
     heygen.behaviour.job_seconds = 60
     with HeyGenHook() as hook:

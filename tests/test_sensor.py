@@ -155,6 +155,28 @@ def test_timeout(heygen, mode, overdub_id, flag, error):
 
 
 @ALL_MODES
+def test_a_timeout_of_0_is_one_look(heygen, mode, overdub_id):
+    heygen.force(overdub_id, "running")
+    with pytest.raises(AirflowSensorTimeout):
+        wait(overdub_id, mode, timeout=0)
+    heygen.force(overdub_id, "completed")
+    assert wait(overdub_id, mode, timeout=0)[0]["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("flag", "error"),
+    [(None, AirflowSensorTimeout), ("soft_fail", AirflowSkipException), ("never_fail", AirflowSkipException)],
+)
+def test_no_triggerer(heygen, overdub_id, flag, error):
+    """Airflow ends the deferral then."""
+    heygen.force(overdub_id, "running")
+    flags = {flag: True} if flag else {}
+    sensor = HeyGenOverdubSensor(task_id="wait", overdub_id=overdub_id, deferrable=True, timeout=20, **flags)
+    with pytest.raises(error):
+        sensor.resume_execution("__fail__", {"error": "Trigger timeout"}, Task(lambda: sensor).context)
+
+
+@ALL_MODES
 @pytest.mark.parametrize(
     ("fault", "error", "says"),
     [

@@ -129,6 +129,7 @@ WRITTEN = {
     "text.mp3": ("no type known", b"not a video at all"),
     "utf16.mp3": ("no type known", "not a video".encode("utf-16")),
     "short.mp4": ("no type known", b"\0\0"),
+    "short.mp3": ("no type known", b"ID3\4\0"),
     "zeros.wav": ("no type known", bytes(1000)),
     "old.mov": ("a QuickTime movie", b"\0\0\0\x08wide\0\0\x10\0mdat"),
     "document.pdf": ("a PDF document", b"%PDF-1.7"),

@@ -124,7 +124,11 @@ class HeyGenHook(HttpHook):
     # --- The calls ------------------------------------------------------------------------------------
 
     def create_overdub(
-        self, request: api.CreateOverdubRequest | Mapping[str, Any], *, idempotency_key: str | None = None
+        self,
+        request: api.CreateOverdubRequest | Mapping[str, Any],
+        *,
+        idempotency_key: str | None = None,
+        before_sending: Callable[[], object] | None = None,
     ) -> str:
         """
         Start an overdub and give its id. It costs money when it completes.
@@ -138,6 +142,7 @@ class HeyGenHook(HttpHook):
         :param idempotency_key: 1 to 255 of ``A-Z a-z 0-9 _ - : .``; the same key gets the same overdub for
             24 hours, even for another request. Made up when not given. Also sent as ``callback_id`` unless
             the request has one.
+        :param before_sending: called before each attempt; for who notes what may have been sent, and when.
         """
         request = api.CreateOverdubRequest.of(request)
         idempotency_key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
@@ -156,6 +161,8 @@ class HeyGenHook(HttpHook):
                                 "Its answer was lost, but overdub %s was created.", found.overdub_id
                             )
                             return found.overdub_id
+                    if before_sending is not None:
+                        before_sending()
                     attempted_at = time.time()
                     return self._send(call)
                 except HeyGenError as error:
@@ -273,7 +280,8 @@ class HeyGenHook(HttpHook):
                     raise HeyGenTransientError(str(error)) from None
             if overdub.callback_id == marker:
                 found.append(overdub)
-            elif overdub.callback_id is None and overdub.title == title:
+            elif overdub.callback_id is None and title in (None, overdub.title):
+                # HeyGen may give a title of its own to what has none.
                 doubtful.append(overdub.overdub_id)
         return found, doubtful
 

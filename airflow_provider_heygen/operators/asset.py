@@ -36,7 +36,7 @@ class LinksMaskedOperator(BaseOperator):
 
 class HeyGenUploadAssetOperator(LinksMaskedOperator):
     """
-    Upload a video or audio file to HeyGen, streamed from where it is and once over all retries.
+    Upload a video or audio file to HeyGen, streamed from where it is and once over all retries (Airflow 3.3).
 
     After a clear, or when it has changed, the file is uploaded again.
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from airflow_provider_heygen.api import CreateOverdubRequest
     from airflow_provider_heygen.hooks.heygen import HeyGenHook
+    from airflow_provider_heygen.submitter import Ledger
     from airflow_provider_heygen.upload import Source
 
 REQUEST_FIELDS = (
@@ -76,11 +77,12 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
     :param callback_id: echoed in the callback and in the job. Leave it unset and a unique one is sent, by
         which an overdub whose answer was lost is found again.
     :param folder_id: project folder of the result.
-    :param heygen_conn_id: the Airflow connection.
+    :param heygen_conn_id: the Airflow connection. (templated)
     :param wait_for_completion: wait for the end; without it the id is returned at once.
     :param deferrable: wait in the triggerer, not on a worker.
-    :param poke_interval: seconds (or timedelta) between looks.
+    :param poke_interval: seconds (or timedelta) between looks. (templated)
     :param timeout: seconds (or timedelta) to wait, ``None`` for no limit. The overdub itself goes on.
+        (templated)
     :param delete_on_kill: delete the overdub when the task is killed while it has not ended.
     :param durable: start one overdub over all retries, whatever dies in between: an earlier one that has not
         failed is gone on with. A task cleared after success starts a new one. Airflow before 3.3 has no
@@ -150,6 +152,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         self.delete_on_kill = delete_on_kill
         self.durable = durable
         self._again = False
+        self._kept: dict[str, Any] | None = None
         self._overdub_id: str | None = None
         self._deleted = False
         self._hook: HeyGenHook | None = None
@@ -158,9 +161,16 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         """Start the overdub, then wait for it here or in the triggerer."""
         return self._create(context, deadline=None)
 
-    def execute_again(self, context: Context, event: Any = None, deadline: float | None = None) -> str:  # noqa: ARG002
+    def execute_again(
+        self,
+        context: Context,
+        event: Any = None,  # noqa: ARG002
+        deadline: float | None = None,
+        kept: dict[str, Any] | None = None,
+    ) -> str:
         """Go on when HeyGen's ``Retry-After`` has passed: send the same create again."""
         self._again = True
+        self._kept = kept
         return self._create(context, deadline=deadline)
 
     def execute_complete(
@@ -174,10 +184,12 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         """Go on when the trigger has fired."""
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.metrics import Wait
-        from airflow_provider_heygen.waiting import check_event, conclude, first_deadline
+        from airflow_provider_heygen.waiting import LAST_LOOK, check_event, conclude, first_deadline
 
         checked = check_event(event)
-        with HeyGenHook(self.heygen_conn_id) as self._hook:
+        with HeyGenHook(self.heygen_conn_id, **LAST_LOOK) as self._hook:
+            if self.delete_on_kill:
+                _ = self._hook.settings  # on_kill must not ask Airflow for them
             self._overdub_id = checked["overdub_id"]
             details = conclude(checked, self._hook, given_up, Wait(context["ti"], since))
             if details is None:
@@ -258,9 +270,9 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         from airflow_provider_heygen.exceptions import HeyGenOverdubTimeoutError, HeyGenTransientError
         from airflow_provider_heygen.submitter import Ledger, submit
 
+        ledger = Ledger(context, durable=self.durable, again=self._again, kept=self._kept)
         while True:
             try:
-                ledger = Ledger(context, durable=self.durable, again=self._again)
                 return submit(request, hook, ledger, files)
             except HeyGenTransientError as error:
                 if error.status_code != 429 and error.retry_after is None:
@@ -268,22 +280,31 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
                 # Jitter, or all that were turned away together come back together.
                 pause = (error.retry_after or 30.0) * random.uniform(1.0, 1.2)  # noqa: S311
                 if deadline is not None and time.time() + pause > deadline:
+                    doubt = ledger.in_doubt
+                    started = (
+                        "whether an overdub was started is unknown" if doubt else "no overdub was started"
+                    )
                     raise HeyGenOverdubTimeoutError(
-                        f"HeyGen asks to wait longer than 'timeout' allows; no overdub was started. {error}",
+                        f"HeyGen asks to wait longer than 'timeout' allows; {started}. {error}",
                         retry_after=error.retry_after,
+                        outcome_unknown=doubt,
                     ) from None
                 self.log.info("%s Sending it again in %.0f s.", error, pause)
             if self.deferrable:
-                self._defer_for(pause, deadline)
+                self._defer_for(pause, deadline, ledger)
             time.sleep(pause)
 
-    def _defer_for(self, pause: float, deadline: float | None) -> None:
+    def _defer_for(self, pause: float, deadline: float | None, ledger: Ledger) -> None:
         from airflow.providers.standard.triggers.temporal import DateTimeTrigger
 
+        from airflow_provider_heygen.waiting import backstop
+
+        kept = ledger.kept.model_dump(mode="json") if ledger.kept else None
         self.defer(
             trigger=DateTimeTrigger(moment=datetime.now(UTC) + timedelta(seconds=pause)),
             method_name="execute_again",
-            kwargs={"deadline": deadline},
+            kwargs={"deadline": deadline, "kept": kept},
+            timeout=backstop(deadline, pause),
         )
 
     def _await(
@@ -299,6 +320,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
         from airflow_provider_heygen.waiting import (
             FRESH_SECONDS,
+            LAST_LOOK,
             MAX_CONSECUTIVE_FAILURES,
             Watch,
             backstop,
@@ -319,7 +341,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
             with HeyGenHook(self.heygen_conn_id, max_attempts=1) as looking:
                 event = Watch(overdub_id, log=self.log, **rules).follow(looking, once=self.deferrable)
             if event is not None:
-                with HeyGenHook(self.heygen_conn_id) as hook:
+                with HeyGenHook(self.heygen_conn_id, **LAST_LOOK) as hook:
                     details = conclude(event, hook, given_up, Wait(context["ti"], since))
                 if details is not None:
                     return self._deliver(context, details)
@@ -378,6 +400,8 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
 class HeyGenUpdateOverdubOperator(BaseOperator):
     """
     Rename an overdub; the title is all that HeyGen lets us change. Returns ``overdub_id``.
+
+    XCom key ``overdub`` holds its details.
 
     :param overdub_id: the overdub. (templated)
     :param title: its new title. (templated)

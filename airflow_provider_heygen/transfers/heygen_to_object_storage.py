@@ -66,9 +66,14 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
     def execute(self, context: Context) -> str:
         """Fetch and store it."""
         from airflow_provider_heygen.api import check_id
+        from airflow_provider_heygen.exceptions import HeyGenBadInputError
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
 
         destination = str(self.destination)
+        if destination == "None":
+            raise HeyGenBadInputError(
+                "destination is the text 'None', which is what a template makes of a missing value."
+            )
         if destination.endswith("/"):
             destination += f"{check_id(self.overdub_id)}.mp4"
         if "://" not in destination:
