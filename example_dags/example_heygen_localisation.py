@@ -6,7 +6,8 @@ includes deferred tasks, a dub holds its slot while it waits without a worker. C
 
     airflow pools set heygen 10 "jobs HeyGen runs at a time" --include-deferred
 
-The audio files are ``talk.<language>.mp3`` beside the video. Needs a connection ``heygen_default``.
+The audio files are ``talk.<language>.mp3`` beside the video; ``LANGUAGES`` in this file says which.
+Needs a connection ``heygen_default``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ LANGUAGES = ["de", "fr", "es"]
 with DAG(
     dag_id="example_heygen_localisation",
     schedule=None,
-    params={"media": MEDIA, "languages": LANGUAGES},
+    params={"media": MEDIA},
+    user_defined_macros={"languages": LANGUAGES},
     tags=["example", "heygen"],
     doc_md=__doc__,
 ) as dag:
@@ -44,14 +46,14 @@ with DAG(
     ).expand(source=[f"{{{{ params.media }}}}/talk.{language}.mp3" for language in LANGUAGES])
 
     # Results keep the order of the languages, so a task finds its language by its map index.
-    language = "{{ params.languages[ti.map_index] }}"
+    language = "{{ languages[ti.map_index] }}"
 
     dub = HeyGenCreateOverdubOperator.partial(
         task_id="dub",
         video=upload_video.output,
         title=f"Talk, {language}",
         deferrable=True,
-        poke_interval=5,
+        poke_interval=10,
         pool="heygen",
         retries=3,
         map_index_template=language,

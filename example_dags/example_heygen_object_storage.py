@@ -31,7 +31,7 @@ with DAG(
         video="{{ params.storage }}/{{ params.video }}",
         audio="{{ params.storage }}/{{ params.audio }}",
         deferrable=True,
-        poke_interval=5,
+        poke_interval=10,
         retries=2,
         doc_md="Uploads both files, starts one overdub and waits for it in the triggerer.",
     )

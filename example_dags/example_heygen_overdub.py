@@ -53,7 +53,7 @@ with DAG(
         title="Talk, German ({{ run_id }})",
         mode="precision",
         deferrable=True,
-        poke_interval=5,
+        poke_interval=10,
         doc_md="Starts one overdub and waits for it in the triggerer. XCom `overdub_id` holds its id from the"
         " start, XCom `overdub` its title, status and length when it is done.",
     )
