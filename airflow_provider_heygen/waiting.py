@@ -40,8 +40,9 @@ MAX_CONSECUTIVE_FAILURES = 10
 MAX_TIMES_GIVEN_UP = 3
 """How often a wait that was given up is taken up again, because the worker finds the overdub well."""
 
-LAST_LOOK: dict[str, Any] = {"max_attempts": 2, "longest_pause": 5.0}
-"""Patience of the hook for :func:`conclude`: in an outage all waits may end there, each on a worker."""
+LONGEST_PAUSE_ON_WORKER = 5.0
+"""The longest ``Retry-After`` that a deferrable task sits through, in seconds. In an outage all waits may
+come back to a worker at once, and each holds one."""
 
 LONGEST_BACKOFF = 120.0
 """Seconds between looks, at most, while they fail (unless HeyGen asks for more)."""

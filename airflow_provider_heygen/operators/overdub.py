@@ -182,12 +182,11 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         since: float | None = None,
     ) -> str:
         """Go on when the trigger has fired."""
-        from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.metrics import Wait
-        from airflow_provider_heygen.waiting import LAST_LOOK, check_event, conclude, first_deadline
+        from airflow_provider_heygen.waiting import check_event, conclude, first_deadline
 
         checked = check_event(event)
-        with HeyGenHook(self.heygen_conn_id, **LAST_LOOK) as self._hook:
+        with self._connect() as self._hook:
             if self.delete_on_kill:
                 _ = self._hook.settings  # on_kill must not ask Airflow for them
             self._overdub_id = checked["overdub_id"]
@@ -197,6 +196,13 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
                     deadline = first_deadline(self.timeout, self.execution_timeout, context)
                 return self._await(context, deadline, since, given_up=given_up + 1)
             return self._deliver(context, details)
+
+    def _connect(self) -> HeyGenHook:
+        from airflow_provider_heygen.hooks.heygen import HeyGenHook
+        from airflow_provider_heygen.waiting import LONGEST_PAUSE_ON_WORKER
+
+        longest_pause = LONGEST_PAUSE_ON_WORKER if self.deferrable else 60.0
+        return HeyGenHook(self.heygen_conn_id, longest_pause=longest_pause)
 
     def _create(self, context: Context, deadline: float | None) -> str:
         from airflow_provider_heygen.exceptions import HeyGenNotFoundError, HeyGenTransientError
@@ -216,7 +222,6 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
 
     def _start_and_wait(self, context: Context, deadline: float | None) -> str:
         from airflow_provider_heygen.api import CreateOverdubRequest
-        from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.submitter import Ledger
         from airflow_provider_heygen.upload import inputs, storage_uris
         from airflow_provider_heygen.waiting import first_deadline, seconds
@@ -230,9 +235,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         seconds(self.poke_interval, "poke_interval")
         if deadline is None:
             deadline = first_deadline(self.timeout, self.execution_timeout, context)
-        # A deferrable task does not sit through a Retry-After.
-        longest_pause = 5 if self.deferrable else 60
-        with HeyGenHook(self.heygen_conn_id, longest_pause=longest_pause) as self._hook:
+        with self._connect() as self._hook:
             files = inputs(uris, self._hook.settings)
             self._overdub_id = self._submit(self._hook, request, files, context, deadline)
             context["ti"].xcom_push(key="overdub_id", value=self._overdub_id)
@@ -320,7 +323,6 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
         from airflow_provider_heygen.waiting import (
             FRESH_SECONDS,
-            LAST_LOOK,
             MAX_CONSECUTIVE_FAILURES,
             Watch,
             backstop,
@@ -341,7 +343,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
             with HeyGenHook(self.heygen_conn_id, max_attempts=1) as looking:
                 event = Watch(overdub_id, log=self.log, **rules).follow(looking, once=self.deferrable)
             if event is not None:
-                with HeyGenHook(self.heygen_conn_id, **LAST_LOOK) as hook:
+                with self._connect() as hook:
                     details = conclude(event, hook, given_up, Wait(context["ti"], since))
                 if details is not None:
                     return self._deliver(context, details)

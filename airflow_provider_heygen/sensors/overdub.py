@@ -181,10 +181,10 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         from airflow_provider_heygen.exceptions import HeyGenOverdubTimeoutError
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.metrics import Wait
-        from airflow_provider_heygen.waiting import LAST_LOOK, check_event, conclude, summary
+        from airflow_provider_heygen.waiting import LONGEST_PAUSE_ON_WORKER, check_event, conclude, summary
 
         try:
-            with HeyGenHook(self.heygen_conn_id, **LAST_LOOK) as hook:
+            with HeyGenHook(self.heygen_conn_id, longest_pause=LONGEST_PAUSE_ON_WORKER) as hook:
                 wait = Wait(context["ti"], since)
                 details = conclude(check_event(event, self.overdub_id), hook, given_up, wait)
         except HeyGenOverdubTimeoutError as error:
