@@ -74,12 +74,9 @@ class Ledger:
             return None
         began = self.dag_run_began.timestamp() if self.dag_run_began else time.time()
         # When an earlier try sent it is not known, only that it did not after this one began.
-        derived = self.begin(body_digest, None).model_copy(
-            update={"began": began, "sent": True, "sent_at": time.time()}
-        )
-        # Airflow, too, tells the first try after a clear like this; the earlier ones had another max_tries.
-        cleared = self.ti.try_number == self.ti.max_tries - self.ti.task.retries + 1 and not self.again
-        return derived.model_copy(update={"max_tries": -1}) if cleared else derived
+        found = {"began": began, "sent": True, "sent_at": time.time()}
+        self.kept = self.begin(body_digest, None).model_copy(update=found)
+        return self.kept
 
     def begin(self, body_digest: str, before: Submission | None) -> Submission:
         """Begin a new submission; nothing is written yet."""

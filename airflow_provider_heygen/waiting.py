@@ -213,6 +213,17 @@ def failure(overdub: Overdub) -> str:
     return f"Overdub {overdub.overdub_id} failed: {reason}"
 
 
+def is_stale(try_number: int | None, context: Mapping[str, Any]) -> bool:
+    """
+    Tell whether a task is resumed with what an earlier try was told when it deferred.
+
+    Airflow 3.0 begins a retry where the last try went on after its deferral, instead of at the beginning.
+
+    :param try_number: of the try that deferred.
+    """
+    return try_number not in (None, context["ti"].try_number)
+
+
 def check_event(event: Any, overdub_id: str | None = None) -> WaitEvent:
     """
     Check the event a deferred task is resumed with.
@@ -245,7 +256,8 @@ def conclude(event: WaitEvent, hook: HeyGenHook, given_up: int, wait: Wait) -> d
     :param given_up: how often the wait was given up before.
     :param wait: counts how it has ended.
     :returns: the details; ``None`` when looking was given up but a last look from here finds the overdub
-        well and not ended, so that the wait may go on (the key was changed, a network came back).
+        well and not ended, so that the wait may go on (the key was changed, a network came back), or is told
+        to come later.
     :raises HeyGenOverdubFailedError: HeyGen says it failed.
     :raises HeyGenOverdubTimeoutError: the deadline passed.
     :raises HeyGenError: looking was given up or refused, and a last look from here fares no better.
@@ -260,7 +272,13 @@ def conclude(event: WaitEvent, hook: HeyGenHook, given_up: int, wait: Wait) -> d
         raise HeyGenOverdubTimeoutError(event["message"])
     # An event carries no exception class. Asking once more gives the right one, or good news.
     hook.log.warning("%s", event["message"])
-    overdub = hook.get_overdub(event["overdub_id"])
+    try:
+        overdub = hook.get_overdub(event["overdub_id"])
+    except HeyGenTransientError as error:
+        if error.retry_after is None or given_up >= MAX_TIMES_GIVEN_UP:
+            raise
+        hook.log.warning("%s", error)
+        return None
     if overdub.status == OverdubStatus.FAILED:
         wait.failed()
         raise HeyGenOverdubFailedError(failure(overdub))

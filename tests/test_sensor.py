@@ -234,6 +234,21 @@ def test_the_triggerer_gives_up_and_the_worker_finds_it_well(heygen, overdub_id)
         sensor.resume(again, gone)
 
 
+def test_a_retry_that_airflow_begins_where_the_last_try_deferred(heygen, overdub_id):
+    """As Airflow 3.0 does: with what the last try was told then."""
+    heygen.force(overdub_id, "running")
+    sensor = Task(lambda: HeyGenOverdubSensor(task_id="wait", overdub_id=overdub_id, deferrable=True))
+    deferred = sensor.start()
+    sensor.ti.try_number += 1
+    heygen.force(overdub_id, "completed")
+    details = sensor.resume(deferred, {"overdub_id": overdub_id, "status": "error", "message": "Gave up"})
+    assert details["status"] == "completed"
+    sensor.ti.try_number += 1
+    heygen.force(overdub_id, "running")
+    late = {"overdub_id": overdub_id, "status": "timeout", "message": "Stopped waiting"}
+    assert isinstance(sensor.resume(deferred, late), TaskDeferred)
+
+
 @pytest.mark.parametrize("soft_fail", [True, False])
 def test_an_outage_seen_from_both_sides_is_worth_a_retry_not_a_skip(heygen, overdub_id, soft_fail, pauses):
     heygen.force(overdub_id, "running")

@@ -134,3 +134,5 @@ def test_a_digest_has_no_part_for_the_queries_of_links_first():
     assert of("sig=1")[0] == of("sig=2")[0]
     assert of("sig=1")[1] != of("sig=2")[1]
     assert of("sig=1")[0] != of("sig=1", title="u")[0]
+    assert of("", title="100%3F%3D1")[0] != of("", title="100%3F%3D2")[0]
+    assert of("", title="is it? a=1")[0] != of("", title="is it? a=2")[0]

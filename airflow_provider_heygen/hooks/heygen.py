@@ -249,8 +249,8 @@ class HeyGenHook(HttpHook):
             raise HeyGenOutcomeUnknownError(
                 f"A create was sent, its answer was lost, and it cannot be told whether it started an overdub"
                 f" (candidates: {', '.join(doubtful[:5])}). Nothing more was sent. If none of them is this"
-                " task's, clear the task to send it again. Leave callback_id unset to have a unique one sent,"
-                " by which an overdub can be found.",
+                " task's, clear the task to send it again (before Airflow 3.3: run it with durable=False)."
+                " Leave callback_id unset to have a unique one sent, by which an overdub can be found.",
                 outcome_unknown=True,
             )
         return None

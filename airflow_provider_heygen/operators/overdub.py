@@ -167,8 +167,13 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         event: Any = None,  # noqa: ARG002
         deadline: float | None = None,
         kept: dict[str, Any] | None = None,
+        try_number: int | None = None,
     ) -> str:
         """Go on when HeyGen's ``Retry-After`` has passed: send the same create again."""
+        from airflow_provider_heygen.waiting import is_stale
+
+        if is_stale(try_number, context):
+            return self._create(context, deadline=None)
         self._again = True
         self._kept = kept
         return self._create(context, deadline=deadline)
@@ -180,14 +185,17 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         deadline: float | None = None,
         given_up: int = 0,
         since: float | None = None,
+        try_number: int | None = None,
     ) -> str:
         """Go on when the trigger has fired."""
         from airflow_provider_heygen.metrics import Wait
-        from airflow_provider_heygen.waiting import check_event, conclude, first_deadline
+        from airflow_provider_heygen.waiting import check_event, conclude, first_deadline, is_stale
 
+        if is_stale(try_number, context):
+            return self._create(context, deadline=None)
         checked = check_event(event)
         with self._connect() as self._hook:
-            if self.delete_on_kill:
+            if checked["status"] == "error":  # there will be a look
                 _ = self._hook.settings  # on_kill must not ask Airflow for them
             self._overdub_id = checked["overdub_id"]
             details = conclude(checked, self._hook, given_up, Wait(context["ti"], since))
@@ -294,10 +302,10 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
                     ) from None
                 self.log.info("%s Sending it again in %.0f s.", error, pause)
             if self.deferrable:
-                self._defer_for(pause, deadline, ledger)
+                self._defer_for(pause, deadline, ledger, context)
             time.sleep(pause)
 
-    def _defer_for(self, pause: float, deadline: float | None, ledger: Ledger) -> None:
+    def _defer_for(self, pause: float, deadline: float | None, ledger: Ledger, context: Context) -> None:
         from airflow.providers.standard.triggers.temporal import DateTimeTrigger
 
         from airflow_provider_heygen.waiting import backstop
@@ -306,7 +314,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         self.defer(
             trigger=DateTimeTrigger(moment=datetime.now(UTC) + timedelta(seconds=pause)),
             method_name="execute_again",
-            kwargs={"deadline": deadline, "kept": kept},
+            kwargs={"deadline": deadline, "kept": kept, "try_number": context["ti"].try_number},
             timeout=backstop(deadline, pause),
         )
 
@@ -357,7 +365,12 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
                         **rules,
                     ),
                     method_name="execute_complete",
-                    kwargs={"deadline": deadline, "given_up": given_up, "since": since},
+                    kwargs={
+                        "deadline": deadline,
+                        "given_up": given_up,
+                        "since": since,
+                        "try_number": context["ti"].try_number,
+                    },
                     timeout=backstop(deadline, poke_interval),
                 )
             time.sleep(poke_interval)

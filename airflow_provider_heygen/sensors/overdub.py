@@ -140,7 +140,12 @@ class HeyGenOverdubSensor(BaseSensorOperator):
                 since=since,
             ),
             method_name="execute_complete",
-            kwargs={"deadline": deadline, "given_up": given_up, "since": since},
+            kwargs={
+                "deadline": deadline,
+                "given_up": given_up,
+                "since": since,
+                "try_number": context["ti"].try_number,
+            },
             timeout=backstop(deadline, self.poke_interval),
         )
 
@@ -176,13 +181,23 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         deadline: float | None = None,
         given_up: int = 0,
         since: float | None = None,
+        try_number: int | None = None,
     ) -> dict[str, Any]:
         """Go on when the trigger has fired."""
         from airflow_provider_heygen.exceptions import HeyGenOverdubTimeoutError
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.metrics import Wait
-        from airflow_provider_heygen.waiting import LONGEST_PAUSE_ON_WORKER, check_event, conclude, summary
+        from airflow_provider_heygen.waiting import (
+            LONGEST_PAUSE_ON_WORKER,
+            check_event,
+            conclude,
+            is_stale,
+            summary,
+        )
 
+        if is_stale(try_number, context):
+            fresh: dict[str, Any] = self.execute(context)
+            return fresh
         try:
             with HeyGenHook(self.heygen_conn_id, longest_pause=LONGEST_PAUSE_ON_WORKER) as hook:
                 wait = Wait(context["ti"], since)
