@@ -51,7 +51,6 @@ class Task:
             try_number=0,
             max_tries=retries,
             start_date=None,
-            task=SimpleNamespace(retries=retries),
             xcom_push=lambda key, value: self.xcoms.update({key: json.loads(json.dumps(value))}),
         )
         self.retries = retries
