@@ -1,31 +1,37 @@
-"""What can go wrong, by what the caller should do about it.
+"""
+What went wrong, as facts; and how long to pause after it.
 
-Two branches matter to Airflow: a :class:`HeyGenTransientError` is worth another try, a
-:class:`HeyGenPermanentError` is also an ``AirflowFailException``, so a task that meets one fails at once
-instead of burning its retries. Which HTTP answer becomes which is decided in :mod:`.api`.
+An exception says who answered and whether the request took effect. What follows from it depends on what was being
+done: the operators decide that (a refused create fails the task, a refused poll is waited out).
 """
 
 from __future__ import annotations
 
+import random
+
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
+
+MAX_RETRY_AFTER = 900.0
+"""The longest ``Retry-After`` that is honoured, in seconds: one absurd header must not silence a connection."""
 
 
 class HeyGenError(AirflowException):
     """
-    Anything this provider raises about HeyGen.
+    Base class of all exceptions about HeyGen.
 
-    The message already says what to do next. The attributes carry what HeyGen said (contract: the
-    ``error`` envelope), each ``None`` when it did not.
+    The message says what happened and what to do next. The attributes hold what HeyGen said (contract, ``error``
+    envelope), each ``None`` if it said nothing.
 
-    :param message: text for people, free of credentials and presigned links.
-    :param status_code: HTTP status of the answer; ``None`` when there was none (transport, bad input).
-    :param code: HeyGen's machine readable code, an open set, such as ``rate_limit_exceeded``.
-    :param param: the request field HeyGen complains about.
+    :param message: text without credentials and presigned URLs.
+    :param status_code: HTTP status; ``None`` if there was no response (network fault, bad input).
+    :param code: HeyGen's error code, an open set, such as ``rate_limit_exceeded``.
+    :param param: the request field that HeyGen rejects.
     :param doc_url: HeyGen's page about the code.
-    :param request_id: the ``X-Request-Id`` to quote to HeyGen's support.
-    :param retry_after: seconds HeyGen asked to wait.
-    :param outcome_unknown: the request may have taken effect although its answer never arrived or was
-        unreadable. Repeating a create is then only safe after a look whether the overdub exists.
+    :param request_id: ``X-Request-Id``, to quote to HeyGen's support.
+    :param retry_after: seconds that HeyGen asked to wait.
+    :param outcome_unknown: whether the request may have taken effect although its response was lost or came from
+        something in between. Search for the overdub before you repeat a create request.
+    :param overdub_id: the overdub that this is about, if known.
     """
 
     def __init__(
@@ -39,6 +45,7 @@ class HeyGenError(AirflowException):
         request_id: str | None = None,
         retry_after: float | None = None,
         outcome_unknown: bool = False,
+        overdub_id: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -49,35 +56,77 @@ class HeyGenError(AirflowException):
         self.request_id = request_id
         self.retry_after = retry_after
         self.outcome_unknown = outcome_unknown
+        self.overdub_id = overdub_id
 
 
 class HeyGenTransientError(HeyGenError):
-    """Likely to pass: 429, 5xx, a network fault, an unreadable answer, 409 ``request_in_progress``."""
+    """A fault that is likely to pass: 429, 5xx, a network fault, an unreadable response."""
 
 
-class HeyGenPermanentError(HeyGenError, AirflowFailException):
-    """The same request will fail again: the task fails at once, whatever its ``retries``."""
+class HeyGenGatewayError(HeyGenTransientError):
+    """
+    An error response without HeyGen's envelope: a gateway, proxy or firewall answered, not HeyGen.
+
+    HeyGen documents ``error.code`` and ``error.message`` in every error response, so this one proves nothing about
+    the request, whatever its status.
+    """
+
+
+class HeyGenUnreachableError(HeyGenTransientError):
+    """The request was never sent: no connection, no TLS, or the proxy refused."""
+
+
+class HeyGenPermanentError(HeyGenError):
+    """HeyGen rejected the request and would reject it again. For an overdub that is running, this proves nothing."""
 
 
 class HeyGenBadInputError(HeyGenPermanentError, ValueError):
-    """Refused on this side, before any request was sent: a field, a file or a connection setting is wrong."""
+    """The provider rejected a field, a file or a connection setting before it sent a request."""
 
 
 class HeyGenNotFoundError(HeyGenPermanentError):
-    """HTTP 404: no such overdub or asset under this credential."""
-
-
-class HeyGenOutcomeUnknownError(HeyGenPermanentError):
-    """A create may or may not have started an overdub, and sending it again could start a second one."""
+    """HeyGen returned 404 with its envelope: this credential has no such overdub or asset."""
 
 
 class HeyGenOverdubFailedError(HeyGenPermanentError):
-    """The overdub ended with status ``failed``; the message carries HeyGen's ``failure_message``."""
+    """The overdub is final with status ``failed``; the message quotes HeyGen's ``failure_message``."""
+
+
+class HeyGenOutcomeUnknownError(HeyGenError):
+    """A create request may have started an overdub, and a repeat could start a second one. Nothing more was sent."""
 
 
 class HeyGenOverdubTimeoutError(HeyGenError):
-    """We stopped waiting. The overdub itself goes on and may still complete (and be billed)."""
+    """The wait has timed out. The overdub keeps running and may still complete (and be billed)."""
 
 
 class HeyGenTriggerEventError(HeyGenError):
-    """A deferred task was resumed with an event that our trigger never sends."""
+    """A deferred task was resumed with an event that :class:`.HeyGenOverdubTrigger` never sends."""
+
+
+class HeyGenTaskFailedError(HeyGenError, AirflowFailException):
+    """The task fails without a retry, because a retry would fail again or cost money; see ``__cause__``."""
+
+    @classmethod
+    def of(cls, error: HeyGenError) -> HeyGenTaskFailedError:
+        """Return the exception that fails a task because of an error, with the error's message and attributes."""
+        failure = cls(error.message)
+        failure.__dict__.update(error.__dict__)
+        return failure
+
+
+def retry_delay(
+    failures: int, error: BaseException | None = None, *, first: float = 1.0, longest: float = 30.0
+) -> float:
+    """
+    Return the seconds to pause after a failure: never less than HeyGen asked for, and at most 15 minutes.
+
+    :param failures: consecutive failures so far, from 1.
+    :param error: the last one; its ``retry_after`` counts.
+    :param first: seconds after the first failure; doubles with each further one.
+    :param longest: the longest pause, in seconds, that HeyGen did not ask for.
+    """
+    backoff = min(first * 2.0 ** min(failures - 1, 30), max(first, longest))
+    asked = getattr(error, "retry_after", None) or 0.0
+    # Jitter spreads those that failed together; it never shortens what HeyGen asked for.
+    return min(max(backoff, asked) * random.uniform(1.0, 1.25), max(MAX_RETRY_AFTER, first))  # noqa: S311
