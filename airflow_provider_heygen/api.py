@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
@@ -40,7 +40,9 @@ from pydantic import (
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
+    HeyGenGatewayError,
     HeyGenNotFoundError,
+    HeyGenOverdubFailedError,
     HeyGenPermanentError,
     HeyGenTransientError,
 )
@@ -296,6 +298,24 @@ class Overdub(BaseModel):
         """Whether the status will not change any more. A word we do not know is not final."""
         return self.status in (OverdubStatus.COMPLETED, OverdubStatus.FAILED)
 
+    @property
+    def is_completed(self) -> bool:
+        """Whether the result is there."""
+        return self.status == OverdubStatus.COMPLETED
+
+    def raise_for_failure(self) -> Overdub:
+        """
+        Return the overdub, unless it has failed.
+
+        :raises HeyGenOverdubFailedError: if HeyGen says that it failed; the message has HeyGen's reason.
+        """
+        if self.status == OverdubStatus.FAILED:
+            reason = redact_links(self.failure_message or DEFAULT_FAILURE_MESSAGE)
+            raise HeyGenOverdubFailedError(
+                f"Overdub {self.overdub_id} failed: {reason}", overdub_id=self.overdub_id
+            )
+        return self
+
     def details(self) -> dict[str, Any]:
         """Give what may be stored and shown: everything but the presigned links."""
         shown = self.model_dump(mode="json", exclude={"video_url", "caption_url"})
@@ -305,13 +325,18 @@ class Overdub(BaseModel):
 
 
 class OverdubPage(BaseModel):
-    """One page of the list; ``next_token`` is ``None`` on the last one."""
+    """
+    One page of the list; ``next_token`` is ``None`` on the last one.
+
+    :param server_time: HeyGen's clock when it answered, in Unix seconds (its ``Date`` header), if known.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     data: list[Overdub]
     has_more: bool
     next_token: str | None
+    server_time: float | None = None
 
 
 # The bulk call speaks the language of batches, or of HeyGen's older videos (contract notes, section 11).
@@ -438,6 +463,7 @@ class Call(Generic[T]):
     :param read: turns the decoded JSON into the result, or raises ``ValueError``.
     :param body_matters: whether a 2xx answer with an empty body is an error, as one that is not JSON is.
     :param not_yet: an error status that calls for patience here, and nowhere else.
+    :param read_headers: adds to the result what the headers say.
     """
 
     what: str
@@ -449,14 +475,16 @@ class Call(Generic[T]):
     headers: Mapping[str, str] = field(default_factory=dict)
     body_matters: bool = True
     not_yet: int | None = None
+    read_headers: Callable[[T, Mapping[str, str]], T] = lambda result, _: result
 
     def answer(self, status: int, headers: Mapping[str, str], body: bytes, connection: HeyGenConnection) -> T:
         """
         Turn an HTTP answer into the result.
 
         :param headers: the answer's headers, looked up case-insensitively.
-        :raises HeyGenTransientError: worth repeating (429, 5xx, 409 in progress, unreadable).
-        :raises HeyGenPermanentError: not worth repeating; says what to change.
+        :raises HeyGenTransientError: if a repeat may succeed (429, 5xx, 409 in progress, unreadable).
+        :raises HeyGenGatewayError: if something in between answered: nobody knows what HeyGen did.
+        :raises HeyGenPermanentError: if HeyGen rejected the request; the message says what to change.
         """
         try:
             decoded = json.loads(body)
@@ -464,16 +492,21 @@ class Call(Generic[T]):
             decoded = None
         if not 200 <= status < 300:
             raise _error(self, status, headers, decoded, connection)
+        if _envelope(decoded) and not decoded.get("data"):
+            # HeyGen's older routes report errors with status 200; the code says which status is meant.
+            raise _error(
+                self, _STATUS_BY_CODE.get(decoded["error"].get("code"), 400), headers, decoded, connection
+            )
         if decoded is None and (self.body_matters or body):
             kind = _shown(headers.get("Content-Type"), connection) or "no content type"
-            raise HeyGenTransientError(
+            raise HeyGenGatewayError(
                 f"HeyGen answered {status} to {self.what} without JSON ({kind}, {len(body)} bytes)."
                 f" If this goes on, check the host of Airflow connection '{connection.conn_id}'.",
                 status_code=status,
                 outcome_unknown=self.method != "GET",
             )
         try:
-            return self.read(decoded)
+            return self.read_headers(self.read(decoded), headers)
         except ValueError as error:  # pydantic's ValidationError is one
             reason = "it has no id" if isinstance(error, ValidationError) else str(error)
             raise HeyGenTransientError(
@@ -481,6 +514,15 @@ class Call(Generic[T]):
                 status_code=status,
                 outcome_unknown=self.method != "GET",
             ) from None
+
+
+def _envelope(decoded: Any) -> Mapping[str, Any]:
+    """Return HeyGen's ``error`` envelope, or an empty mapping if this is not HeyGen's word."""
+    envelope = decoded.get("error") if isinstance(decoded, dict) else None
+    envelope = envelope if isinstance(envelope, dict) else {}
+    return (
+        envelope if any(isinstance(envelope.get(n), str) and envelope[n] for n in ("code", "message")) else {}
+    )
 
 
 _COLLECTION_404 = (
@@ -509,6 +551,28 @@ _NEXT_STEP_BY_CODE = {
     "asset_not_found": "Upload the file with the same credential and pass the new asset_id",
 }
 
+# Which status a code has (contract, x-error-catalog), for an error that comes with status 200.
+_STATUS_BY_CODE = {
+    "authentication_failed": 401,
+    "unauthorized": 401,
+    "insufficient_credit": 402,
+    "trial_limit_exceeded": 402,
+    "plan_upgrade_required": 402,
+    "subscription_required": 402,
+    "forbidden": 403,
+    "resource_access_denied": 403,
+    "insufficient_api_key_scope": 403,
+    "not_found": 404,
+    "resource_not_found": 404,
+    "asset_not_found": 404,
+    "conflict": 409,
+    "rate_limit_exceeded": 429,
+    "quota_exceeded": 429,
+    "internal_error": 500,
+    "service_unavailable": 503,
+    "gateway_timeout": 504,
+}
+
 # Codes that call for patience although their status does not (contract, x-error-catalog).
 _WAITING_CODES = {"request_in_progress", "resource_not_ready", "asset_not_available"}
 
@@ -521,9 +585,7 @@ def _shown(value: Any, connection: HeyGenConnection) -> str | None:
 def _error(
     call: Call[Any], status: int, headers: Mapping[str, str], decoded: Any, connection: HeyGenConnection
 ) -> HeyGenError:
-    envelope = decoded.get("error") if isinstance(decoded, dict) else None
-    envelope = envelope if isinstance(envelope, dict) else {}
-
+    envelope = _envelope(decoded)
     code, said, param, doc_url = (
         _shown(envelope.get(name), connection) for name in ("code", "message", "param", "doc_url")
     )
@@ -541,6 +603,17 @@ def _error(
     message = message if message.endswith((".", "!", "?")) else f"{message}."
     trace = f" (request {request_id})" if request_id else ""
 
+    if not envelope and not 300 <= status < 400:
+        # A page of something in between. It may also stand for a response that HeyGen did give.
+        kind = _shown(headers.get("Content-Type"), connection) or "no content type"
+        return HeyGenGatewayError(
+            f"{message} The response ({kind}) does not have the form of HeyGen's errors, so it came from a"
+            f" gateway, proxy or firewall in between. If this goes on, check these and the host of Airflow"
+            f" connection"
+            f" '{connection.conn_id}'.{trace}",
+            outcome_unknown=call.method != "GET",
+            **details,
+        )
     spent = status == 429 and re.search("trial|quota", code or "")
     # A second request under a key that is still being worked on; bodies without a code were seen.
     if status == 409 and code is None and "Idempotency-Key" in call.headers:
@@ -583,15 +656,18 @@ def _error(
 
 def _retry_after(value: str | None) -> float | None:
     """Read ``Retry-After``: whole seconds (HeyGen's documentation) or an HTTP date (RFC 9110)."""
-    if not value:
-        return None
+    if value and value.strip().isdigit():
+        # More digits are no wait but nonsense, which a timedelta could not hold.
+        return float(value) if len(value) < 10 else None
+    moment = _http_date(value)
+    return None if moment is None else max(0.0, moment - datetime.now(UTC).timestamp())
+
+
+def _http_date(value: str | None) -> float | None:
+    """Read an HTTP date as Unix seconds."""
     try:
-        if value.strip().isdigit():
-            # More digits are no wait but nonsense, which a timedelta could not hold.
-            return float(value) if len(value) < 10 else None
-        moment = parsedate_to_datetime(value)
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-        return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+        moment = parsedate_to_datetime(value or "")
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
 
@@ -658,12 +734,16 @@ def list_overdubs(resource: str, limit: int, token: str | None) -> Call[OverdubP
         path=f"/v3/{resource}",
         params={"limit": limit, **({"token": token} if token else {})},
         read=_page,
+        read_headers=lambda page, headers: page.model_copy(
+            update={"server_time": _http_date(headers.get("Date"))}
+        ),
     )
 
 
 def skim_overdubs(resource: str, limit: int, token: str | None) -> Call[Statuses]:
     """:func:`list_overdubs`, with the rows left as they are."""
-    return replace(list_overdubs(resource, limit, token), read=_statuses)  # type: ignore[arg-type, return-value]
+    call = list_overdubs(resource, limit, token)
+    return Call(what=call.what, method="GET", path=call.path, params=call.params, read=_statuses)
 
 
 def list_statuses(overdub_ids: Iterable[str]) -> Call[Statuses]:

@@ -71,7 +71,6 @@ def get_provider_info() -> dict[str, Any]:
                 "to_openlineage_converter": "airflow_provider_heygen.lineage.convert_asset",
             }
         ],
-        "extra-links": ["airflow_provider_heygen.links.HeyGenDashboardLink"],
         "connection-types": [
             {
                 "connection-type": "heygen",

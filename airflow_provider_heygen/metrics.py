@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -43,12 +42,10 @@ class Wait:
 
     :param ti: whose ``dag_id`` and ``task_id`` become tags.
     :param since: Unix seconds when it began; ``None`` when that is not known, and then it is not timed.
-    :param in_triggerer: where it ends.
     """
 
     ti: Any
     since: float | None
-    in_triggerer: bool = False
 
     def completed(self) -> None:
         """Count that it has ended well."""
@@ -60,11 +57,11 @@ class Wait:
 
     def _ended(self, status: str) -> None:
         tags = _tags(self.ti)
-        _send(self.in_triggerer, "incr", f"heygen.overdubs.{status}", tags=tags)
+        _send(False, "incr", f"heygen.overdubs.{status}", tags=tags)
         if self.since is not None:
             # As a timedelta, or each backend would take the number for a unit of its own.
             took = timedelta(seconds=max(0.0, time.time() - self.since))
-            _send(self.in_triggerer, "timing", "heygen.overdubs.wait", took, tags=tags | {"status": status})
+            _send(False, "timing", "heygen.overdubs.wait", took, tags=tags | {"status": status})
 
 
 def _tags(ti: Any) -> dict[str, str]:
@@ -80,17 +77,10 @@ def _send(in_triggerer: bool, kind: str, *args: Any, tags: dict[str, str]) -> No
 
 
 def _stats(in_triggerer: bool) -> Any:
-    """
-    Give Airflow's metrics as this process has them.
-
-    From Airflow 3.2 there are two: a worker sets up those of the Task SDK, a triggerer those of the core, and
-    what is not set up says nothing.
-    """
     if in_triggerer:
-        with suppress(ImportError):  # before Airflow 3.2 there is one for all
-            from airflow.observability import stats
+        from airflow_provider_heygen.compat import triggerer_stats
 
-            return stats.Stats
+        return triggerer_stats()
     from airflow.providers.common.compat.sdk import Stats
 
     return Stats

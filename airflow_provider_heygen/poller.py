@@ -22,8 +22,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_provider_heygen import api, metrics
-from airflow_provider_heygen.exceptions import HeyGenError, HeyGenPermanentError, HeyGenTransientError
-from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.exceptions import (
+    HeyGenError,
+    HeyGenNotFoundError,
+    HeyGenPermanentError,
+    HeyGenTransientError,
+    retry_delay,
+)
+from airflow_provider_heygen.hooks.heygen import MAX_LISTED_PAGES, HeyGenHook
 from airflow_provider_heygen.waiting import seconds
 
 if TYPE_CHECKING:
@@ -45,12 +51,6 @@ GRACE_SECONDS = 5.0
 REFRESH_SECONDS = 60.0
 """How often the Airflow connection is read again, for a key that was rotated."""
 
-FRESH_CONNECTION_SECONDS = 5.0
-"""A refusal (401, 404 ...) is believed only if the connection was read at most this long before."""
-
-ATTEMPTS = 5
-"""How often a request is sent while HeyGen answers 429."""
-
 LONGEST_PAUSE = 15.0
 """Seconds without any request after failures in a row, at most (unless HeyGen asks for more)."""
 
@@ -62,6 +62,9 @@ SLOW_FACTOR = 20
 
 SLOW_SECONDS = 60.0
 """How long it counts that pages of the list were slow when they were last read."""
+
+LISTING_SECONDS = 20.0
+"""How long one reading of the whole list serves all overdubs that may be gone."""
 
 VERIFY_SECONDS = 5.0
 """How often a GET checks one of the overdubs that the list or the bulk call tell of."""
@@ -133,9 +136,11 @@ class _Source:
     usable_from: float = -math.inf
     pause: float = 0.0
 
-    def leave(self, now: float, reason: str, *, lasting: bool = False, took: float = 0.0) -> None:
+    def leave(
+        self, now: float, reason: str, *, lasting: bool = False, took: float = 0.0, asked: float = 0.0
+    ) -> None:
         longer = max(5.0, self.pause * 2, SLOW_FACTOR * took)
-        self.pause = DISTRUST_SECONDS if lasting else min(longer, DISTRUST_SECONDS)
+        self.pause = max(asked, DISTRUST_SECONDS if lasting else min(longer, DISTRUST_SECONDS))
         self.usable_from = now + self.pause
         log.info("Doing without %s for %.0f s: %s", self.name, self.pause, api.redact_links(reason))
 
@@ -148,7 +153,7 @@ _pollers: dict[tuple[asyncio.AbstractEventLoop, str], _Poller] = {}
 
 async def wait(heygen_conn_id: str, watch: Watch) -> WaitEvent:
     """
-    Wait until an overdub has ended, its deadline has passed or looking is hopeless.
+    Wait until an overdub is final or gone, or its deadline has passed.
 
     The first to wait on a connection starts its poller; the last to leave stops it and closes its session.
 
@@ -181,12 +186,12 @@ class _Poller:
         self._task: asyncio.Task[None] | None = None
         self._phase = random.random()  # noqa: S311 - not all triggerers at the same moment
         self._hook: HeyGenHook | None = None
+        self._settings: HeyGenConnection | None = None
         self._resolved_at = -math.inf
         self._wake = asyncio.Event()
         self._alarm = math.inf
         self._turn = asyncio.Lock()
-        self._next_turn = -math.inf
-        self._trouble, self._trouble_at = 0, -math.inf
+        self._trouble_at = -math.inf
         self._trouble_in_tick = 0
         self._took = 0.0
         self._tick_at = -math.inf
@@ -204,6 +209,9 @@ class _Poller:
         self._explore_at = self._verify_at = -math.inf
         self._explore_pause = EXPLORE_SECONDS
         self._witnesses: dict[str, float] = {}
+        self._next_turn = self._gets_from = -math.inf
+        self._trouble = 0
+        self._listing: tuple[float, set[str] | None] = (-math.inf, None)
         for job in self.jobs.values():
             job.page, job.sought, job.word = None, False, None
 
@@ -302,9 +310,11 @@ class _Poller:
                 else:
                     source.pause = 0.0
             except Exception as error:
-                if not await self._refused(error):
-                    lasting = isinstance(error, HeyGenPermanentError)
-                    source.leave(self._loop.time(), str(error), lasting=lasting, took=self._took)
+                # A refusal of the credential is met by the GETs as well, and may be over sooner.
+                lasting = isinstance(error, HeyGenPermanentError) and error.status_code != 401
+                asked = getattr(error, "retry_after", None)
+                delay = retry_delay(1, error) if asked else 0.0
+                source.leave(self._loop.time(), str(error), lasting=lasting, took=self._took, asked=delay)
         if seen and self._verify_at <= now:
             self._verify_at = now + VERIFY_SECONDS
             told = [job for job in seen if job.due < math.inf and job.overdub_id not in self._open]
@@ -328,6 +338,10 @@ class _Poller:
             await asyncio.wait(self._looks, timeout=TICK_SECONDS)
         if self._trouble_in_tick >= DOWN:
             await self._fail(self._open, self._last_trouble)
+        now = self._loop.time()
+        if self._gets_from > now:  # until then GETs are not asked for; the connection may change meanwhile
+            for job in self._open.values():
+                job.due = max(job.due, min(self._gets_from, now + REFRESH_SECONDS))
 
     def _next(self, watch: Watch, step: float) -> float:
         """Give the moment of the next look: on a grid, so that waits that began apart meet in one tick."""
@@ -368,28 +382,6 @@ class _Poller:
             if number % 20 == 0:
                 await asyncio.sleep(0)  # each writes a line to its log; the loop has others to serve
 
-    async def _refused(self, error: Exception) -> bool:
-        """Tell whether an error is a refusal, for all or due to an outdated connection, and act on it."""
-        if not isinstance(error, HeyGenPermanentError):
-            return False
-        hook = self._hook
-        async with self._turn:  # one reads the connection, and nobody asks meanwhile
-            age = self._loop.time() - self._resolved_at
-            # What would end all waits is never believed without a look.
-            believed = 0.0 if error.status_code == 401 else FRESH_CONNECTION_SECONDS
-            if self._hook and believed < age < math.inf:
-                try:
-                    same = await HeyGenHook(self.conn_id, max_attempts=1).asettings() == self._hook.settings
-                except Exception:
-                    same = False  # the next tick meets it again
-                self._resolved_at = self._loop.time() if same else -math.inf
-        if hook is not self._hook or self._resolved_at == -math.inf:
-            return True
-        if error.status_code != 401:
-            return False
-        await self._fail(self.jobs, error)  # the credential is everybody's
-        return True
-
     # --- Ways to look ---------------------------------------------------------------------------------
 
     async def _look(self, job: _Job, settings: HeyGenConnection) -> None:
@@ -405,7 +397,7 @@ class _Poller:
 
     async def _learn(self, job: _Job, settings: HeyGenConnection) -> bool:
         """GET one overdub, if that makes sense; tell whether those who wait for it have been told."""
-        if self._trouble_in_tick >= DOWN or self._resolved_at == -math.inf:
+        if self._trouble_in_tick >= DOWN or self._gets_from > self._loop.time():
             return False
         hook = self._hook
         job.asked_at = self._loop.time()
@@ -413,14 +405,47 @@ class _Poller:
             overdub = await self._ask(api.get_overdub(settings.resource, job.overdub_id))
         except Exception as error:
             failure = error
-            if hook is not self._hook or self._trouble_in_tick >= DOWN or await self._refused(error):
+            if hook is not self._hook or self._trouble_in_tick >= DOWN:
                 return all(waiter.ended.done() for waiter in job.waiters)
+            if getattr(error, "retry_after", None):
+                self._gets_from = self._loop.time() + retry_delay(1, error)
             self._tell(job, lambda watch: watch.failed(failure))
+            await self._settle(job)
             return True
         if hook is not self._hook:  # an answer to an outdated connection, perhaps of another account
             return False
         self._saw(job, overdub)
         return True
+
+    async def _settle(self, job: _Job) -> None:
+        """Have the list decide on an overdub for which HeyGen has returned 404 for some time."""
+        doubtful = [w for w in job.waiters if w.watch.may_be_gone and not w.ended.done()]
+        if not doubtful:
+            return
+        read_at, listing = self._listing
+        if self._loop.time() - read_at >= LISTING_SECONDS:
+            listing = await self._whole_list()
+            self._listing = self._loop.time(), listing
+        for waiter in doubtful:
+            end = waiter.watch.absent(None if listing is None else job.overdub_id in listing)
+            if end is not None and not waiter.ended.done():
+                waiter.ended.set_result(end)
+
+    async def _whole_list(self) -> set[str] | None:
+        """Return the ids of all overdubs in the list; ``None`` if it cannot be read to its end."""
+        hook, ids, token = self._hook, set[str](), None
+        for _ in range(MAX_LISTED_PAGES):
+            try:
+                call = api.skim_overdubs(self._settings.resource if self._settings else "", 100, token)
+                page = await self._ask(call, again=True)
+            except Exception as error:
+                log.warning("%s", api.redact_links(str(error)))
+                return None
+            ids |= set(page.rows)
+            if page.next_token is None or page.next_token == token:
+                return ids if hook is self._hook else None
+            token = page.next_token
+        return None
 
     def _saw(self, job: _Job, overdub: api.Overdub) -> None:
         """Take what a GET says."""
@@ -573,7 +598,7 @@ class _Poller:
             try:
                 settings = await hook.asettings()
             except Exception as error:
-                if self._hook is None or self._resolved_at == -math.inf:
+                if self._hook is None:
                     raise
                 settings = self._hook.settings  # Airflow's API server may be away for a while
                 what = type(error).__name__  # its text may be a secrets backend's
@@ -584,21 +609,24 @@ class _Poller:
             if self._hook is None or settings != self._hook.settings:
                 self._hook = None
                 await session.aclose()
-                self._forget()
+                if settings != self._settings:
+                    self._forget()
+                self._settings = settings
                 await session.enter_async_context(hook)
                 self._hook = hook
         return self._hook.settings
 
     async def _ask(self, call: api.Call[T], *, again: bool = False) -> T:
         """
-        Send one call at its turn; while HeyGen answers 429, several times.
+        Send one call at its turn.
 
-        :param again: send it once more after another transient failure, too, unless that took long.
+        :param again: send it once more after a transient failure, unless that took long or HeyGen asked to
+            wait.
         """
         if self._hook is None:
             raise AssertionError
         spacing = 1 / self._hook.settings.max_requests_per_second
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in (1, 2):
             async with self._turn:
                 # A failure elsewhere may put the turn off meanwhile.
                 while (pause := self._next_turn - self._loop.time()) > 0:  # noqa: ASYNC110
@@ -608,11 +636,12 @@ class _Poller:
             metrics.polled(self.conn_id)
             try:
                 answer = await self._hook.asend(call)
-            except HeyGenTransientError as error:
-                self._pause(error, started_at)
+            except HeyGenError as error:
+                if not isinstance(error, HeyGenNotFoundError) and not error.retry_after:
+                    self._pause(error, started_at)
                 self._took = self._loop.time() - started_at
-                once_more = again and attempt == 1 and self._took < TICK_SECONDS
-                if attempt == ATTEMPTS or not (error.status_code == 429 or once_more):
+                quick = self._took < TICK_SECONDS and not error.retry_after
+                if attempt == 2 or not (again and quick and isinstance(error, HeyGenTransientError)):
                     raise
             else:
                 self._trouble = self._trouble_in_tick = 0
@@ -620,17 +649,13 @@ class _Poller:
                 return answer
         raise AssertionError
 
-    def _pause(self, error: HeyGenTransientError, started_at: float) -> None:
-        """Keep everybody from asking for a while: longer after each failure in a row, or as HeyGen says."""
+    def _pause(self, error: HeyGenError, started_at: float) -> None:
+        """Keep everybody from asking for a while: longer after each failure in a row."""
         now = self._loop.time()
         self._last_trouble = error
         self._trouble_in_tick += 1
-        first = started_at >= self._trouble_at  # of several that failed together
-        if first:
+        if started_at >= self._trouble_at:  # of several that failed together, one counts
             self._trouble += 1
             self._trouble_at = now
-        backoff = min(0.5 * 2 ** min(self._trouble - 1, 10), LONGEST_PAUSE)
-        pause = max(backoff, error.retry_after or 0.0) * random.uniform(1.0, 1.25)  # noqa: S311
+        pause = retry_delay(self._trouble, first=0.5, longest=LONGEST_PAUSE)
         self._next_turn = max(self._next_turn, now + pause)
-        if first and pause > 2 * LONGEST_PAUSE:  # no wait's own log tells why nothing happens
-            log.warning("Asking HeyGen nothing for %.0f s: %s", pause, api.redact_links(str(error)))

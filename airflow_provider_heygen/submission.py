@@ -42,6 +42,9 @@ class Submission(BaseModel):
     :param overdub_id: what HeyGen answered, once it has.
     :param answered: Unix seconds of that answer; how fresh the overdub is.
     :param delivered: the task has handed on the result.
+    :param title: the title that it was sent with.
+    :param callback_id: the author's ``callback_id`` that it was sent with.
+    :param labels: a digest of the other labels, to notice a change.
     :param assets: what was uploaded for it: the SHA-256 of each file, and the asset it has become.
     """
 
@@ -57,6 +60,9 @@ class Submission(BaseModel):
     overdub_id: str | None = None
     answered: float = 0.0
     delivered: bool = False
+    title: str | None = None
+    callback_id: str | None = None
+    labels: str = ""
     assets: dict[str, str] = Field(default_factory=dict)
 
     @classmethod
@@ -100,15 +106,31 @@ def upload_key(submission: Submission, digest: str, max_tries: int, generation: 
     return str(uuid.uuid5(_NAMESPACE, json.dumps((submission.key, max_tries, generation, digest))))
 
 
+LABELS = ("title", "callback_url", "callback_id", "folder_id")
+"""Fields that HeyGen does not bill: another value does not make another overdub."""
+
+
 def digest(request: CreateOverdubRequest) -> str:
     """
-    Give two digests of a request's canonical body: without credentials and queries in its links, and whole.
+    Return two digests of what is billed of a request: without credentials and queries in its URLs, and whole.
 
-    Records outlive releases, so this must not change; what is cut for a log may.
+    Records outlive releases, so this must not change; what is redacted for a log may.
     """
-    body = json.dumps(request.body(), sort_keys=True)
+    billed = {name: value for name, value in request.body().items() if name not in LABELS}
+    body = json.dumps(billed, sort_keys=True)
     unsigned = re.sub(r'(?i)(https?://)(?:[^\s/@"?]*@)?([^\s"?]*)(?:\?[^\s"]*)?', r"\1\2", body)
     return ":".join(hashlib.sha256(text.encode()).hexdigest() for text in (unsigned, body))
+
+
+def labels(request: CreateOverdubRequest) -> dict[str, Any]:
+    """Return what a record keeps of a request's labels; of a callback URL, which may hold a secret, a"
+    " digest."""
+    others = json.dumps((request.callback_url, request.folder_id)).encode()
+    return {
+        "title": request.title,
+        "callback_id": request.callback_id,
+        "labels": hashlib.sha256(others).hexdigest(),
+    }
 
 
 class Seen(StrEnum):
@@ -154,6 +176,6 @@ def next_step(record: Submission | None, digest: str, max_tries: int, seen: Seen
     if seen is Seen.FAILED:
         return Step.POST_NEW
     if seen is Seen.MISSING:
-        # An id that is gone was deleted. One we never learnt may not have come to be.
+        # An id that is certainly gone was deleted. One we never learnt may not have come to be.
         return Step.POST_NEW if record.overdub_id else Step.POST_AGAIN
     return Step.ATTACH

@@ -7,13 +7,14 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from airflow_provider_heygen import metrics
-from airflow_provider_heygen.api import MediaAsset, OverdubStatus
+from airflow_provider_heygen import metrics, waiting
+from airflow_provider_heygen.api import MediaAsset, Overdub
+from airflow_provider_heygen.compat import task_state_store
 from airflow_provider_heygen.exceptions import (
     HeyGenError,
     HeyGenNotFoundError,
     HeyGenOutcomeUnknownError,
-    HeyGenTransientError,
+    HeyGenOverdubFailedError,
 )
 from airflow_provider_heygen.submission import (
     STATE_KEY,
@@ -22,17 +23,17 @@ from airflow_provider_heygen.submission import (
     Submission,
     derived_key,
     digest,
+    labels,
     next_step,
     upload_key,
 )
-from airflow_provider_heygen.waiting import FRESH_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from airflow.providers.common.compat.sdk import Context
 
-    from airflow_provider_heygen.api import CreateOverdubRequest, Overdub
+    from airflow_provider_heygen.api import CreateOverdubRequest
     from airflow_provider_heygen.hooks.heygen import HeyGenHook
     from airflow_provider_heygen.upload import Source
 
@@ -56,7 +57,7 @@ class Ledger:
         self.durable = durable
         self.again = again
         self.dag_run_began = context["dag_run"].start_date
-        self.store: Any = context.get("task_state_store") if durable else None
+        self.store: Any = task_state_store(context) if durable else None
         self.kept = Submission.load(kept)
         """The record of this try, where there is no store."""
 
@@ -107,16 +108,9 @@ class Ledger:
 
     def delivered(self) -> None:
         """Note that the task hands on its result: a clear after this wants another overdub."""
-        self._note(delivered=True)
-
-    def deleted(self) -> None:
-        """Note that the overdub is gone for good: a 404 does not mean that it is not readable yet."""
-        self._note(answered=0.0)
-
-    def _note(self, **changes: Any) -> None:
         submission = Submission.load(self.store.get(STATE_KEY)) if self.store is not None else None
         if submission is not None:
-            self.write(submission, **changes)
+            self.write(submission, delivered=True)
 
 
 def submit(
@@ -136,7 +130,7 @@ def submit(
     step = next_step(submission, body_digest, ledger.ti.max_tries)
     if submission is not None and step in (Step.LOOK, Step.SEARCH):
         try:
-            overdub_id, seen = _see(submission, request, hook)
+            overdub_id, seen = _see(submission, request, hook, ledger)
         except HeyGenOutcomeUnknownError:
             if submission.max_tries == ledger.ti.max_tries:
                 raise
@@ -145,13 +139,17 @@ def submit(
             submission = submission.model_copy(update={"sent": False})
         step = next_step(submission, body_digest, ledger.ti.max_tries, seen)
         if step is Step.ATTACH:
-            log.info("Going on with overdub %s, which an earlier run of this task started.", overdub_id)
-            ledger.write(submission, overdub_id=overdub_id, answered=submission.answered or time.time())
+            log.info("Reattached to overdub %s, which an earlier try of this task started.", overdub_id)
+            answered = submission.answered or time.time()
+            submission = submission.model_copy(update={"overdub_id": overdub_id, "answered": answered})
+            ledger.write(_relabel(submission, overdub_id, request, hook, ledger))
             metrics.reattached(ledger.ti)
             return overdub_id
     if submission is None or step is Step.POST_NEW:
         if submission is not None and submission.overdub_id and not submission.delivered:
-            log.info("Overdub %s of an earlier run is left as it is.", submission.overdub_id)
+            log.info(
+                "Overdub %s of an earlier try is left unchanged; submitting a new one.", submission.overdub_id
+            )
         submission = ledger.begin(body_digest, submission)
     try:
         return _create(request, submission, hook, ledger, files)
@@ -173,6 +171,10 @@ def _create(
 ) -> str:
     submission = _upload(files.values(), submission, hook, ledger, generation)
     request = _with_assets(request, {name: submission.assets[file.digest] for name, file in files.items()})
+    if submission.sent:
+        # An earlier attempt may yet take effect, and is found by what it was sent with.
+        request = request.model_copy(update={"callback_id": submission.callback_id})
+    submission = submission.model_copy(update=labels(request))
 
     def note() -> None:
         # Whoever comes after us must know that it may have been sent, and when.
@@ -225,23 +227,77 @@ def _with_assets(request: CreateOverdubRequest, asset_ids: Mapping[str, str]) ->
     return request.model_copy(update=media)
 
 
-def _see(submission: Submission, request: CreateOverdubRequest, hook: HeyGenHook) -> tuple[str, Seen]:
-    """Find out what HeyGen has of an earlier submission; give its id, if there is one."""
+def _see(
+    submission: Submission, request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger
+) -> tuple[str, Seen]:
+    """Find out what HeyGen has of an earlier submission; return its id, if there is one."""
     overdub: Overdub | None
     if submission.overdub_id is None:
+        sent = {"title": submission.title, "callback_id": submission.callback_id}
+        if ledger.store is not None:  # elsewhere it is not known what an earlier try has sent
+            request = request.model_copy(update=sent)
         overdub = hook.find_created(
             request, submission.key, since=submission.began, sent_at=submission.sent_at
         )
         if overdub is None:
             return "", Seen.MISSING
     else:
+        overdub = _look(submission.overdub_id, submission.answered, hook)
+        if overdub is None:
+            return submission.overdub_id, Seen.MISSING
+    try:
+        overdub.raise_for_failure()
+    except HeyGenOverdubFailedError:
+        return overdub.overdub_id, Seen.FAILED
+    return overdub.overdub_id, Seen.ALIVE
+
+
+def _look(overdub_id: str, answered: float, hook: HeyGenHook) -> Overdub | None:
+    """
+    Poll an overdub that was started; return ``None`` only if it is certainly gone.
+
+    What HeyGen has started is not submitted again because a poll fails: the wait copes with that.
+    """
+    unseen = Overdub.model_validate({"id": overdub_id})
+    missing_since: float | None = None
+    while True:
         try:
-            overdub = hook.get_overdub(submission.overdub_id)
-        except HeyGenNotFoundError:
-            fresh = time.time() < submission.answered + FRESH_SECONDS
-            return submission.overdub_id, Seen.ALIVE if fresh else Seen.MISSING
-        except HeyGenTransientError as error:
-            # The wait copes with an outage; what is known to exist is not submitted again because of one.
+            return hook.get_overdub(overdub_id)
+        except HeyGenNotFoundError as error:
             log.warning("%s", error)
-            return submission.overdub_id, Seen.ALIVE
-    return overdub.overdub_id, Seen.FAILED if overdub.status == OverdubStatus.FAILED else Seen.ALIVE
+            fresh = time.time() < answered + waiting.FRESH_SECONDS
+            if fresh or hook.is_listed(overdub_id) is not False:
+                return unseen
+        except HeyGenError as error:
+            log.warning("%s", error)
+            return unseen
+        if missing_since is not None:
+            return None
+        missing_since = time.monotonic()
+        time.sleep(waiting.GONE_SECONDS)
+
+
+def _relabel(
+    submission: Submission, overdub_id: str, request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger
+) -> Submission:
+    """Rename a reattached overdub whose task has another title now; return the submission with that noted."""
+    if ledger.store is None:
+        return submission  # what it was sent with is not known
+    wanted = labels(request)
+    if wanted["labels"] != submission.labels or wanted["callback_id"] != submission.callback_id:
+        log.warning(
+            "'callback_url', 'callback_id' or 'folder_id' has changed since overdub %s was started; HeyGen"
+            " cannot"
+            " change them.",
+            overdub_id,
+        )
+    title = wanted["title"]
+    if title in (None, submission.title):
+        return submission
+    try:
+        hook.update_overdub(overdub_id, title)
+    except HeyGenError as error:
+        log.warning("Overdub %s keeps its title: %s", overdub_id, error)
+        return submission
+    log.info("Renamed overdub %s to %r.", overdub_id, title)
+    return submission.model_copy(update={"title": title})

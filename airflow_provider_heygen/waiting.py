@@ -1,28 +1,25 @@
 """
-Waiting for an overdub, without I/O: what each look means, when to look again, how a wait ends.
+Rules for waiting for an overdub, without I/O: what each poll means, when to poll next, and how the wait ends.
 
-Operator and sensor on the worker and the trigger in the triggerer all wait by these rules, so a wait ends the
-same way wherever it happens.
+Operator and sensor on the worker and the trigger in the triggerer all wait by these rules.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, get_args
 
-from airflow_provider_heygen.api import DEFAULT_FAILURE_MESSAGE, Overdub, OverdubStatus, redact_links
+from airflow_provider_heygen.api import Overdub, OverdubStatus, redact_links
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
     HeyGenNotFoundError,
     HeyGenOverdubFailedError,
     HeyGenOverdubTimeoutError,
-    HeyGenPermanentError,
-    HeyGenTransientError,
     HeyGenTriggerEventError,
+    retry_delay,
 )
 
 if TYPE_CHECKING:
@@ -32,20 +29,16 @@ if TYPE_CHECKING:
     from airflow_provider_heygen.metrics import Wait
 
 FRESH_SECONDS = 30
-"""How long after our own create a 404 means "not readable yet" rather than "gone"."""
+"""How long after our own create request a 404 means "not readable yet"."""
 
-MAX_CONSECUTIVE_FAILURES = 10
-"""Failed looks in a row after which a wait is given up."""
-
-MAX_TIMES_GIVEN_UP = 3
-"""How often a wait that was given up is taken up again, because the worker finds the overdub well."""
-
-LONGEST_PAUSE_ON_WORKER = 5.0
-"""The longest ``Retry-After`` that a deferrable task sits through, in seconds. In an outage all waits may
-come back to a worker at once, and each holds one."""
+GONE_SECONDS = 30.0
+"""How far apart two 404 must be before an overdub that is not listed either counts as gone, in seconds."""
 
 LONGEST_BACKOFF = 120.0
-"""Seconds between looks, at most, while they fail (unless HeyGen asks for more)."""
+"""Seconds between polls, at most, while they fail (unless HeyGen asks for more)."""
+
+
+EventStatus = Literal["completed", "failed", "gone", "timeout", "error"]
 
 
 class WaitEvent(TypedDict):
@@ -53,28 +46,33 @@ class WaitEvent(TypedDict):
     How a wait ended. Airflow stores and logs it whole: it holds no link and no secret.
 
     :param overdub_id: the overdub waited for.
-    :param status: ``completed`` or ``failed`` as HeyGen says; ``timeout`` when the deadline passed; ``error``
-        when looking was given up or refused.
+    :param status: ``completed`` or ``failed`` as HeyGen says; ``gone`` if the overdub was deleted;
+        ``timeout`` if
+        the deadline passed; ``error`` if the wait could not begin.
     :param message: text for people.
     :param overdub: the details without links, with ``completed``.
     """
 
     overdub_id: str
-    status: Literal["completed", "failed", "timeout", "error"]
+    status: EventStatus
     message: str
     overdub: NotRequired[dict[str, Any]]
 
 
 class Watch:
     """
-    Follow one overdub: fed with looks, answers each with a pause in seconds or with the end.
+    Follow one overdub: takes the result of each poll, returns the pause until the next one in seconds or
+    the end.
+
+    A wait ends because the overdub is completed, failed or gone, or because its time is over. Whatever
+    else a poll
+    meets (a refusal, a gateway's page, an outage) says nothing about an overdub that runs and is paid for.
 
     :param overdub_id: the overdub.
-    :param poke_interval: seconds between looks while all is well.
+    :param poke_interval: seconds between polls while they succeed.
     :param deadline: Unix seconds at which the wait ends; ``None`` for never.
-    :param max_consecutive_failures: failed looks in a row after which looking is given up.
     :param not_found_until: Unix seconds before which a 404 is waited out.
-    :param log: gets one line per change of status and per failed look.
+    :param log: gets one line per change of status, and of what is wrong.
     :param told: the status that the log has been told before.
     """
 
@@ -82,12 +80,13 @@ class Watch:
         "deadline",
         "failures",
         "log",
-        "max_consecutive_failures",
+        "missing_since",
         "not_found_until",
         "overdub_id",
         "poke_interval",
         "status",
         "told",
+        "trouble",
     )
 
     def __init__(
@@ -96,7 +95,6 @@ class Watch:
         *,
         poke_interval: float,
         deadline: float | None,
-        max_consecutive_failures: int,
         not_found_until: float,
         log: Any,
         told: str | None = None,
@@ -104,15 +102,16 @@ class Watch:
         self.overdub_id = overdub_id
         self.poke_interval = poke_interval
         self.deadline = deadline
-        self.max_consecutive_failures = max_consecutive_failures
         self.not_found_until = not_found_until
         self.log = log
         self.status = "not seen yet"
         self.told = told
         self.failures = 0
+        self.trouble = ""
+        self.missing_since: float | None = None
 
     def saw(self, overdub: Overdub) -> float | WaitEvent:
-        """Take a successful look."""
+        """Take a successful poll."""
         self.status = overdub.status
         if overdub.status != self.told:
             self.told = overdub.status
@@ -121,57 +120,89 @@ class Watch:
                 "Overdub %s is %s%s.",
                 self.overdub_id,
                 self.status,
-                "" if known else " (a word we do not know; taken as not final)",
+                "" if known else " (an unknown status; treated as not final)",
             )
-        if overdub.status == OverdubStatus.COMPLETED:
+        try:
+            overdub.raise_for_failure()
+        except HeyGenOverdubFailedError as error:
+            return self._end("failed", error.message)
+        if overdub.is_completed:
             event = self._end("completed", f"Overdub {self.overdub_id} is completed.")
             event["overdub"] = overdub.details()
             return event
-        if overdub.status == OverdubStatus.FAILED:
-            return self._end("failed", failure(overdub))
         return self.unchanged()
 
     def unchanged(self) -> float | WaitEvent:
-        """Take a successful look that found what the last one found, and no end."""
-        self.failures = 0
+        """Take a successful poll that found what the last one found, and no end."""
+        self.failures, self.trouble, self.missing_since = 0, "", None
         return self._pause(self.poke_interval)
 
     def failed(self, error: Exception) -> float | WaitEvent:
-        """Take a look that failed, for whatever reason."""
-        if isinstance(error, HeyGenNotFoundError) and time.time() < self.not_found_until:
-            self.log.info("Overdub %s is not readable yet; it was created just now.", self.overdub_id)
-            return self._pause(min(self.poke_interval, 2.0))
-        if isinstance(error, HeyGenPermanentError):
-            return self.give_up(error)
-        text = redact_links(str(error))
+        """Take a poll that failed, for whatever reason."""
+        if isinstance(error, HeyGenNotFoundError):
+            if time.time() < self.not_found_until:
+                self.log.info("Overdub %s is not readable yet; it was created just now.", self.overdub_id)
+                return self._pause(min(self.poke_interval, 2.0))
+            if self.missing_since is None:
+                self.missing_since = time.monotonic()
         self.failures += 1
-        if self.failures >= self.max_consecutive_failures:
-            return self._end(
-                "error", f"Gave up on overdub {self.overdub_id} after {self.failures} failed looks: {text}"
+        first, longest = self.poke_interval, LONGEST_BACKOFF
+        if self.missing_since is not None:
+            first = longest = min(self.poke_interval, GONE_SECONDS)
+        pause = retry_delay(self.failures, error, first=first, longest=longest)
+        text = redact_links(str(error))
+        # Not a line for each poll of a long outage.
+        if text != self.trouble or self.failures.bit_count() == 1:
+            self.trouble = text
+            self.log.warning(
+                "%s Overdub %s is not affected. Polling again in %.0f s (%d consecutive failures).",
+                text,
+                self.overdub_id,
+                pause,
+                self.failures,
             )
-        doubled = self.poke_interval * 2.0 ** min(self.failures - 1, 30)  # more would overflow some day
-        backoff = min(doubled, max(self.poke_interval, LONGEST_BACKOFF))
-        told = error.retry_after if isinstance(error, HeyGenError) else None
-        # Jitter spreads many waiters that failed together; it never shortens what HeyGen asked for.
-        pause = max(backoff, told or 0.0) * random.uniform(1.0, 1.25)  # noqa: S311
-        self.log.warning("%s Looking again in %.0f s (failure %d in a row).", text, pause, self.failures)
         return self._pause(pause)
 
+    @property
+    def may_be_gone(self) -> bool:
+        """Whether HeyGen has returned 404 for so long that the list has to decide; see :meth:`absent`."""
+        return self.missing_since is not None and time.monotonic() - self.missing_since >= GONE_SECONDS
+
+    def absent(self, listed: bool | None) -> WaitEvent | None:
+        """
+        Take what the list says of an overdub that :attr:`may_be_gone`; return the end if it is gone.
+
+        :param listed: whether it is there; ``None`` if that could not be determined.
+        """
+        if listed:
+            self.missing_since = None
+        if listed is not False:
+            return None
+        return self._end(
+            "gone",
+            f"Overdub {self.overdub_id} is gone: HeyGen has returned 404 for it for {GONE_SECONDS:.0f} s,"
+            f" and its list"
+            " does not have it. It was deleted, or belongs to another account than the Airflow connection.",
+        )
+
     def give_up(self, error: Exception) -> WaitEvent:
-        """End the wait because looking again is no use."""
+        """End the wait because it cannot begin."""
         return self._end("error", redact_links(str(error)))
 
-    def follow(self, hook: HeyGenHook, *, once: bool = False) -> WaitEvent | None:
-        """Look with a synchronous hook until the end; or once, and give ``None`` if that is not the end."""
+    def follow(self, hook: HeyGenHook, *, once: bool = False) -> WaitEvent | float:
+        """Poll with a synchronous hook until the end; or once, and return the pause if that is not the"
+        " end."""
         while True:
             try:
                 step = self.saw(hook.get_overdub(self.overdub_id))
+            except HeyGenBadInputError:
+                raise
             except Exception as error:
                 step = self.failed(error)
-            if isinstance(step, dict):
+                if self.may_be_gone:
+                    step = self.absent(hook.is_listed(self.overdub_id)) or step
+            if once or isinstance(step, dict):
                 return step
-            if once:
-                return None
             time.sleep(step)
 
     def _pause(self, seconds: float) -> float | WaitEvent:
@@ -185,14 +216,16 @@ class Watch:
 
     def timed_out(self) -> WaitEvent:
         """End the wait because its time is over."""
+        trouble = f" The last status check failed: {self.trouble}" if self.trouble else ""
         return self._end(
             "timeout",
-            f"Stopped waiting for overdub {self.overdub_id}, which is {self.status}."
-            " It goes on at HeyGen and may still complete. To go on waiting, retry this task or point"
-            " HeyGenOverdubSensor at the id; to wait longer, raise 'timeout' (or 'execution_timeout').",
+            f"Timed out waiting for overdub {self.overdub_id} (status: {self.status}).{trouble}"
+            " It keeps running at HeyGen and may still complete. To keep waiting, retry this task or pass"
+            " the id to"
+            " HeyGenOverdubSensor. To wait longer, raise 'timeout' (or 'execution_timeout').",
         )
 
-    def _end(self, status: Literal["completed", "failed", "timeout", "error"], message: str) -> WaitEvent:
+    def _end(self, status: EventStatus, message: str) -> WaitEvent:
         return {"overdub_id": self.overdub_id, "status": status, "message": message}
 
 
@@ -207,23 +240,6 @@ def summary(details: Mapping[str, Any]) -> str:
     return f"{', '.join(told)}."
 
 
-def failure(overdub: Overdub) -> str:
-    """Say that and why an overdub failed."""
-    reason = redact_links(overdub.failure_message or DEFAULT_FAILURE_MESSAGE)
-    return f"Overdub {overdub.overdub_id} failed: {reason}"
-
-
-def is_stale(try_number: int | None, context: Mapping[str, Any]) -> bool:
-    """
-    Tell whether a task is resumed with what an earlier try was told when it deferred.
-
-    Airflow 3.0 begins a retry where the last try went on after its deferral, instead of at the beginning.
-
-    :param try_number: of the try that deferred.
-    """
-    return try_number not in (None, context["ti"].try_number)
-
-
 def check_event(event: Any, overdub_id: str | None = None) -> WaitEvent:
     """
     Check the event a deferred task is resumed with.
@@ -234,7 +250,7 @@ def check_event(event: Any, overdub_id: str | None = None) -> WaitEvent:
     """
     if (
         not isinstance(event, dict)
-        or event.get("status") not in ("completed", "failed", "timeout", "error")
+        or event.get("status") not in get_args(EventStatus)
         or not isinstance(event.get("message"), str)
         or not isinstance(event.get("overdub_id"), str)
         or event["overdub_id"] != str(overdub_id or event["overdub_id"])
@@ -249,48 +265,47 @@ def check_event(event: Any, overdub_id: str | None = None) -> WaitEvent:
     return event  # type: ignore[return-value]
 
 
-def conclude(event: WaitEvent, hook: HeyGenHook, given_up: int, wait: Wait) -> dict[str, Any] | None:
+def no_triggerer(overdub_id: str) -> WaitEvent:
+    """Return the end of a wait that no triggerer has served until its time was over."""
+    return Watch(overdub_id, poke_interval=1.0, deadline=None, not_found_until=0.0, log=None).timed_out()
+
+
+def conclude(event: WaitEvent, wait: Wait, hook: HeyGenHook | None = None) -> dict[str, Any]:
     """
     Turn the end of a wait into the overdub's details, or into the right exception.
 
-    :param given_up: how often the wait was given up before.
     :param wait: counts how it has ended.
-    :returns: the details; ``None`` when looking was given up but a last look from here finds the overdub
-        well and not ended, so that the wait may go on (the key was changed, a network came back), or is told
-        to come later.
-    :raises HeyGenOverdubFailedError: HeyGen says it failed.
-    :raises HeyGenOverdubTimeoutError: the deadline passed.
-    :raises HeyGenError: looking was given up or refused, and a last look from here fares no better.
+    :param hook: polls once more if the time was over in the triggerer, which may have been away or unable to
+        reach HeyGen. ``None`` if the last poll was made here.
+    :raises HeyGenOverdubFailedError: if HeyGen says it failed.
+    :raises HeyGenNotFoundError: if it is gone.
+    :raises HeyGenOverdubTimeoutError: if the deadline passed. A retry keeps waiting.
+    :raises HeyGenError: if the wait could not begin.
     """
+    overdub_id, message = event["overdub_id"], event["message"]
     if event["status"] == "completed":
         wait.completed()
         return event["overdub"]
     if event["status"] == "failed":
         wait.failed()
-        raise HeyGenOverdubFailedError(event["message"])
-    if event["status"] == "timeout":
-        raise HeyGenOverdubTimeoutError(event["message"])
-    # An event carries no exception class. Asking once more gives the right one, or good news.
-    hook.log.warning("%s", event["message"])
-    try:
-        overdub = hook.get_overdub(event["overdub_id"])
-    except HeyGenTransientError as error:
-        if error.retry_after is None or given_up >= MAX_TIMES_GIVEN_UP:
-            raise
-        hook.log.warning("%s", error)
-        return None
-    if overdub.status == OverdubStatus.FAILED:
-        wait.failed()
-        raise HeyGenOverdubFailedError(failure(overdub))
-    if overdub.status == OverdubStatus.COMPLETED:
-        wait.completed()
-        return overdub.details()
-    if given_up >= MAX_TIMES_GIVEN_UP:
-        raise HeyGenTransientError(
-            f"{event['message']} A look from the worker succeeded each time; do worker and triggerer have the"
-            " same Airflow connection and network?"
+        raise HeyGenOverdubFailedError(message, overdub_id=overdub_id)
+    if event["status"] == "gone":
+        raise HeyGenNotFoundError(message, status_code=404, overdub_id=overdub_id)
+    if event["status"] == "error":
+        raise HeyGenError(message, overdub_id=overdub_id)
+    if hook is not None:
+        try:
+            overdub = hook.get_overdub(overdub_id)
+        except HeyGenError as error:
+            raise HeyGenOverdubTimeoutError(
+                f"{message} The last status check failed: {error}", overdub_id=overdub_id
+            ) from error
+        last = Watch(overdub_id, poke_interval=1, deadline=None, not_found_until=0.0, log=hook.log).saw(
+            overdub
         )
-    return None
+        if isinstance(last, dict):
+            return conclude(last, wait)
+    raise HeyGenOverdubTimeoutError(message, overdub_id=overdub_id)
 
 
 def seconds(value: Any, name: str) -> float:

@@ -1,94 +1,69 @@
-"""
-The two transports over :mod:`airflow_provider_heygen.api`: requests on the worker, aiohttp in the triggerer.
-
-Both send the same calls and read the answers with the same code; this module adds connections, sessions,
-timeouts and retries.
-"""
+"""The calls to HeyGen, synchronous and asynchronous, with retries: :mod:`.api` over :mod:`.transport`."""
 
 from __future__ import annotations
 
-import asyncio
 import math
-import os
-import re
-import ssl
 import time
 import uuid
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
-from weakref import WeakKeyDictionary
 
-import aiohttp
-import certifi
-import requests
 import tenacity
-from airflow.providers.common.compat.sdk import get_hook_lineage_collector
-from airflow.providers.http.hooks.http import HttpHook
-from requests.auth import AuthBase
-from requests.exceptions import (
-    ConnectionError,
-    ConnectTimeout,
-    InvalidHeader,
-    InvalidProxyURL,
-    InvalidSchema,
-    InvalidURL,
-    RequestException,
-    SSLError,
-)
+from airflow.providers.common.compat.sdk import BaseHook, get_hook_lineage_collector
 from requests_toolbelt import MultipartEncoder
-from urllib3.exceptions import NameResolutionError, NewConnectionError
 
-from airflow_provider_heygen import __version__, api, download, lineage, media, upload
+from airflow_provider_heygen import api, download, lineage, media, transport, upload
+from airflow_provider_heygen.compat import to_its_end
 from airflow_provider_heygen.connection import HeyGenConnection
 from airflow_provider_heygen.exceptions import (
-    HeyGenBadInputError,
     HeyGenError,
+    HeyGenGatewayError,
     HeyGenNotFoundError,
     HeyGenOutcomeUnknownError,
-    HeyGenOverdubFailedError,
     HeyGenPermanentError,
     HeyGenTransientError,
+    retry_delay,
 )
-from airflow_provider_heygen.waiting import failure
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from os import PathLike
 
+    import requests
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
 T = TypeVar("T")
 
-# HeyGen's gateway is known to refuse the default agents of HTTP libraries (contract notes, section 2).
-USER_AGENT = f"airflow-provider-heygen/{__version__}"
-
-CLOCK_SKEW = 300
-"""Seconds by which HeyGen's clock may be behind ours."""
-
 SETTLE_SECONDS = 45.0
-"""How long after a create was sent it may still come to be; HeyGen's slowest answers took 31 s (contract
-notes, section 4)."""
+"""How long after a create request was sent its overdub may still appear; HeyGen's p99 is near 31 s (contract,
+``x-timing`` of ``createOverdub``)."""
 
-MAX_LOOKS = 100
-"""Overdubs without ``callback_id`` in the list that are looked at one by one, at most."""
+SEARCH_SECONDS = 300.0
+"""How far from the time of sending an overdub may have been created to be a candidate, by HeyGen's clock."""
+
+MAX_SEARCH_PAGES = 18
+"""List pages that one search for a lost create request reads, over all its passes."""
+
+MAX_CANDIDATE_GETS = 40
+"""Overdubs without ``callback_id`` in the list that one search fetches, nearest to the time of sending"
+" first."""
+
+MAX_LISTED_PAGES = 100
+"""Pages of the list that are read to see whether an overdub is there."""
+
+KEY_SECONDS = 23 * 60 * 60
+"""How long an idempotency key is relied on: HeyGen keeps it for 24 hours (reference pages)."""
 
 MAX_UPLOAD_URLS = 3
 """How many upload URLs are tried for one file, when they expire or are refused."""
 
-_backoff = tenacity.wait_exponential_jitter(initial=1, max=30, jitter=1)
-
 
 def _pause(state: tenacity.RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    told = error.retry_after if isinstance(error, HeyGenError) else None
-    # Never sooner than HeyGen asked for.
-    return max(told or 0.0, _backoff(state))
+    return retry_delay(state.attempt_number, state.outcome.exception() if state.outcome else None)
 
 
-class HeyGenHook(HttpHook):
+class HeyGenHook(BaseHook):
     """
     Talk to HeyGen with the credential of an Airflow connection of type ``heygen``.
 
@@ -101,8 +76,9 @@ class HeyGenHook(HttpHook):
     :param heygen_conn_id: the Airflow connection.
     :param max_attempts: how often a call is tried while the failure is transient. Pauses double from 1 to
         30 s, or last as long as HeyGen's ``Retry-After`` says.
-    :param longest_pause: seconds; when ``Retry-After`` says more, the error is raised instead, for the caller
-        to defer.
+    :param longest_pause: seconds; if HeyGen asks to wait longer, the error is raised at once, for the
+        caller to
+        defer. A 429 counts as a wait of one second at least.
     """
 
     conn_name_attr = "heygen_conn_id"
@@ -113,7 +89,7 @@ class HeyGenHook(HttpHook):
     def __init__(
         self, heygen_conn_id: str = default_conn_name, *, max_attempts: int = 6, longest_pause: float = 60.0
     ) -> None:
-        super().__init__(http_conn_id=heygen_conn_id)
+        super().__init__()
         self.heygen_conn_id = heygen_conn_id
         self.max_attempts = max_attempts
         self.longest_pause = longest_pause
@@ -158,7 +134,9 @@ class HeyGenHook(HttpHook):
                         found = self.find_created(request, idempotency_key, since=started_at, sent_at=sent_at)
                         if found is not None:
                             self.log.info(
-                                "Its answer was lost, but overdub %s was created.", found.overdub_id
+                                "The response to the create request was lost, but HeyGen started overdub %s."
+                                " Using it.",
+                                found.overdub_id,
                             )
                             return found.overdub_id
                     if before_sending is not None:
@@ -193,19 +171,41 @@ class HeyGenHook(HttpHook):
 
         :param page_size: how many per request, 1 to 100.
         """
-        token: str | None = None
-        tokens, ids = set(), set()
-        while True:
-            page = self.list_overdubs(page_size, token)
+        ids = set()
+        for page in self._pages(page_size):
             for overdub in page.data:
                 # Pages shift while being read when new jobs arrive; the same row may come again.
                 if overdub.overdub_id not in ids:
                     ids.add(overdub.overdub_id)
                     yield overdub
+
+    def _pages(self, page_size: int = api.MAX_PAGE_SIZE) -> Iterator[api.OverdubPage]:
+        token: str | None = None
+        tokens = set()
+        while True:
+            page = self.list_overdubs(page_size, token)
+            yield page
             token = page.next_token
             if token is None or token in tokens:
                 return
             tokens.add(token)
+
+    def is_listed(self, overdub_id: str) -> bool | None:
+        """
+        Return whether the list has an overdub; ``None`` if that cannot be determined.
+
+        :param overdub_id: the overdub.
+        """
+        try:
+            for number, page in enumerate(self._pages(), start=1):
+                if any(overdub.overdub_id == overdub_id for overdub in page.data):
+                    return True
+                if number == MAX_LISTED_PAGES:
+                    return None
+        except HeyGenError as error:
+            self.log.warning("%s", error)
+            return None
+        return False
 
     def find_created(
         self,
@@ -216,74 +216,58 @@ class HeyGenHook(HttpHook):
         sent_at: float = 0.0,
     ) -> api.Overdub | None:
         """
-        Find the overdub that a create whose answer was lost has started, if it has.
+        Find the overdub that a create request with a lost response has started.
 
-        HeyGen's list has no filter, so it is read until its rows are too old; rows without a ``callback_id``
-        are looked at one by one. What is certain is adopted. Where it cannot be told whether a job is ours,
-        ``lipsyncs`` is asked again under the same key, which is documented there; on ``overdubs`` that might
-        start a second job.
+        HeyGen's list has no filter, so pages are read until their rows are too old. Rows without a
+        ``callback_id`` are fetched one by one. Only a certain match is returned. If other candidates
+        remain, the
+        result is ``None`` on ``lipsyncs`` as long as HeyGen knows the key: a repeat under it is documented
+        to be
+        safe there. Otherwise a repeat might start a second overdub, so this method raises.
 
-        :param request: the create; an author's own ``callback_id`` may be on many jobs and proves nothing.
-        :param idempotency_key: its key, sent as ``callback_id`` unless the request has one.
-        :param since: Unix seconds of the first attempt.
-        :param sent_at: Unix seconds of the last attempt without any answer. What is not there may yet come
-            until some time after it, so on ``overdubs`` that time is waited for.
-        :raises HeyGenOutcomeUnknownError: it cannot be told, and the server may not know the key.
-        :raises HeyGenTransientError: it cannot be told now.
+        :param request: the create request as it was sent. An author's own ``callback_id`` may be on several
+            overdubs and proves nothing.
+        :param idempotency_key: its key; also its ``callback_id`` unless the author set one.
+        :param since: time of the first attempt, in Unix seconds.
+        :param sent_at: time of the last attempt without any response, in Unix seconds. The overdub may
+            appear for
+            some time after it, so where the key is not relied on, the search is repeated until then.
+        :returns: the overdub, or ``None`` if the request may be sent again.
+        :raises HeyGenOutcomeUnknownError: if it cannot be determined. Nothing more was sent; a retry
+            searches again.
+        :raises HeyGenTransientError: if HeyGen cannot be searched now. A retry may succeed.
         """
-        marker = request.callback_id or idempotency_key
+        key_is_known = self.settings.resource == "lipsyncs" and time.time() - since < KEY_SECONDS
+        search = _Search(self, request, idempotency_key, since, max(sent_at, since))
         settled_at = sent_at + SETTLE_SECONDS
+        delay = 5.0
         while True:
             try:
-                found, doubtful = self._search(marker, request.title, since)
+                search.read()
             except HeyGenPermanentError as error:
-                found, doubtful = [], [f"the list cannot be read: {error}"]
-            if len(found) == 1 and marker == idempotency_key:
-                return found[0]
-            doubtful += [overdub.overdub_id for overdub in found]
+                search.doubts = [f"the list cannot be read: {error}"]
+            if search.found is not None:
+                return search.found
             left = settled_at - time.time()
-            if doubtful or left <= 0 or self.settings.resource != "overdubs":
+            if search.doubts or left <= 0 or key_is_known:
                 break
-            time.sleep(min(left, 5.0))
-        if doubtful and self.settings.resource == "overdubs":
-            raise HeyGenOutcomeUnknownError(
-                f"A create was sent, its answer was lost, and it cannot be told whether it started an overdub"
-                f" (candidates: {', '.join(doubtful[:5])}). Nothing more was sent. If none of them is this"
-                " task's, clear the task to send it again (before Airflow 3.3: run it with durable=False)."
-                " Leave callback_id unset to have a unique one sent, by which an overdub can be found.",
-                outcome_unknown=True,
-            )
-        return None
-
-    def _search(self, marker: str, title: str | None, since: float) -> tuple[list[api.Overdub], list[str]]:
-        """List overdubs created since then: those with the marker, and the ids of those that could be it."""
-        oldest = since - CLOCK_SKEW
-        found: list[api.Overdub] = []
-        doubtful: list[str] = []
-        looks = 0
-        newest_first, last = True, math.inf
-        for count, row in enumerate(self.iter_overdubs(), start=1):
-            newest_first = newest_first and row.created_at is not None and row.created_at <= last
-            last = row.created_at or last
-            if row.created_at is not None and row.created_at < oldest:
-                # The order of the list is not documented; a whole page of falling times is proof enough.
-                if newest_first and count >= api.MAX_PAGE_SIZE:
-                    break
-                continue
-            overdub = row
-            if row.callback_id is None and looks < MAX_LOOKS:
-                looks += 1
-                try:
-                    overdub = self.get_overdub(row.overdub_id)
-                except HeyGenNotFoundError as error:
-                    # Just listed and not readable: too fresh, or deleted. The next attempt will know.
-                    raise HeyGenTransientError(str(error)) from None
-            if overdub.callback_id == marker:
-                found.append(overdub)
-            elif overdub.callback_id is None and title in (None, overdub.title):
-                # HeyGen may give a title of its own to what has none.
-                doubtful.append(overdub.overdub_id)
-        return found, doubtful
+            # The last pass has to come when nothing can appear any more, so the pages are kept for it.
+            pause = left if search.pages_left < 2 * search.pages else min(left, delay)
+            time.sleep(pause)
+            delay *= 2
+        if not search.doubts or key_is_known:
+            return None
+        raise HeyGenOutcomeUnknownError(
+            "A create request was sent, its response was lost, and it cannot be determined whether it"
+            " started an"
+            f" overdub (candidates: {', '.join(search.doubts[:5])}). Nothing more was sent. Check the"
+            f" candidates in"
+            " HeyGen. If none belongs to this task, clear the task to send the request again (before"
+            " Airflow 3.3:"
+            " run it with durable=False). Leave callback_id unset, so that the provider sends a unique one by"
+            " which it can find an overdub.",
+            outcome_unknown=True,
+        )
 
     def update_overdub(self, overdub_id: str, title: str) -> api.Overdub:
         """Rename an overdub."""
@@ -346,6 +330,8 @@ class HeyGenHook(HttpHook):
             try:
                 # A URL is also refused when an earlier run has used it, and then there is an asset.
                 return self._send(completion) if refusal else self._call(completion)
+            except HeyGenGatewayError:
+                raise
             except HeyGenError as error:
                 if not refusal or error.status_code not in (404, 409):
                     raise
@@ -363,7 +349,7 @@ class HeyGenHook(HttpHook):
                 life = math.inf if slot.expires_in_seconds is None else slot.expires_in_seconds
                 if time.monotonic() - began >= life:
                     return "it has expired"
-                with _new_session(self.settings) as session:
+                with transport.new_session(self.settings, credential=False) as session:
                     return upload.put(source, slot, session=session, settings=self.settings)
         raise AssertionError
 
@@ -404,10 +390,8 @@ class HeyGenHook(HttpHook):
         call = api.get_overdub(self.settings.resource, overdub_id)
 
         def fresh_link() -> str:
-            overdub = self._send(call)
-            if overdub.status == api.OverdubStatus.FAILED:
-                raise HeyGenOverdubFailedError(failure(overdub))
-            if overdub.status != api.OverdubStatus.COMPLETED:
+            overdub = self._send(call).raise_for_failure()
+            if not overdub.is_completed:
                 raise HeyGenError(
                     f"Overdub {overdub_id} is {overdub.status}, there is no video yet."
                     " Wait for it first, with HeyGenOverdubSensor or wait_for_completion."
@@ -421,7 +405,7 @@ class HeyGenHook(HttpHook):
                 )
             return link
 
-        with _new_session(self.settings) as session:
+        with transport.new_session(self.settings, credential=False) as session:
             size = download.save(
                 fresh_link,
                 path,
@@ -471,7 +455,7 @@ class HeyGenHook(HttpHook):
             with attempt, deletion:
                 await self.asend(call)
 
-    # --- The worker's transport -----------------------------------------------------------------------
+    # --- Sending --------------------------------------------------------------------------------------
 
     @property
     def settings(self) -> HeyGenConnection:
@@ -480,6 +464,21 @@ class HeyGenHook(HttpHook):
             connection = self.get_connection(self.heygen_conn_id)
             self._resolved = HeyGenConnection.from_airflow(connection, connection.extra_dejson)
         return self._resolved
+
+    async def asettings(self) -> HeyGenConnection:
+        """:attr:`settings` for an event loop."""
+        if self._resolved is None:
+            self._resolved = await to_its_end(self._look_up())
+        return self._resolved
+
+    async def _look_up(self) -> HeyGenConnection:
+        from airflow.providers.common.compat.connection import (
+            get_async_connection,
+            get_async_extra_dejson,
+        )
+
+        connection = await get_async_connection(self.heygen_conn_id, hook=self)
+        return HeyGenConnection.from_airflow(connection, await get_async_extra_dejson(connection))
 
     def __enter__(self) -> HeyGenHook:
         return self
@@ -492,37 +491,22 @@ class HeyGenHook(HttpHook):
         self.__dict__.pop("_session", None)
         self._closing.close()
 
-    def get_conn(
-        self, headers: dict[Any, Any] | None = None, extra_options: dict[str, Any] | None = None
-    ) -> requests.Session:
-        """
-        Make a session with the credential, proxies, TLS settings and keep-alive of the connection.
+    async def __aenter__(self) -> HeyGenHook:
+        stack = AsyncExitStack()
+        await stack.enter_async_context(transport.shared_session(await self.asettings()))
+        self._aclosing.append(stack)
+        return self
 
-        Everything inherited from ``HttpHook``, such as ``run``, works with it for HeyGen's other routes.
-        """
-        settings = self.settings
-        session = _new_session(settings)
-        session.auth = _Credential(settings)
-        session.headers["User-Agent"] = USER_AGENT
-        session.headers.update(headers or {})
-        if self.keep_alive_adapter:
-            session.mount("http://", self.keep_alive_adapter)
-            session.mount("https://", self.keep_alive_adapter)
-        self.base_url = settings.base_url
-        self._base_url_initialized = True
-        # Redirects are not followed: the credential would travel along.
-        timeout = (settings.connect_timeout, settings.write_timeout)
-        self.merged_extra = {"timeout": timeout, **(extra_options or {}), "allow_redirects": False}
-        return session
+    async def __aexit__(self, *exc: object) -> None:
+        await self._aclosing.pop().aclose()
 
-    def check_response(self, response: requests.Response) -> None:
-        """Raise our errors for ``HttpHook.run``, whose own would log the whole body."""
-        if not response.ok or response.is_redirect:
-            path = response.request.path_url.partition("?")[0]
-            call: api.Call[None] = api.Call(
-                what=f"{response.request.method} {path}", method="POST", path=path, read=lambda _: None
-            )
-            call.answer(response.status_code, response.headers, response.content, self.settings)
+    def get_conn(self) -> requests.Session:
+        """
+        Return a session with the proxies and TLS settings of the connection, for HeyGen's other endpoints.
+
+        It sends the credential to the connection's own scheme, host and port only.
+        """
+        return transport.new_session(self.settings, credential=True)
 
     @cached_property
     def _session(self) -> requests.Session:
@@ -541,7 +525,10 @@ class HeyGenHook(HttpHook):
         }
 
     def _worth_repeating(self, error: BaseException) -> bool:
-        return isinstance(error, HeyGenTransientError) and (error.retry_after or 0) <= self.longest_pause
+        if not isinstance(error, HeyGenTransientError):
+            return False
+        asked = max(error.retry_after or 0.0, 1.0 if error.status_code == 429 else 0.0)
+        return asked <= self.longest_pause
 
     def _log_pause(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -559,48 +546,7 @@ class HeyGenHook(HttpHook):
 
     def _send(self, call: api.Call[T], *, form: MultipartEncoder | None = None) -> T:
         """Send one call once."""
-        settings = self.settings
-        read_timeout = _read_timeout(settings, call, upload=form is not None)
-        try:
-            response = self._session.request(
-                call.method,
-                settings.base_url + call.path,
-                params=call.params,
-                json=call.json,
-                data=upload.Chunks(form) if form else None,
-                headers={**call.headers, **({"Content-Type": form.content_type} if form else {})},
-                timeout=(settings.connect_timeout, read_timeout),
-                allow_redirects=False,
-            )
-        except OSError as error:  # RequestException is one; requests throws bare ones for certificate files
-            raise _transport_error(call, settings, error, _requests_fault(error)) from None
-        return call.answer(response.status_code, response.headers, response.content, settings)
-
-    # --- The triggerer's transport --------------------------------------------------------------------
-
-    async def asettings(self) -> HeyGenConnection:
-        """:attr:`settings` for an event loop."""
-        if self._resolved is None:
-            self._resolved = await to_its_end(self._look_up())
-        return self._resolved
-
-    async def _look_up(self) -> HeyGenConnection:
-        from airflow.providers.common.compat.connection import (
-            get_async_connection,
-            get_async_extra_dejson,
-        )
-
-        connection = await get_async_connection(self.heygen_conn_id, hook=self)
-        return HeyGenConnection.from_airflow(connection, await get_async_extra_dejson(connection))
-
-    async def __aenter__(self) -> HeyGenHook:
-        stack = AsyncExitStack()
-        await stack.enter_async_context(_shared_session(await self.asettings()))
-        self._aclosing.append(stack)
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._aclosing.pop().aclose()
+        return transport.send(self._session, call, self.settings, form)
 
     async def _acall(self, build: Callable[[str], api.Call[T]]) -> T:
         call = build((await self.asettings()).resource)
@@ -608,36 +554,12 @@ class HeyGenHook(HttpHook):
         return result
 
     async def asend(self, call: api.Call[T]) -> T:
-        """Send one call once, for those who keep their own patience."""
-        settings = await self.asettings()
-        name, value = settings.auth_header
-        read_timeout = _read_timeout(settings, call)
-        timeout = aiohttp.ClientTimeout(
-            # An answer that drips in must not outlive the deadline of a wait.
-            total=settings.connect_timeout + read_timeout,
-            sock_connect=settings.connect_timeout,
-            sock_read=read_timeout,
-        )
-        async with _shared_session(settings) as (session, options):
-            try:
-                async with session.request(
-                    call.method,
-                    settings.base_url + call.path,
-                    params=dict(call.params),
-                    json=call.json,
-                    headers={**call.headers, name: value},
-                    timeout=timeout,
-                    allow_redirects=False,
-                    **options,
-                ) as response:
-                    body = await response.read()
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                raise _transport_error(call, settings, error, _aiohttp_fault(error)) from None
-            return call.answer(response.status, response.headers, body, settings)
+        """Send one call once, for callers that repeat it themselves."""
+        return await transport.asend(call, await self.asettings())
 
 
 class _Deletion:
-    """The attempts of one deletion: once an answer was lost, a 404 says that it was done."""
+    """The attempts of one deletion: once a response was lost, a 404 says that it was done."""
 
     def __init__(self) -> None:
         self.answer_lost = False
@@ -650,190 +572,87 @@ class _Deletion:
         return self.answer_lost and isinstance(error, HeyGenNotFoundError)
 
 
-class _Credential(AuthBase):
-    """The one credential header, set last: a ``~/.netrc`` entry must not add or replace one."""
-
-    def __init__(self, settings: HeyGenConnection) -> None:
-        self.header = settings.auth_header
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        name, value = self.header
-        request.headers[name] = value
-        return request
-
-
-def _read_timeout(settings: HeyGenConnection, call: api.Call[Any], *, upload: bool = False) -> float:
-    if upload:
-        return settings.upload_timeout
-    return settings.read_timeout if call.method == "GET" else settings.write_timeout
-
-
-def _no_credential(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    """Be the auth of a session that has none: without one, requests would look into ``~/.netrc``."""
-    return request
-
-
-# How far a request got that met a network fault: this decides what may be repeated.
-_NEVER_SENT, _MAYBE_SENT, _WRONG_SETTING = "never sent", "maybe sent", "wrong setting"
-
-
-def _requests_fault(error: OSError) -> str:
-    if (
-        not isinstance(error, RequestException)
-        or isinstance(error, (InvalidURL, InvalidHeader, InvalidProxyURL, InvalidSchema))
-        or (isinstance(error, SSLError) and re.search("CERTIFICATE_VERIFY_FAILED|X509|PEM lib", str(error)))
-    ):
-        return _WRONG_SETTING
-    reason = getattr(error.args[0], "reason", None) if error.args else None
-    refused = isinstance(error, ConnectionError) and isinstance(
-        reason, (NewConnectionError, NameResolutionError)
-    )
-    # TLS also breaks while an answer is read, so any other SSLError proves nothing.
-    return _NEVER_SENT if isinstance(error, ConnectTimeout) or refused else _MAYBE_SENT
-
-
-def _aiohttp_fault(error: BaseException) -> str:
-    if isinstance(error, (aiohttp.InvalidURL, aiohttp.ClientConnectorCertificateError)):
-        return _WRONG_SETTING
-    never = isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
-    return _NEVER_SENT if never else _MAYBE_SENT
-
-
-def _transport_error(
-    call: api.Call[Any], settings: HeyGenConnection, error: BaseException, fault: str
-) -> HeyGenError:
-    # The library's text may quote the URL and the proxy's password; its class says what happened.
-    what = f"{type(error).__name__} during {call.what} at {settings.base_url}"
-    if fault == _WRONG_SETTING:
-        return HeyGenPermanentError(
-            f"{what}. Check host, 'verify', 'cert' and 'proxies' of Airflow connection '{settings.conn_id}'."
-        )
-    return HeyGenTransientError(
-        f"{what}, {'nothing was sent' if fault == _NEVER_SENT else 'no answer arrived'}.",
-        outcome_unknown=fault == _MAYBE_SENT and call.method != "GET",
-    )
-
-
-class _Session(requests.Session):
-    """A session whose own proxies and TLS settings win over the environment's, as in Airflow's HTTP hook."""
-
-    def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
-        proxies = {**self.proxies, **(proxies or {})}
-        verify = self.verify if verify is None else verify
-        return super().merge_environment_settings(url, proxies, stream, verify, cert)
-
-    def get_redirect_target(self, resp: Any) -> None:  # noqa: ARG002
-        # Nobody follows one; requests would still parse it, and fail in its own way on a bad one.
-        return None
-
-
-def _new_session(settings: HeyGenConnection) -> requests.Session:
-    """Make a session with the connection's proxies and TLS settings, and no credential."""
-    session = _Session()
-    session.auth = _no_credential
-    session.proxies = dict(settings.proxies)
-    session.verify = settings.verify
-    session.cert = settings.cert
-    session.trust_env = settings.trust_env
-    return session
-
-
-def _aiohttp_options(settings: HeyGenConnection) -> dict[str, Any]:
+class _Search:
     """
-    Give aiohttp the proxy and TLS settings that requests would use, from connection and environment.
+    The search for the overdub of a create request whose response was lost, over several passes.
 
-    aiohttp's own ``trust_env`` is left off: it would read ``~/.netrc`` and add a second credential. Reads
-    certificate files, so it is kept off the event loop.
+    :ivar found: the overdub, once it is certain.
+    :ivar doubts: ids of overdubs that may be it, or why that cannot be determined.
+    :ivar pages: pages that the last pass has read.
+    :ivar pages_left: pages that further passes may read.
     """
-    url = settings.base_url
-    found = _new_session(settings).merge_environment_settings(url, {}, None, None, None)
-    proxy = requests.utils.select_proxy(url, found["proxies"])
-    if proxy:
-        try:
-            proxy = requests.utils.prepend_scheme_if_needed(proxy, "http")  # type: ignore[no-untyped-call]
-            usable = urlsplit(proxy).scheme in ("http", "https") and urlsplit(proxy).hostname
-        except ValueError:
-            usable = False
-        if not usable:  # aiohttp would pass by some of them
-            raise HeyGenBadInputError(
-                f"The 'proxies' of Airflow connection '{settings.conn_id}' (or of the environment) must be"
-                " http or https URLs: a triggerer can use no others."
-            )
-    verify, cert = found["verify"], found["cert"]
-    if verify is False:
-        context = ssl.create_default_context()
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    else:
-        bundle = certifi.where() if verify is True else str(verify)
-        context = ssl.create_default_context(
-            cafile=None if os.path.isdir(bundle) else bundle, capath=bundle if os.path.isdir(bundle) else None
-        )
-    if cert:
-        context.load_cert_chain(*([cert] if isinstance(cert, str) else cert))
-    return {"proxy": proxy or None, "ssl": context}
 
+    def __init__(
+        self, hook: HeyGenHook, request: api.CreateOverdubRequest, key: str, first: float, last: float
+    ) -> None:
+        self.hook = hook
+        self.marker = request.callback_id or key
+        self.unique = self.marker == key
+        self.title = request.title
+        self.first, self.last = first, last
+        self.found: api.Overdub | None = None
+        self.doubts: list[str] = []
+        self.pages, self.pages_left, self.gets_left = 0, MAX_SEARCH_PAGES, MAX_CANDIDATE_GETS
+        self._known: dict[str, api.Overdub] = {}
 
-@dataclass
-class _Shared:
-    """An aiohttp session, the options of its requests, and the number of those who use it."""
+    def read(self) -> None:
+        """Read the list once, and fetch those that could be the overdub and have no ``callback_id`` there."""
+        self.doubts, self.pages = [], 0
+        candidates: dict[str, tuple[float, api.Overdub]] = {}
+        newest_first, last = True, math.inf
+        for page in self.hook._pages():
+            self.pages, self.pages_left = self.pages + 1, self.pages_left - 1
+            # Its clock may be far off ours; how long ago we sent does not depend on either.
+            offset = 0.0 if page.server_time is None else page.server_time - time.time()
+            oldest = self.first + offset - SEARCH_SECONDS
+            old = 0
+            for row in page.data:
+                if row.callback_id == self.marker:
+                    if self.unique:
+                        self.found = row
+                        return
+                    self.doubts.append(row.overdub_id)
+                newest_first = newest_first and row.created_at is not None and row.created_at <= last
+                last = row.created_at or last
+                if row.created_at is not None and row.created_at < oldest:
+                    old += 1
+                elif row.callback_id is None:
+                    distance = abs((row.created_at or math.inf) - self.last - offset)
+                    candidates.setdefault(row.overdub_id, (distance, row))
+            # The order of the list is not documented; a whole page of falling times is proof enough.
+            if newest_first and old and len(page.data) >= api.MAX_PAGE_SIZE:
+                break
+            if page.next_token is not None:
+                if self.pages_left <= 0:
+                    self.doubts.append("further overdubs, the list is too long to read")
+                    break
+                self._keep_to_rate()
+        for _, row in sorted(candidates.values(), key=lambda candidate: candidate[0]):
+            if self._is_it(row):
+                return
 
-    session: aiohttp.ClientSession
-    options: dict[str, Any]
-    users: int = 0
+    def _is_it(self, row: api.Overdub) -> bool:
+        """Fetch a row without ``callback_id``; return whether it is certainly the overdub."""
+        overdub = self._known.get(row.overdub_id)
+        if overdub is None and self.gets_left > 0:
+            self.gets_left -= 1
+            self._keep_to_rate()
+            try:
+                overdub = self._known[row.overdub_id] = self.hook.get_overdub(row.overdub_id)
+            except HeyGenNotFoundError as error:
+                # Just listed and not readable: too fresh, or deleted. The next attempt will know.
+                raise HeyGenTransientError(str(error), outcome_unknown=True) from None
+        if overdub is None:
+            self.doubts.append(row.overdub_id)
+        elif overdub.callback_id == self.marker:
+            if self.unique:
+                self.found = overdub
+                return True
+            self.doubts.append(row.overdub_id)
+        elif overdub.callback_id is None and self.title in (None, overdub.title):
+            # HeyGen may give a title of its own to an overdub that has none.
+            self.doubts.append(row.overdub_id)
+        return False
 
-
-_asking: set[asyncio.Task[Any]] = set()
-
-
-async def to_its_end(question: Coroutine[Any, Any, T]) -> T:
-    """
-    Await what asks Airflow something; who is cancelled meanwhile does not cut it off.
-
-    Before Airflow 3.2, an answer that nobody fetches stays in the pipe between triggerer and supervisor. The
-    next question reads it as its own and fails (seen on 3.0.6 and 3.1); it may be that of the runner of all
-    triggers, which ends by it (so says its code).
-    """
-    task = asyncio.create_task(question)
-    _asking.add(task)  # an event loop itself does not keep its tasks alive
-    task.add_done_callback(_asking.discard)
-    return await asyncio.shield(task)
-
-
-# One session for all triggers of an event loop with the same settings, kept while somebody uses it.
-_sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Shared]] = WeakKeyDictionary()
-
-
-@asynccontextmanager
-async def _shared_session(
-    settings: HeyGenConnection,
-) -> AsyncIterator[tuple[aiohttp.ClientSession, dict[str, Any]]]:
-    of_loop = _sessions.setdefault(asyncio.get_running_loop(), {})
-    # The credential goes out with each request, so a rotated key needs no new session.
-    key = settings.model_dump_json(include={"base_url", "proxies", "verify", "cert", "trust_env"})
-    if key not in of_loop:
-        try:
-            options = await asyncio.to_thread(_aiohttp_options, settings)
-        except OSError as error:
-            raise HeyGenBadInputError(
-                f"The 'verify' or 'cert' file of Airflow connection '{settings.conn_id}': {error}."
-            ) from None
-        if key not in of_loop:  # another task may have been quicker
-            session = aiohttp.ClientSession(
-                # Longer than a sensible poll interval: a waiting trigger must not pay for TLS on each look.
-                connector=aiohttp.TCPConnector(limit=20, keepalive_timeout=120),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                headers={"User-Agent": USER_AGENT},
-            )
-            # aiohttp would repeat a lost DELETE by itself and give us the 404 of its second attempt.
-            session._retry_connection = False
-            of_loop[key] = _Shared(session, options)
-    shared = of_loop[key]
-    shared.users += 1
-    try:
-        yield shared.session, shared.options
-    finally:
-        shared.users -= 1
-        if not shared.users:
-            del of_loop[key]
-            await shared.session.close()
+    def _keep_to_rate(self) -> None:
+        time.sleep(1 / self.hook.settings.max_requests_per_second)

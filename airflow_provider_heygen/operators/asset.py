@@ -49,9 +49,9 @@ class HeyGenUploadAssetOperator(LinksMaskedOperator):
         most 32 MB; more (HeyGen's own uploader: 200 MB) where the connection's ``resource`` is ``lipsyncs``.
         (templated)
     :param heygen_conn_id: the Airflow connection. (templated)
-    :raises HeyGenBadInputError: the file is missing, empty, a directory, too large or of another type;
-        nothing was sent.
-    :raises HeyGenPermanentError: HeyGen or its storage refused: the task fails without retry.
+    :raises HeyGenTaskFailedError: if the file is missing, empty, a directory, too large or of another type
+        (nothing
+        was sent), or HeyGen or its storage rejected it: the task fails without a retry.
     :raises HeyGenTransientError: they could not be reached, or the upload broke off; worth a retry.
     """
 
@@ -67,11 +67,12 @@ class HeyGenUploadAssetOperator(LinksMaskedOperator):
 
     def execute(self, context: Context) -> dict[str, str]:
         """Upload it."""
+        from airflow_provider_heygen.dubbing import fails_task
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.submitter import Ledger, upload_once
         from airflow_provider_heygen.upload import Source
 
-        with HeyGenHook(self.heygen_conn_id) as hook:
+        with fails_task(), HeyGenHook(self.heygen_conn_id) as hook:
             source = Source.of(self.source, hook.settings)
             self._asset_id = upload_once(source, hook, Ledger(context, durable=True))
         context["ti"].xcom_push(key="asset_id", value=self._asset_id)

@@ -2,49 +2,50 @@
 
 from __future__ import annotations
 
+import math
 import time
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import (
+    AirflowFailException,
+    AirflowRescheduleException,
     AirflowSensorTimeout,
     AirflowSkipException,
+    BaseOperator,
     BaseSensorOperator,
-    PokeReturnValue,
+    TaskDeferred,
     conf,
 )
 
-from airflow_provider_heygen.links import HeyGenDashboardLink
+from airflow_provider_heygen.compat import is_deferral_timeout
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from datetime import timedelta
+    from collections.abc import Iterator, Sequence
 
     from airflow.providers.common.compat.sdk import Context
 
 
 class HeyGenOverdubSensor(BaseSensorOperator):
     """
-    Wait until an overdub is completed. Returns its details, without links.
+    Wait until an overdub is completed. Returns its details, without presigned URLs.
 
-    A failed overdub fails the task at once; ``soft_fail`` and ``never_fail`` make that, and a timeout, a skip
-    in every mode. ``mode`` is ``poke`` or ``reschedule`` when ``deferrable`` is off.
+    A failed or deleted overdub fails the task at once; ``soft_fail`` and ``never_fail`` make that, and a
+    timeout, a
+    skip in every mode. Whatever else goes wrong while it waits is waited out. ``mode`` is ``poke`` or
+    ``reschedule`` if ``deferrable`` is off. The pauses are the provider's own: the base class's
+    ``exponential_backoff`` and ``max_wait`` do not apply.
 
     :param overdub_id: the overdub. (templated)
-    :param heygen_conn_id: the Airflow connection. (templated)
+    :param heygen_conn_id: Airflow connection id. (templated)
     :param deferrable: wait in the triggerer, not on a worker.
-    :param poke_interval: seconds (or timedelta) between looks.
-    :param end_from_trigger: with ``deferrable``, let the triggerer end the task when the overdub is
-        completed, which saves the second start of a worker. The return value is the same; a failure or a
-        timeout is still dealt with by a worker. Where only a worker can do what is left to do (``outlets``,
-        ``on_success_callback``, listeners such as OpenLineage's ...) one is started all the same, and the
-        log says why.
-    :raises HeyGenOverdubFailedError: HeyGen says it failed; the message carries HeyGen's reason.
-    :raises HeyGenNotFoundError: there is no such overdub.
-    :raises AirflowSensorTimeout: ``timeout`` passed.
+    :param poke_interval: time between polls, in seconds or as a timedelta.
+    :raises HeyGenTaskFailedError: if the overdub failed or is gone, or its id is wrong. No retry.
+    :raises AirflowSensorTimeout: if ``timeout`` passed.
     """
 
     template_fields: Sequence[str] = ("overdub_id", "heygen_conn_id")
-    operator_extra_links = (HeyGenDashboardLink(),)
     ui_color = "#e3d9ff"
 
     def __init__(
@@ -54,180 +55,110 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         heygen_conn_id: str = "heygen_default",
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         poke_interval: timedelta | float = 30,
-        end_from_trigger: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(poke_interval=poke_interval, **kwargs)
         self.overdub_id = overdub_id
         self.heygen_conn_id = heygen_conn_id
         self.deferrable = deferrable
-        # Not by its own name: where there are listeners, Airflow refuses a DAG with a task that has it.
-        self._end_from_trigger = end_from_trigger
-        self._told: str | None = None
-        self._began: float | None = None
 
     def execute(self, context: Context) -> Any:
-        """Wait here, or after one look in the triggerer."""
-        self._began = time.time()
-        try:
-            return super().execute(context)
-        except AirflowSensorTimeout as error:
-            # The base class skips on a timeout only after a deferral.
-            if self.never_fail:
-                raise AirflowSkipException("Skipping due to never_fail is set to True.") from error
-            raise
-
-    def poke(self, context: Context) -> PokeReturnValue:
-        """
-        Look once.
-
-        Deferring from here, and not from ``execute``, lets the base class treat what the first look finds as
-        it treats any other: one rule for ``soft_fail`` and ``never_fail`` in all modes.
-        """
-        from airflow_provider_heygen.api import OverdubStatus
-        from airflow_provider_heygen.exceptions import HeyGenOverdubFailedError, HeyGenTransientError
+        """Poll once; wait for the end here, on another start of the task, or in the triggerer."""
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.metrics import Wait
-        from airflow_provider_heygen.waiting import failure, summary
-
-        try:
-            # One attempt: looking again is what a sensor does anyway, and it may not hold its worker.
-            with HeyGenHook(self.heygen_conn_id, max_attempts=1) as hook:
-                overdub = hook.get_overdub(self.overdub_id)
-        except HeyGenTransientError as error:
-            self.log.warning("%s Looking again later.", error)
-        else:
-            if overdub.status != self._told:
-                self._told = overdub.status
-                self.log.info("Overdub %s is %s.", overdub.overdub_id, overdub.status)
-            if overdub.status == OverdubStatus.FAILED:
-                Wait(context["ti"], self._since(context)).failed()
-                raise HeyGenOverdubFailedError(failure(overdub))
-            if overdub.status == OverdubStatus.COMPLETED:
-                Wait(context["ti"], self._since(context)).completed()
-                details = overdub.details()
-                self.log.info("%s", summary(details))
-                return PokeReturnValue(is_done=True, xcom_value=details)
-        if self.deferrable:
-            self._defer(context, self._deadline(context), self._began)
-        return PokeReturnValue(is_done=False)
-
-    def _since(self, context: Context) -> float | None:
-        """Give the Unix seconds when the wait began, perhaps in another process."""
-        first = context["ti"].get_first_reschedule_date(context) if self.reschedule else None
-        return first.timestamp() if first else self._began
-
-    def _deadline(self, context: Context) -> float | None:
-        from airflow_provider_heygen.waiting import first_deadline
-
-        # Airflow's sensors take a timeout of 0 for one look.
-        return first_deadline(self.timeout or 1e-3, self.execution_timeout, context)
-
-    def _defer(
-        self, context: Context, deadline: float | None, since: float | None, given_up: int = 0
-    ) -> None:
         from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
-        from airflow_provider_heygen.waiting import backstop
+        from airflow_provider_heygen.waiting import Watch, backstop, conclude, first_deadline
 
-        self.defer(
+        since = self._began(context)
+        deadline = first_deadline(None, self.execution_timeout, context)
+        # Airflow's sensors take a timeout of 0 for one poll, and count it from the first reschedule.
+        deadline = min(deadline or math.inf, since + (self.timeout or 1e-3))
+        poke_interval = self.poke_interval or 1.0
+        rules: dict[str, Any] = {
+            "poke_interval": poke_interval,
+            "deadline": deadline,
+            "not_found_until": 0.0,
+        }
+        with self._ends(), HeyGenHook(self.heygen_conn_id, max_attempts=1) as hook:
+            _ = hook.settings  # a wrong connection is no trouble of HeyGen's, and is not waited out
+            watch = Watch(self.overdub_id, log=self.log, **rules)
+            step = watch.follow(hook, once=self.deferrable or self.reschedule)
+            if isinstance(step, dict):
+                return self._done(conclude(step, Wait(context["ti"], since)))
+            if self.reschedule and not self.deferrable:
+                if watch.missing_since is not None:
+                    # The next start of the task will not know that this one saw a 404.
+                    step = self._look_again(watch, hook)
+                    if isinstance(step, dict):
+                        return self._done(conclude(step, Wait(context["ti"], since)))
+                raise AirflowRescheduleException(datetime.now(UTC) + timedelta(seconds=step))
+        raise TaskDeferred(
             trigger=HeyGenOverdubTrigger(
-                heygen_conn_id=self.heygen_conn_id,
-                overdub_id=self.overdub_id,
-                poke_interval=self.poke_interval or 1.0,
-                deadline=deadline,
-                end_task=self._end_from_trigger and not self._needs_worker(context),
-                do_xcom_push=self.do_xcom_push,
-                since=since,
+                heygen_conn_id=self.heygen_conn_id, overdub_id=self.overdub_id, **rules
             ),
             method_name="execute_complete",
-            kwargs={
-                "deadline": deadline,
-                "given_up": given_up,
-                "since": since,
-                "try_number": context["ti"].try_number,
-            },
-            timeout=backstop(deadline, self.poke_interval),
+            kwargs={"since": since},
+            timeout=backstop(deadline, poke_interval),
         )
 
-    def _needs_worker(self, context: Context) -> bool:
-        """Tell whether something is left to do after the wait that Airflow does on workers only."""
-        from airflow.providers.common.compat.sdk import get_listener_manager
-        from airflow.sdk.execution_time import comms
+    def _look_again(self, watch: Any, hook: Any) -> Any:
+        from airflow_provider_heygen import waiting
 
-        own = type(self)
-        # Before Airflow 3.2 the label is made by the worker that ends the task.
-        late_label = not hasattr(comms, "SetRenderedMapIndex")
-        duties = {
-            "outlets": self.outlets,
-            "on_success_callback": self.on_success_callback,
-            "listeners": get_listener_manager().has_listeners,
-            "post_execute": self._post_execute_hook or own.post_execute != BaseSensorOperator.post_execute,
-            "its own execute_complete": own.execute_complete != HeyGenOverdubSensor.execute_complete,
-            "multiple_outputs": self.multiple_outputs,
-            "map_index_template": self.map_index_template and late_label,
-            "being the DAG's result": getattr(self, "returns_dag_result", False),
-            "a task that expands over its result": context["ti"].map_index in (None, -1)
-            and any(True for _ in self.iter_mapped_dependants()),
-        }
-        found = [name for name, duty in duties.items() if duty]
-        if found:
-            self.log.info("end_from_trigger is off, a worker is needed for: %s.", ", ".join(found))
-        return bool(found)
+        if hook.is_listed(self.overdub_id) is not False:
+            return self.poke_interval
+        time.sleep(waiting.GONE_SECONDS)
+        return watch.follow(hook, once=True)
 
     def execute_complete(
-        self,
-        context: Context,
-        event: Any = None,
-        deadline: float | None = None,
-        given_up: int = 0,
-        since: float | None = None,
-        try_number: int | None = None,
+        self, context: Context, event: Any = None, since: float | None = None
     ) -> dict[str, Any]:
-        """Go on when the trigger has fired."""
-        from airflow_provider_heygen.exceptions import HeyGenOverdubTimeoutError
+        """Hand on what the trigger has waited for."""
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.metrics import Wait
-        from airflow_provider_heygen.waiting import (
-            LONGEST_PAUSE_ON_WORKER,
-            check_event,
-            conclude,
-            is_stale,
-            summary,
-        )
+        from airflow_provider_heygen.waiting import check_event, conclude
 
-        if is_stale(try_number, context):
-            fresh: dict[str, Any] = self.execute(context)
-            return fresh
-        try:
-            with HeyGenHook(self.heygen_conn_id, longest_pause=LONGEST_PAUSE_ON_WORKER) as hook:
-                wait = Wait(context["ti"], since)
-                details = conclude(check_event(event, self.overdub_id), hook, given_up, wait)
-        except HeyGenOverdubTimeoutError as error:
-            raise AirflowSensorTimeout(str(error)) from None
-        if details is None:
-            if deadline is None:  # `airflow dags test` forgets it
-                deadline = self._deadline(context)
-            self._defer(context, deadline, since, given_up + 1)
-            raise AssertionError  # defer() raises; this tells mypy
+        checked = check_event(event, self.overdub_id)
+        with HeyGenHook(self.heygen_conn_id, longest_pause=0.0) as hook:
+            return self._done(conclude(checked, Wait(context["ti"], since), hook))
+
+    def _began(self, context: Context) -> float:
+        """Return the Unix seconds when the wait began, perhaps in another process."""
+        first = context["ti"].get_first_reschedule_date(context) if self.reschedule else None
+        return first.timestamp() if first else time.time()
+
+    def _done(self, details: dict[str, Any]) -> dict[str, Any]:
+        from airflow_provider_heygen.waiting import summary
+
         self.log.info("%s", summary(details))
         return details
 
-    def resume_execution(
-        self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context
-    ) -> dict[str, Any]:
-        """Give ``soft_fail`` and ``never_fail`` the meaning they have in poke mode."""
-        from airflow_provider_heygen.exceptions import HeyGenTransientError
+    @contextmanager
+    def _ends(self) -> Iterator[None]:
+        """Give the ends of a wait the names that they have in Airflow's sensors, or skip."""
+        from airflow_provider_heygen.dubbing import fails_task
+        from airflow_provider_heygen.exceptions import HeyGenOverdubTimeoutError
 
         try:
-            details: dict[str, Any] = super().resume_execution(next_method, next_kwargs, context)
-            return details
-        except AirflowSkipException as skip:
-            if self.soft_fail and isinstance(skip.__cause__, HeyGenTransientError):
-                raise skip.__cause__ from None  # worth a retry, not a skip
+            try:
+                with fails_task():
+                    yield
+            except HeyGenOverdubTimeoutError as error:
+                raise AirflowSensorTimeout(str(error)) from error
+        except (AirflowSkipException, AirflowRescheduleException):
             raise
         except Exception as error:
             if self.never_fail:
                 raise AirflowSkipException("Skipping due to never_fail is set to True.") from error
-            if self.soft_fail and isinstance(error, AirflowSensorTimeout):  # Airflow 3.0 lets it pass
+            if self.soft_fail and isinstance(error, (AirflowSensorTimeout, AirflowFailException)):
                 raise AirflowSkipException("Skipping due to soft_fail is set to True.") from error
             raise
+
+    def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
+        """Poll once more where Airflow itself has ended a deferral because no triggerer came."""
+        from airflow_provider_heygen.waiting import no_triggerer
+
+        if is_deferral_timeout(next_method, next_kwargs):
+            next_method, next_kwargs = "execute_complete", {"event": no_triggerer(str(self.overdub_id))}
+        # Not by the base class, which takes a crash of the trigger and a malformed event for a soft failure.
+        with self._ends():
+            return BaseOperator.resume_execution(self, next_method, next_kwargs, context)

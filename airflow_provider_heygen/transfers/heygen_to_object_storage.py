@@ -36,8 +36,8 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
         XCom key ``captions``. The video is kept first; then it is an error if there are no captions. HeyGen
         has them under ``resource`` ``lipsyncs`` only.
     :param heygen_conn_id: the Airflow connection. (templated)
-    :raises HeyGenBadInputError: id or destination is wrong.
-    :raises HeyGenOverdubFailedError: there is no video, the overdub failed.
+    :raises HeyGenTaskFailedError: if id or destination is wrong, the destination is taken, or the overdub
+        failed.
     :raises HeyGenTransientError: there are no captions, or the download broke off again and again.
     :raises HeyGenError: the overdub is not completed yet, or the destination cannot be written.
     """
@@ -65,6 +65,12 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
 
     def execute(self, context: Context) -> str:
         """Fetch and store it."""
+        from airflow_provider_heygen.dubbing import fails_task
+
+        with fails_task():
+            return self._save(context)
+
+    def _save(self, context: Context) -> str:
         from airflow_provider_heygen.api import check_id
         from airflow_provider_heygen.exceptions import HeyGenBadInputError
         from airflow_provider_heygen.hooks.heygen import HeyGenHook

@@ -1,0 +1,56 @@
+"""What Airflow 3.1 and 3.2 lack."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+T = TypeVar("T")
+
+_asking: set[asyncio.Task[Any]] = set()
+
+
+async def to_its_end(question: Coroutine[Any, Any, T]) -> T:
+    """
+    Await a call to Airflow and let it finish even if the caller is cancelled meanwhile.
+
+    Before Airflow 3.2, a response that is not read stays in the pipe between triggerer and supervisor. The
+    next call
+    reads it as its own and fails (observed on Airflow 3.1); if that is the call of the runner of all
+    triggers, all
+    of them end.
+    """
+    task = asyncio.create_task(question)
+    _asking.add(task)  # an event loop itself does not keep its tasks alive
+    task.add_done_callback(_asking.discard)
+    return await asyncio.shield(task)
+
+
+def is_deferral_timeout(next_method: str, next_kwargs: Any) -> bool:
+    """Return whether Airflow ended a deferral by its timeout, as it does where no triggerer comes."""
+    error = (next_kwargs or {}).get("error")
+    return next_method == "__fail__" and str(getattr(error, "value", error)) == "Trigger timeout"
+
+
+def task_state_store(context: Any) -> Any:
+    """Return Airflow's task state store, or ``None`` before Airflow 3.3, which has none."""
+    return context.get("task_state_store")
+
+
+def triggerer_stats() -> Any:
+    """
+    Return Airflow's metrics as a triggerer has set them up.
+
+    From Airflow 3.2 on there are two: a worker sets up those of the Task SDK, a triggerer those of the core.
+    """
+    with suppress(ImportError):
+        from airflow.observability import stats
+
+        return stats.Stats
+    from airflow.providers.common.compat.sdk import Stats
+
+    return Stats
