@@ -1,5 +1,4 @@
-"""One try of a create task: submit the overdub, wait for it, hand on the result. The operators only"
-" declare."""
+"""One try of a create task: submit, wait, hand on the result. The operators only declare."""
 
 from __future__ import annotations
 
@@ -188,8 +187,7 @@ class Dubbing:
 
 class fails_task:
     """
-    Fail the task without a retry where HeyGen has rejected a request, or has said that an overdub failed
-    or is gone.
+    Fail the task without a retry if HeyGen rejects a request, or says that an overdub failed or is gone.
 
     :raises HeyGenTaskFailedError: in place of a :class:`.HeyGenPermanentError`.
     """

@@ -1,7 +1,8 @@
 """
 What went wrong, as facts; and how long to pause after it.
 
-An exception says who answered and whether the request took effect. What follows from it depends on what was being
+An exception says who answered and whether the request took effect. What follows from it depends on what
+was being
 done: the operators decide that (a refused create fails the task, a refused poll is waited out).
 """
 
@@ -12,14 +13,16 @@ import random
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
 MAX_RETRY_AFTER = 900.0
-"""The longest ``Retry-After`` that is honoured, in seconds: one absurd header must not silence a connection."""
+"""The longest ``Retry-After`` that is honoured, in seconds: one absurd header must not silence a"
+" connection."""
 
 
 class HeyGenError(AirflowException):
     """
     Base class of all exceptions about HeyGen.
 
-    The message says what happened and what to do next. The attributes hold what HeyGen said (contract, ``error``
+    The message says what happened and what to do next. The attributes hold what HeyGen said (contract,
+    ``error``
     envelope), each ``None`` if it said nothing.
 
     :param message: text without credentials and presigned URLs.
@@ -29,7 +32,8 @@ class HeyGenError(AirflowException):
     :param doc_url: HeyGen's page about the code.
     :param request_id: ``X-Request-Id``, to quote to HeyGen's support.
     :param retry_after: seconds that HeyGen asked to wait.
-    :param outcome_unknown: whether the request may have taken effect although its response was lost or came from
+    :param outcome_unknown: whether the request may have taken effect although its response was lost or
+        came from
         something in between. Search for the overdub before you repeat a create request.
     :param overdub_id: the overdub that this is about, if known.
     """
@@ -67,7 +71,8 @@ class HeyGenGatewayError(HeyGenTransientError):
     """
     An error response without HeyGen's envelope: a gateway, proxy or firewall answered, not HeyGen.
 
-    HeyGen documents ``error.code`` and ``error.message`` in every error response, so this one proves nothing about
+    HeyGen documents ``error.code`` and ``error.message`` in every error response, so this one proves
+    nothing about
     the request, whatever its status.
     """
 
@@ -77,7 +82,7 @@ class HeyGenUnreachableError(HeyGenTransientError):
 
 
 class HeyGenPermanentError(HeyGenError):
-    """HeyGen rejected the request and would reject it again. For an overdub that is running, this proves nothing."""
+    """HeyGen rejected the request and would do so again. Of an overdub that is running, this says nothing."""
 
 
 class HeyGenBadInputError(HeyGenPermanentError, ValueError):
@@ -93,7 +98,7 @@ class HeyGenOverdubFailedError(HeyGenPermanentError):
 
 
 class HeyGenOutcomeUnknownError(HeyGenError):
-    """A create request may have started an overdub, and a repeat could start a second one. Nothing more was sent."""
+    """A create request may have started an overdub, and a repeat could start a second one."""
 
 
 class HeyGenOverdubTimeoutError(HeyGenError):
@@ -109,7 +114,7 @@ class HeyGenTaskFailedError(HeyGenError, AirflowFailException):
 
     @classmethod
     def of(cls, error: HeyGenError) -> HeyGenTaskFailedError:
-        """Return the exception that fails a task because of an error, with the error's message and attributes."""
+        """Return the exception that fails a task, with the message and the attributes of its cause."""
         failure = cls(error.message)
         failure.__dict__.update(error.__dict__)
         return failure

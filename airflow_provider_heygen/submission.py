@@ -123,8 +123,7 @@ def digest(request: CreateOverdubRequest) -> str:
 
 
 def labels(request: CreateOverdubRequest) -> dict[str, Any]:
-    """Return what a record keeps of a request's labels; of a callback URL, which may hold a secret, a"
-    " digest."""
+    """Return what a record keeps of a request's labels: of a callback URL, which may be secret, a digest."""
     others = json.dumps((request.callback_url, request.folder_id)).encode()
     return {
         "title": request.title,

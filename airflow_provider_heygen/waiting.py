@@ -61,8 +61,7 @@ class WaitEvent(TypedDict):
 
 class Watch:
     """
-    Follow one overdub: takes the result of each poll, returns the pause until the next one in seconds or
-    the end.
+    Follow one overdub: take the result of each poll, return the pause until the next one, or the end.
 
     A wait ends because the overdub is completed, failed or gone, or because its time is over. Whatever
     else a poll
@@ -190,8 +189,7 @@ class Watch:
         return self._end("error", redact_links(str(error)))
 
     def follow(self, hook: HeyGenHook, *, once: bool = False) -> WaitEvent | float:
-        """Poll with a synchronous hook until the end; or once, and return the pause if that is not the"
-        " end."""
+        """Poll with a synchronous hook until the end; or once, and return the pause if it is not the end."""
         while True:
             try:
                 step = self.saw(hook.get_overdub(self.overdub_id))

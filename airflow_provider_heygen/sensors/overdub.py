@@ -9,8 +9,6 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import (
-    AirflowFailException,
-    AirflowRescheduleException,
     AirflowSensorTimeout,
     AirflowSkipException,
     BaseOperator,
@@ -64,6 +62,8 @@ class HeyGenOverdubSensor(BaseSensorOperator):
 
     def execute(self, context: Context) -> Any:
         """Poll once; wait for the end here, on another start of the task, or in the triggerer."""
+        from airflow.exceptions import AirflowRescheduleException  # compat.sdk does not have it
+
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.metrics import Wait
         from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
@@ -135,8 +135,14 @@ class HeyGenOverdubSensor(BaseSensorOperator):
     @contextmanager
     def _ends(self) -> Iterator[None]:
         """Give the ends of a wait the names that they have in Airflow's sensors, or skip."""
+        from airflow.exceptions import AirflowRescheduleException  # compat.sdk does not have it
+
         from airflow_provider_heygen.dubbing import fails_task
-        from airflow_provider_heygen.exceptions import HeyGenOverdubTimeoutError
+        from airflow_provider_heygen.exceptions import (
+            HeyGenNotFoundError,
+            HeyGenOverdubFailedError,
+            HeyGenOverdubTimeoutError,
+        )
 
         try:
             try:
@@ -149,7 +155,9 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         except Exception as error:
             if self.never_fail:
                 raise AirflowSkipException("Skipping due to never_fail is set to True.") from error
-            if self.soft_fail and isinstance(error, (AirflowSensorTimeout, AirflowFailException)):
+            # Not for a crash of the trigger, a malformed event or a wrong setting.
+            ends = (HeyGenOverdubFailedError, HeyGenNotFoundError, HeyGenOverdubTimeoutError)
+            if self.soft_fail and isinstance(error.__cause__, ends):
                 raise AirflowSkipException("Skipping due to soft_fail is set to True.") from error
             raise
 
