@@ -603,14 +603,15 @@ def _error(
     message = message if message.endswith((".", "!", "?")) else f"{message}."
     trace = f" (request {request_id})" if request_id else ""
 
-    if not envelope and not 300 <= status < 400:
+    if not envelope or status < 200:
         # A page of something in between. It may also stand for a response that HeyGen did give.
         kind = _shown(headers.get("Content-Type"), connection) or "no content type"
+        step = _next_step(call, status, None, connection) if 300 <= status < 400 or status == 404 else ""
         return HeyGenGatewayError(
             f"{message} The response ({kind}) does not have the form of HeyGen's errors, so it came from a"
-            f" gateway, proxy or firewall in between. If this goes on, check these and the host of Airflow"
-            f" connection"
-            f" '{connection.conn_id}'.{trace}",
+            " gateway, proxy or firewall in between. If this goes on, check these and the host of Airflow"
+            f" connection '{connection.conn_id}'. {step}".rstrip()
+            + trace,
             outcome_unknown=call.method != "GET",
             **details,
         )
@@ -627,6 +628,17 @@ def _error(
             **details,
         )
 
+    step = _next_step(call, status, code, connection)
+    if param:
+        step += f" (field '{param}')"
+    if doc_url:
+        step += f"; see {doc_url}"
+    message = f"{message} {step}.{trace}"
+    return (HeyGenNotFoundError if status == 404 else HeyGenPermanentError)(message, **details)
+
+
+def _next_step(call: Call[Any], status: int, code: str | None, connection: HeyGenConnection) -> str:
+    """Return what to do about an error, without a full stop."""
     if 300 <= status < 400:
         step = (
             "Redirects are not followed, the credential would travel along:"
@@ -638,10 +650,6 @@ def _error(
         step = "This API has no direct uploads: make the file smaller than 32 MB, or pass a public https URL"
     else:
         step = _NEXT_STEP_BY_CODE.get(code or "", _NEXT_STEP.get(status, "Correct the request"))
-    if param:
-        step += f" (field '{param}')"
-    if doc_url:
-        step += f"; see {doc_url}"
     other = "lipsyncs" if connection.resource == "overdubs" else "overdubs"
     for name, value in {
         "conn_id": connection.conn_id,
@@ -650,13 +658,12 @@ def _error(
         "other": other,
     }.items():
         step = step.replace(f"{{{name}}}", value)
-    message = f"{message} {step}.{trace}"
-    return (HeyGenNotFoundError if status == 404 else HeyGenPermanentError)(message, **details)
+    return step
 
 
 def _retry_after(value: str | None) -> float | None:
     """Read ``Retry-After``: whole seconds (HeyGen's documentation) or an HTTP date (RFC 9110)."""
-    if value and value.strip().isdigit():
+    if value and value.isascii() and value.strip().isdigit():
         # More digits are no wait but nonsense, which a timedelta could not hold.
         return float(value) if len(value) < 10 else None
     moment = _http_date(value)

@@ -19,6 +19,7 @@ from airflow_provider_heygen.connection import HeyGenConnection
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
+    HeyGenGatewayError,
     HeyGenNotFoundError,
     HeyGenPermanentError,
     HeyGenTransientError,
@@ -39,7 +40,6 @@ def refused(heygen, call, named):
     with pytest.raises(HeyGenBadInputError, match=rf"\b{named}\b") as raised:
         call()
     assert heygen.requests == []
-    assert isinstance(raised.value, AirflowFailException)
     assert raised.value.status_code is None
     shown = "".join(traceback.format_exception(raised.value)) + repr(raised.value) + repr(raised.value.args)
     assert SECRET not in shown
@@ -415,7 +415,7 @@ UNUSABLE = {
     "no data": b"{}",
     "null data": b'{"data": null}',
     "wrong data": b'{"data": 5}',
-    "error with 200": b'{"error": {"code": "x"}}',
+    "error with 200": b'{"error": {}}',
 }
 
 
@@ -501,7 +501,7 @@ def check_any_answer(call, status, headers, body):
             assert api.check_id(result) == result
         return
     assert isinstance(error, HeyGenTransientError) != isinstance(error, HeyGenPermanentError)
-    assert error.status_code == status
+    assert error.status_code == status or status == 200
     assert error.retry_after is None or 0 <= error.retry_after < float("inf")
     shown = "".join(traceback.format_exception(error)) + repr(error) + repr(vars(error))
     assert KEY not in shown
@@ -555,7 +555,7 @@ def test_errors(heygen, status, code, kind, step):
                 call()
             error = raised.value
             assert isinstance(error, AirflowException)
-            assert isinstance(error, AirflowFailException) == (kind is not TRANSIENT)
+            assert not isinstance(error, AirflowFailException)
             assert isinstance(error, NOT_FOUND) == (status == 404)
             assert (error.status_code, error.code) == (status, code)
             assert error.request_id.startswith("req_")
@@ -568,14 +568,56 @@ def test_errors(heygen, status, code, kind, step):
 
 
 @pytest.mark.parametrize(
-    "body", [{"error": {"message": "M"}}, {"error": {"code": "c"}}, {"error": "M"}, {}, [], None]
+    ("body", "who"),
+    [
+        ({"error": {"message": "M"}}, "HeyGen"),
+        ({"error": {"code": "c"}}, "HeyGen"),
+        ({"error": {"code": "", "message": None}}, "a gateway"),
+        ({"error": "M"}, "a gateway"),
+        ({}, "a gateway"),
+        ([], "a gateway"),
+        (None, "a gateway"),
+        (b"<html>Forbidden</html>", "a gateway"),
+        (b"default backend - 404", "a gateway"),
+    ],
 )
+@pytest.mark.parametrize("status", [301, 400, 401, 402, 403, 404, 409, 429, 451, 500, 502])
+@pytest.mark.parametrize("call", ["create", "get", "delete"])
+def test_who_has_answered(call, body, who, status):
+    with pytest.raises(HeyGenError, match=f"HeyGen answered {status}") as raised:
+        answer(call, body, status)
+    assert isinstance(raised.value, HeyGenGatewayError) == (who == "a gateway")
+    if who == "a gateway":
+        assert isinstance(raised.value, TRANSIENT)
+        assert "gateway, proxy or firewall" in str(raised.value)
+        assert raised.value.outcome_unknown == (call != "get"), "what HeyGen did is not known"
+
+
+@pytest.mark.parametrize("status", [100, 102, 103, 199])
+def test_1xx_is_no_answer(status):
+    with pytest.raises(HeyGenGatewayError) as raised:
+        answer("create", {"error": {"code": "forbidden"}}, status)
+    assert raised.value.outcome_unknown
+
+
 @pytest.mark.parametrize(
-    ("status", "kind"), [(400, PERMANENT), (401, PERMANENT), (429, TRANSIENT), (500, TRANSIENT)]
+    ("code", "status", "kind"),
+    [
+        ("insufficient_credit", 402, PERMANENT),
+        ("something_new", 400, PERMANENT),
+        ("internal_error", 500, TRANSIENT),
+        ("rate_limit_exceeded", 429, TRANSIENT),
+        ("not_found", 404, NOT_FOUND),
+    ],
 )
-def test_half_an_envelope(body, status, kind):
-    with pytest.raises(kind, match=f"HeyGen answered {status}"):
-        answer("create", body, status)
+@pytest.mark.parametrize("call", ["create", "get"])
+def test_an_error_with_status_200_keeps_heygens_words(call, code, status, kind):
+    error = {"code": code, "message": "Your account has 5 credits but this video requires 10 credits."}
+    for data in ({}, {"data": None}):
+        with pytest.raises(kind, match="requires 10 credits") as raised:
+            answer(call, {"error": error, **data}, 200)
+        assert raised.value.status_code == status
+    assert answer("create", {"error": error, "data": {"overdub_id": "od_1"}}) == "od_1"
 
 
 @both_resources
@@ -595,7 +637,7 @@ def test_missing_route_names_the_setting(heygen, resource):
 
 def test_another_missing_route_does_not_blame_the_resource():
     with pytest.raises(NOT_FOUND) as raised:
-        answer("upload", b"", 404)
+        answer("upload", {"error": {"code": "not_found"}}, 404)
     assert "renamed" not in str(raised.value)
 
 
@@ -647,7 +689,7 @@ def test_retry_after_as_a_date():
 )
 def test_whether_it_may_have_taken_effect(call, status, unknown):
     with pytest.raises(TRANSIENT) as raised:
-        answer(call, b"", status)
+        answer(call, {"error": {"code": "c"}}, status)
     assert raised.value.outcome_unknown is unknown
 
 
@@ -668,14 +710,13 @@ def test_redirects_are_not_followed(heygen, listen, status):
         hook.list_overdubs,
         lambda: hook.update_overdub("od_1", "title"),
         lambda: hook.delete_overdub("od_1"),
-        lambda: hook.run("/v3/users/me"),
         lambda: asyncio.run(hook.aget_overdub("od_1")),
         lambda: asyncio.run(hook.alist_overdubs()),
         lambda: asyncio.run(hook.adelete_overdub("od_1")),
     ):
         with pytest.raises(PERMANENT, match=r"Redirects are not followed.*'heygen_default'"):
             call()
-    assert len(heygen.requests) == 9
+    assert len(heygen.requests) == 8
     assert other.seen == []
     assert hook.test_connection()[0] is False
     assert other.seen == []
