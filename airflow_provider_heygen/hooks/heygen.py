@@ -462,7 +462,7 @@ class HeyGenHook(BaseHook):
         """The connection, resolved once per hook."""
         if self._resolved is None:
             connection = self.get_connection(self.heygen_conn_id)
-            self._resolved = HeyGenConnection.from_airflow(connection, connection.extra_dejson)
+            self._resolved = HeyGenConnection.from_airflow(connection, HeyGenConnection.extra_of(connection))
         return self._resolved
 
     async def asettings(self) -> HeyGenConnection:
@@ -472,13 +472,10 @@ class HeyGenHook(BaseHook):
         return self._resolved
 
     async def _look_up(self) -> HeyGenConnection:
-        from airflow.providers.common.compat.connection import (
-            get_async_connection,
-            get_async_extra_dejson,
-        )
+        from airflow.providers.common.compat.connection import get_async_connection
 
         connection = await get_async_connection(self.heygen_conn_id, hook=self)
-        return HeyGenConnection.from_airflow(connection, await get_async_extra_dejson(connection))
+        return HeyGenConnection.from_airflow(connection, await HeyGenConnection.aextra_of(connection))
 
     def __enter__(self) -> HeyGenHook:
         return self
