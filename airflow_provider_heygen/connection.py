@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Connection
 
 DEFAULT_HOST = "https://api.heygen.com"
+
+
+def _proxies(value: Any) -> Any:
+    # Pydantic's own message does not say which form is meant.
+    if isinstance(value, dict) and all(isinstance(part, str) for pair in value.items() for part in pair):
+        return value
+    raise ValueError('must be a JSON object of texts, such as {"https": "http://proxy.example:3128"}')
 
 
 def _bool_word(value: Any) -> Any:
@@ -60,10 +68,37 @@ class HeyGenConnection(BaseModel):
     # HeyGen publishes no limit (contract notes, section 4). One triggerer keeps to this, for all its waits.
     max_requests_per_second: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     # As in Airflow's HTTP connection, by the names its users know.
-    proxies: dict[str, str] = Field(default_factory=dict, repr=False)
+    proxies: Annotated[dict[str, str], BeforeValidator(_proxies)] = Field(default_factory=dict, repr=False)
     verify: Annotated[bool | str, BeforeValidator(_bool_word)] = True
     cert: str | tuple[str, str] | None = None
     trust_env: bool = True
+
+    @staticmethod
+    def extra_of(connection: Connection) -> dict[str, Any]:
+        """
+        Return the extra of an Airflow connection; Airflow masks the secrets in it.
+
+        Use it instead of ``connection.extra_dejson``:
+        ``HeyGenConnection.from_airflow(connection, HeyGenConnection.extra_of(connection))``. On an event
+        loop, await :meth:`aextra_of` instead, because Airflow then masks secrets by another call.
+
+        :raises HeyGenBadInputError: the extra is not a JSON object.
+        """
+        _check_extra(connection)
+        return dict(connection.extra_dejson)
+
+    @staticmethod
+    async def aextra_of(connection: Connection) -> dict[str, Any]:
+        """
+        :meth:`extra_of` for an event loop.
+
+        Use it instead of ``get_async_extra_dejson``, for what ``get_async_connection`` of
+        :mod:`airflow.providers.common.compat.connection` returned.
+        """
+        from airflow.providers.common.compat.connection import get_async_extra_dejson
+
+        _check_extra(connection)
+        return dict(await get_async_extra_dejson(connection))
 
     @classmethod
     def from_airflow(cls, connection: Connection, extra: Mapping[str, Any]) -> HeyGenConnection:
@@ -71,7 +106,7 @@ class HeyGenConnection(BaseModel):
         Read and check an Airflow connection.
 
         :param connection: the connection as Airflow resolved it.
-        :param extra: its extra, already decoded (decoding masks secrets and differs on an event loop).
+        :param extra: its extra, from :meth:`extra_of` or :meth:`aextra_of`.
         :raises HeyGenBadInputError: a setting is missing or wrong; the message names it.
         """
         conn_id = str(connection.conn_id)
@@ -90,7 +125,8 @@ class HeyGenConnection(BaseModel):
             settings = cls.model_validate(values)
         except ValidationError as error:
             problems = "; ".join(
-                f"extra '{'.'.join(map(str, problem['loc'][:1]))}': {problem['msg']}"
+                f"extra '{'.'.join(map(str, problem['loc'][:1]))}':"
+                f" {problem['msg'].removeprefix('Value error, ')}"
                 for problem in error.errors(include_input=False, include_url=False)
             )
             raise HeyGenBadInputError(f"Airflow connection '{conn_id}' is wrong: {problems}.") from None
@@ -134,6 +170,26 @@ class HeyGenConnection(BaseModel):
     def redact(self, text: str) -> str:
         """Take the credential out of a text that came back from the network."""
         return text.replace(self.credential.get_secret_value(), "***")
+
+
+def _check_extra(connection: Connection) -> None:
+    """
+    Reject an extra that is not a JSON object, before Airflow decodes it.
+
+    Airflow returns anything else as it is, and nothing at all for what is not JSON.
+    """
+    try:
+        # That of a connection that comes from Airflow's database is checked when it is read.
+        extra = connection.extra
+        decoded = json.loads(extra) if extra else {}
+    except (ValueError, RecursionError):
+        decoded = None
+    if not isinstance(decoded, dict):
+        hint = " It is encoded twice." if isinstance(decoded, str) else ""
+        raise HeyGenBadInputError(
+            f"Airflow connection '{connection.conn_id}' is wrong: 'extra' must be a JSON object such as"
+            f' {{"read_timeout": 60}}.{hint}'
+        )
 
 
 def _base_url(connection: Connection) -> str:
