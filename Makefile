@@ -20,7 +20,7 @@ test-matrix:           ## the tests on every supported Airflow and Python that i
 	$(PYTHON) tests/matrix.py $(CELLS)
 
 test-oldest:           ## the tests on the oldest Airflow, with the oldest of what we depend on
-	@$(MAKE) test-matrix CELLS=3.0-3.11
+	@$(MAKE) test-matrix CELLS=3.1-3.11
 
 test-stack: .venv/done ## kill the parts of a real Airflow at the worst moments; needs PostgreSQL
 	@$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) chaos_kills chaos_random
@@ -30,7 +30,6 @@ chaos_kills chaos_random: .venv/done
 
 bench: .venv/done .venv-bench/done  ## what importing, waiting and moving files cost, beside others; 14 minutes
 	.venv-bench/bin/python benchmarks/import_cost.py --runs 5
-	$(BIN)/python benchmarks/worker_seconds.py
 	$(BIN)/python benchmarks/media.py
 	.venv-bench/bin/python benchmarks/polling.py
 

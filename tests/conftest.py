@@ -56,37 +56,11 @@ AIRFLOW = Version(airflow_version)
 
 # What an older Airflow lacks; docs/support.md tells users.
 HAS_STATE_STORE = Version("3.3") <= AIRFLOW
-LABELS_EARLY = Version("3.2") <= AIRFLOW
-KILLS_TRIGGERS = Version("3.3") <= AIRFLOW
-MASKS_RENDERED_FIELDS = Version("3.1") <= AIRFLOW
-RETRIES_KILLED_PROCESSES = Version("3.1") <= AIRFLOW
 STATS_ARE_SET_UP = Version("3.2") <= AIRFLOW  # by worker and triggerer; before, they set themselves up
-HAS_RETRY_POLICIES = Version("3.3") <= AIRFLOW
 HAS_THE_WEB_UI = Version("3.3") <= AIRFLOW
-
-
-def without_messages(output: str) -> str:
-    """
-    Leave out what Airflow 3.0 prints of the messages between a task and its supervisor.
-
-    It prints each of them, whatever its log level, and with all that it was asked to mask.
-    """
-    if MASKS_RENDERED_FIELDS:
-        return output
-    return re.sub(r"^.*\[debug +\] (?:Sending request|Received message) .*$", "", output, flags=re.MULTILINE)
-
 
 needs_state_store = pytest.mark.skipif(
     not HAS_STATE_STORE, reason="Airflow before 3.3 has no task state store"
-)
-needs_trigger_on_kill = pytest.mark.skipif(
-    not KILLS_TRIGGERS, reason="Airflow before 3.3 does not tell a trigger that its task was killed"
-)
-needs_retry_policies = pytest.mark.skipif(
-    not HAS_RETRY_POLICIES, reason="Airflow before 3.3 has no retry policies"
-)
-needs_retries_of_killed_processes = pytest.mark.skipif(
-    not RETRIES_KILLED_PROCESSES, reason="Airflow 3.0 fails a task whose process was killed, without a retry"
 )
 needs_the_web_ui = pytest.mark.skipif(
     not HAS_THE_WEB_UI, reason="Airflow before 3.2 has no fields of ours in its web UI, 3.2 looks different"

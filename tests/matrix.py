@@ -1,7 +1,10 @@
 """
 The support matrix: the suite on every Airflow and Python we claim, each pair in an environment of its own.
 
-    python tests/matrix.py [CELL ...]      a cell is AIRFLOW-PYTHON, such as 3.0-3.11; all of them by default
+    python tests/matrix.py [--chaos] [CELL ...]
+
+A cell is AIRFLOW-PYTHON, such as 3.1-3.11; all of them by default. With --chaos, it runs what `make test-stack`
+runs, which needs PostgreSQL, and not the rest of the suite.
 
 The environments stay in `.matrix/` for the next time. A cell whose Python is not on this machine is left out,
 and the table says so; a cell that was asked for by name fails then. Needs nothing but Python.
@@ -20,7 +23,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
 CONSTRAINTS = {
-    "3.0": "constraints/3.0.txt",
     "3.1": "constraints/3.1.txt",
     "3.2": "constraints/3.2.txt",
     "3.3": "constraints.txt",
@@ -30,7 +32,7 @@ PARTS = (
     ("--ignore", "tests/stack", "--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadfile"),
     ("tests/stack",),
 )
-IMPOSSIBLE = {"3.0-3.13": "Airflow 3.0 excludes Python 3.13"}
+CHAOS = (("tests/stack/chaos_kills.py",), ("tests/stack/chaos_random.py",))
 ABSENT = "no such Python here"
 
 
@@ -59,11 +61,9 @@ def build(cell: Path, python: str, constraints: str) -> Path:
     return inside
 
 
-def run(name: str) -> tuple[bool, str]:
-    """Run the suite in one cell; tell whether all is well, and what came out."""
+def run(name: str, parts: tuple[tuple[str, ...], ...]) -> tuple[bool, str]:
+    """Run these parts of the suite in one cell; tell whether all is well, and what came out."""
     airflow, _, version = name.partition("-")
-    if name in IMPOSSIBLE:
-        return True, IMPOSSIBLE[name]
     python = find_python(version)
     if python is None:
         return True, ABSENT
@@ -75,7 +75,7 @@ def run(name: str) -> tuple[bool, str]:
         return False, f"could not be installed: {error}"
     results = cell / "results.xml"
     counts, minutes, well = Counter[str](), 0.0, True
-    for part in PARTS:
+    for part in parts:
         results.unlink(missing_ok=True)
         suite = [inside, "-m", "pytest", f"--junitxml={results}", *part]
         code = subprocess.run(suite, cwd=ROOT, check=False).returncode
@@ -91,9 +91,11 @@ def run(name: str) -> tuple[bool, str]:
 
 
 def main() -> int:
-    names = sys.argv[1:] or [f"{airflow}-{python}" for airflow in CONSTRAINTS for python in PYTHONS]
-    outcomes = {name: run(name) for name in names}
-    if sys.argv[1:]:
+    asked_for = [argument for argument in sys.argv[1:] if argument != "--chaos"]
+    parts = CHAOS if "--chaos" in sys.argv[1:] else PARTS
+    names = asked_for or [f"{airflow}-{python}" for airflow in CONSTRAINTS for python in PYTHONS]
+    outcomes = {name: run(name, parts) for name in names}
+    if asked_for:
         outcomes = {name: (good and text != ABSENT, text) for name, (good, text) in outcomes.items()}
     print("\nAirflow  Python")
     for name, (good, text) in outcomes.items():

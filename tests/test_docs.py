@@ -34,7 +34,6 @@ from airflow.configuration import conf
 from airflow.models import Connection
 from airflow.sdk import DAG, BaseOperator
 from airflow.sdk.definitions.mappedoperator import MappedOperator
-from conftest import HAS_RETRY_POLICIES
 from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 
@@ -270,8 +269,6 @@ def here(tmp_path, media):
 
 @blocks_in("python")
 def test_python(block, heygen, airflow_db, here, tmp_path, monkeypatch):
-    if "RetryPolicy" in block.code and not HAS_RETRY_POLICIES:
-        pytest.skip("Airflow before 3.3 has no retry policies")
     code = here(block.code)
     for conn_id in set(re.findall(r"\bheygen_[a-z]+\b", code)):
         resource = "lipsyncs" if "lipsyncs" in conn_id else "overdubs"

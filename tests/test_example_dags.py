@@ -1,8 +1,4 @@
-"""
-Whole DAGs by `dag.test()`: what the examples save plays with the new audio.
-
-There is no triggerer then, so a wait that would end in it ends as any other.
-"""
+"""Whole DAGs by `dag.test()`: what the examples save plays with the new audio."""
 
 from __future__ import annotations
 
@@ -14,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from airflow_provider_heygen.emulator.media import decode_audio, decode_frames, make_audio, make_video
-from airflow_provider_heygen.hooks.heygen import HeyGenHook
 
 DAGS = Path(__file__).parent.parent / "example_dags"
 LANGUAGES = {"de": 500, "fr": 700, "es": 900}
@@ -99,41 +94,60 @@ def test_from_bucket_to_bucket(heygen, airflow, media, s3, tmp_path):
     assert [secret for secret in secrets if secret in stored or secret.rpartition("=")[2] in stored] == []
 
 
+@pytest.fixture
+def cleanup(airflow, monkeypatch):
+    """Run the example of a deletion; no task of it is tried again."""
+    dag = importlib.import_module("example_heygen_cleanup").dag
+    for task in dag.tasks:
+        monkeypatch.setattr(task, "retries", 0)
+
+    def run_it(**conf):
+        state, tasks = run("example_heygen_cleanup", **conf)
+        return state, {task: state for (task, _), (state, _) in tasks.items()}
+
+    return run_it
+
+
+def test_what_is_wanted_is_kept(heygen, cleanup, media):
+    state, tasks = cleanup()
+    assert state == "success"
+    assert tasks == {"dub": "success", "save": "success", "is_left_behind": "skipped", "delete": "skipped"}
+    assert [job.deleted for job in heygen.jobs] == [False]
+    assert is_dubbed(media / "talk.kept.mp4", media, "de")
+
+
+@pytest.mark.parametrize("fault", ["times out", "fails"])
+def test_what_is_left_behind_is_deleted(heygen, cleanup, fault):
+    heygen.behaviour.job_seconds = 3600 if fault == "times out" else 0.05
+    heygen.behaviour.fail_jobs = int(fault == "fails")
+    state, tasks = cleanup(timeout=2)
+    assert state == "failed"
+    assert tasks == {
+        "dub": "failed",
+        "save": "upstream_failed",
+        "is_left_behind": "success",
+        "delete": "success",
+    }
+    assert [job.deleted for job in heygen.jobs] == [True]
+
+
+def test_nothing_is_deleted_where_nothing_was_started(heygen, cleanup):
+    heygen.fail_next(method="POST", path="/v3/overdubs", status=402)
+    state, tasks = cleanup()
+    assert state == "failed"
+    assert tasks == {
+        "dub": "failed",
+        "save": "upstream_failed",
+        "is_left_behind": "success",
+        "delete": "skipped",
+    }
+    assert not heygen.jobs
+    assert "DELETE" not in {request.method for request in heygen.requests}
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in DAGS.glob("example_*.py")))
 def test_each_dag_and_task_says_in_the_ui_what_it_does(airflow, name):
     dag = importlib.import_module(name).dag
     assert "::" not in dag.doc_md  # it is Markdown
     for task in dag.tasks:
         assert task.partial_kwargs.get("doc_md") if task.is_mapped else task.doc_md, task.task_id
-
-
-NO_TRIGGERER = """
-from airflow.sdk import DAG, task
-from airflow_provider_heygen.sensors.overdub import HeyGenOverdubSensor
-
-with DAG("no_triggerer") as dag:
-    wait = HeyGenOverdubSensor(
-        task_id="wait", overdub_id={!r}, deferrable=True, poke_interval=0.2, end_from_trigger=True
-    )
-
-    @task
-    def use(details):
-        assert details["status"] == "completed"
-
-    use(wait.output)
-"""
-
-
-def test_there_is_no_triggerer_to_end_in(heygen, airflow, tmp_path, monkeypatch, capsys):
-    with HeyGenHook() as hook:
-        overdub_id = hook.create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
-    heygen.force(overdub_id, "completed")
-    heygen.fail_next(method="GET", status=500)  # the first look, so that the task defers
-    (tmp_path / "no_triggerer.py").write_text(NO_TRIGGERER.format(overdub_id))
-    monkeypatch.setattr("airflow.settings.DAGS_FOLDER", str(tmp_path))
-    monkeypatch.syspath_prepend(tmp_path)
-    state, tasks = run("no_triggerer")
-    assert state == "success"
-    assert set(tasks.values()) == {("success", 1)}
-    assert [request.status for request in heygen.requests if request.method == "GET"] == [500, 200]
-    assert "pushing its XCom failed" not in capsys.readouterr().out

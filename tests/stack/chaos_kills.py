@@ -8,12 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import (
-    RETRIES_KILLED_PROCESSES,
-    needs_retries_of_killed_processes,
-    needs_state_store,
-    needs_trigger_on_kill,
-)
+from conftest import needs_state_store
 
 from stack.airflow import NOTICES_SOON, Stack, end, kill_worker
 from stack.chaos import Chaos
@@ -21,6 +16,8 @@ from stack.rest import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from stack.chaos import Dubs
 
 # One server that honours Idempotency-Key, one that ignores it.
 SERVERS = ("honours", "ignores")
@@ -70,10 +67,12 @@ def posts(chaos: Chaos, status: int | None = None) -> int:
 
 
 def kill_all(chaos: Chaos, pids: dict[str, int], *, machine: bool = False) -> None:
-    # What Airflow 3.0 makes of a killed process is no retry, so there it is always the whole machine.
-    machine = machine or not RETRIES_KILLED_PROCESSES
     for pid in pids.values():
         assert kill_worker(pid, chaos.stack.home, supervisor=machine)
+
+
+def deleted(dubs: Dubs) -> list[str]:
+    return [job["id"] for jobs in dubs.jobs().values() for job in jobs if job["deleted"]]
 
 
 def test_killed_before_the_request_takes_effect(chaos: Chaos) -> None:
@@ -85,13 +84,7 @@ def test_killed_before_the_request_takes_effect(chaos: Chaos) -> None:
     dubs.check()
 
 
-@pytest.mark.parametrize(
-    "machine",
-    [
-        pytest.param(False, id="process", marks=needs_retries_of_killed_processes),
-        pytest.param(True, id="machine"),
-    ],
-)
+@pytest.mark.parametrize("machine", [False, True], ids=["process", "machine"])
 def test_killed_after_the_job_was_created_and_before_the_answer(chaos: Chaos, machine: bool) -> None:
     for server in each_server(chaos):
         server.add_fault("/v3/overdubs", method="POST", count=2, latency=60)
@@ -170,13 +163,11 @@ def test_a_run_in_pieces_gives_what_an_undisturbed_run_gives(chaos: Chaos) -> No
 def test_triggerer_restarts_with_50_in_flight(chaos: Chaos) -> None:
     for server in each_server(chaos):
         server.behave(job_seconds=100_000)
-    # A restart is no kill: nothing is deleted.
-    dubs = chaos.dubs([{"heygen_conn_id": SERVERS[i % 2], "delete_on_kill": True} for i in range(50)])
+    dubs = chaos.dubs([{"heygen_conn_id": SERVERS[i % 2]} for i in range(50)])
     dubs.wait_until("deferred")
     chaos.stack.restart_part("triggerer")
     time.sleep(10)
-    jobs = [job for found in dubs.jobs().values() for job in found]
-    assert not any(job["deleted"] for job in jobs)
+    assert not deleted(dubs)
     assert set(dubs.run.states().values()) == {"success", "deferred"}
     for server in each_server(chaos):
         for job in server.jobs():
@@ -264,22 +255,35 @@ def test_clearing_a_timed_out_task_makes_none(chaos: Chaos) -> None:
     dubs.check()
 
 
-@needs_trigger_on_kill
-def test_killing_a_deferred_task_deletes_its_job_if_asked_to(chaos: Chaos) -> None:
+def test_the_triggerer_stands_still(chaos: Chaos) -> None:
+    """Airflow takes its triggers from it, and gives them back when it goes on."""
     for server in each_server(chaos):
         server.behave(job_seconds=100_000)
-    dubs = chaos.dubs(
-        {"heygen_conn_id": name, "delete_on_kill": yes} for name in SERVERS for yes in (True, False)
-    )
+    dubs = chaos.dubs([{"heygen_conn_id": SERVERS[i % 2]} for i in range(10)])
     dubs.wait_until("deferred")
+    chaos.stack.freeze_part("triggerer")
+    try:
+        time.sleep(40)  # more than twice as long as Airflow takes to miss it
+    finally:
+        chaos.stack.thaw_part("triggerer")
+    time.sleep(15)
+    assert not deleted(dubs)
+    for server in each_server(chaos):
+        for job in server.jobs():
+            server.force(job["id"], "completed")
+    dubs.check()
+
+
+@pytest.mark.parametrize("deferrable", [False, True], ids=["on a worker", "deferred"])
+def test_ending_a_task_deletes_nothing(chaos: Chaos, deferrable: bool) -> None:
+    for server in each_server(chaos):
+        server.behave(job_seconds=100_000)
+    dubs = chaos.dubs({"heygen_conn_id": name, "deferrable": deferrable} for name in SERVERS)
+    wait_for("the jobs", dubs.all_created)
+    dubs.wait_until("deferred" if deferrable else "running")
     time.sleep(3)  # for the triggerer to have taken them up
     for name in dubs.names:
         dubs.run.mark(name, "failed")
-    deleted = {name for name, entry in zip(dubs.names, dubs.entries, strict=True) if entry["delete_on_kill"]}
-
-    def gone() -> set[str]:
-        return {name for name, jobs in dubs.jobs().items() if jobs[0]["deleted"]}
-
-    wait_for("the jobs to be deleted", lambda: gone() >= deleted)
-    time.sleep(3)
-    assert gone() == deleted
+    time.sleep(10)
+    assert set(map(len, dubs.jobs().values())) == {1}
+    assert not deleted(dubs)

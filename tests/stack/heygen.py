@@ -81,3 +81,10 @@ class HeyGen:
         )
         response.raise_for_status()
         return str(next(iter(response.json()["data"].values())))
+
+    def delete(self, job_id: str, resource: str = "overdubs") -> None:
+        """Delete a job without Airflow."""
+        response = self._session.delete(
+            f"{self.url}/v3/{resource}/{job_id}", headers={"X-Api-Key": self.key}, timeout=60
+        )
+        response.raise_for_status()

@@ -349,13 +349,6 @@ def test_the_request_is_shown_without_what_is_secret_in_links(web: Web, runs: di
     assert "Talk, German" in shown["title"]
 
 
-def test_there_is_a_link_to_heygen(web: Web, runs: dict[str, Run]) -> None:
-    web.open_task(runs[EXAMPLE], "details")
-    link = web.page.get_by_role("link", name="HeyGen dashboard")
-    link.wait_for()
-    assert link.get_attribute("href") == "https://app.heygen.com/"
-
-
 def test_the_example_says_what_it_does(web: Web, stack: Stack) -> None:
     web.open(f"dags/{EXAMPLE}")
     web.button("Dag Docs").click()

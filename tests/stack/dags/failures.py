@@ -6,7 +6,17 @@ import os
 from datetime import timedelta
 
 from airflow.sdk import DAG
-from cases import CONNECTIONS, CREATE_CASES, CREATES, REFUSED_CREATES, SENSOR_CASES, SENSORS, SKIPS
+from cases import (
+    CONNECTIONS,
+    CREATE_CASES,
+    CREATES,
+    REFUSED_CREATES,
+    REFUSED_POLLS,
+    SENSOR_CASES,
+    SENSORS,
+    SKIPS,
+    STEERED,
+)
 
 from airflow_provider_heygen.operators.asset import HeyGenUploadAssetOperator
 from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
@@ -36,6 +46,8 @@ with DAG(
             title="{{ task.task_id }}",
             deferrable=waiter == "create_deferred",
             poke_interval=1,
+            # A wait that has timed out would be retried, as long as Airflow allows.
+            **({"timeout": 12, "retries": 0} if case in REFUSED_POLLS else {}),
             **inputs,
         )
     mapped = {name: value for name, value in inputs.items() if name != "video"}
@@ -53,7 +65,7 @@ with DAG(
                 deferrable=waiter == "sensor_deferred",
                 # Long enough for Airflow to see the end of the last process; see MIN_HEARTBEAT_INTERVAL.
                 poke_interval=10 if waiter == "sensor_reschedule" else 1,
-                timeout=4 if "times_out" in case else 600,
+                timeout=600 if case in STEERED else 12,
                 **SKIPS.get(case, {}),
             )
 

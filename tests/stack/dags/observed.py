@@ -1,21 +1,17 @@
-"""What OpenLineage, StatsD and a retry policy see: from files over assets and overdubs to files again."""
+"""What OpenLineage and StatsD see: from files over assets and overdubs to files again."""
 
 from __future__ import annotations
 
 import os
 from datetime import timedelta
 
-from airflow.sdk import DAG, BaseOperator, get_current_context, task
+from airflow.sdk import DAG, get_current_context, task
 
-from airflow_provider_heygen.exceptions import HeyGenPermanentError
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.operators.asset import HeyGenUploadAssetOperator
 from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
-from airflow_provider_heygen.retry_policy import HeyGenRetryPolicy
 from airflow_provider_heygen.sensors.overdub import HeyGenOverdubSensor
 from airflow_provider_heygen.transfers.heygen_to_object_storage import HeyGenOverdubToObjectStorageOperator
-
-HAS_RETRY_POLICIES = hasattr(BaseOperator, "has_retry_policy")
 
 with DAG(
     "observed",
@@ -57,37 +53,5 @@ with DAG(
         heygen_conn_id="heygen_observed",
         overdub_id=started.output,
         deferrable=True,
-        end_from_trigger=True,
         poke_interval=1,
     )
-
-if HAS_RETRY_POLICIES:
-    with DAG(
-        "policy",
-        schedule=None,
-        # Without the policy, no second try comes before the test is over.
-        default_args={
-            "retries": 1,
-            "retry_delay": timedelta(days=1),
-            "retry_policy": HeyGenRetryPolicy(),
-        },
-    ):
-        busy = {"heygen_conn_id": "heygen_busy"}
-        HeyGenCreateOverdubOperator(
-            task_id="create",
-            video="https://example.com/v.mp4",
-            audio="https://example.com/a.mp3",
-            poke_interval=1,
-            timeout=20,
-            **busy,
-        )
-        HeyGenUploadAssetOperator(task_id="upload", source="{{ dag_run.conf['folder'] }}/upload.mp4", **busy)
-
-        @task
-        def refused() -> None:
-            try:
-                HeyGenHook("heygen_wrong_key").get_overdub("od_1")
-            except HeyGenPermanentError as error:
-                raise ValueError("The author's own error") from error
-
-        refused()
