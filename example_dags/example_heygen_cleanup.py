@@ -1,0 +1,74 @@
+"""
+Delete the overdub of a failed task on purpose.
+
+HeyGen has no cancel, and the provider deletes only on request. In this DAG, `delete` runs if `dub` was marked
+failed, or if its last try failed or timed out. The XCom `overdub_id` is there from the moment the overdub
+exists, before the wait. If there is none, no overdub was started, and `delete` is skipped.
+
+If you mark the whole DAG run failed, Airflow skips `delete`: mark the task instead. It needs a connection
+`heygen_default`; `make ui` brings one, with an emulator behind it.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+from airflow.sdk import DAG, task
+
+from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator, HeyGenDeleteOverdubOperator
+from airflow_provider_heygen.transfers.heygen_to_object_storage import HeyGenOverdubToObjectStorageOperator
+
+MEDIA = os.environ.get("HEYGEN_EXAMPLE_MEDIA", "/opt/airflow/media")
+
+with DAG(
+    dag_id="example_heygen_cleanup",
+    schedule=None,
+    params={
+        "video": f"file://{MEDIA}/talk.mp4",
+        "audio": f"file://{MEDIA}/talk.de.mp3",
+        "result": f"{MEDIA}/talk.kept.mp4",
+        "timeout": 7200,
+    },
+    tags=["example", "heygen"],
+    doc_md=__doc__,
+) as dag:
+    dub = HeyGenCreateOverdubOperator(
+        task_id="dub",
+        video="{{ params.video }}",
+        audio="{{ params.audio }}",
+        deferrable=True,
+        poke_interval=10,
+        timeout="{{ params.timeout }}",
+        # A killed worker costs a try, not the overdub: the next try reattaches to it.
+        retries=2,
+        retry_delay=timedelta(seconds=10),
+        doc_md="Starts one overdub and waits for it in the triggerer. XCom `overdub_id` holds its id from the"
+        " start.",
+    )
+
+    # A task that fails with `dub`. Without it, the run would count as a success when `delete` succeeds.
+    save = HeyGenOverdubToObjectStorageOperator(
+        task_id="save",
+        overdub_id=dub.output,
+        destination="{{ params.result }}",
+        overwrite=True,
+        doc_md="Streams the dubbed video to where the parameter `result` says.",
+    )
+
+    @task.short_circuit(
+        trigger_rule="one_failed",
+        doc_md="Runs if `dub` has failed, and lets `delete` run if an overdub was started.",
+    )
+    def is_left_behind(ti: Any = None) -> bool:
+        return ti.xcom_pull(task_ids="dub", key="overdub_id") is not None
+
+    delete = HeyGenDeleteOverdubOperator(
+        task_id="delete",
+        overdub_id="{{ ti.xcom_pull(task_ids='dub', key='overdub_id') }}",
+        retries=2,
+        doc_md="Deletes the overdub and its files at HeyGen, for good.",
+    )
+
+    dub >> is_left_behind() >> delete
