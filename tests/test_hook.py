@@ -931,7 +931,7 @@ def test_no_session_is_left_after_trouble(heygen, connect, no_leak):
             for end in await asyncio.gather(*tasks, return_exceptions=True)
         )
         assert sessions() == {}
-        connect(heygen.url, verify="/nowhere/ca.pem")
+        connect("https://127.0.0.1:1", verify="/nowhere/ca.pem")
         with pytest.raises(HeyGenBadInputError, match="'verify'"):
             async with HeyGenHook():
                 pass

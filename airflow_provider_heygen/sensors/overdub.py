@@ -91,7 +91,8 @@ class HeyGenOverdubSensor(BaseSensorOperator):
                     step = self._look_again(watch, hook)
                     if isinstance(step, dict):
                         return self._done(conclude(step, Wait(context["ti"], since)))
-                raise AirflowRescheduleException(datetime.now(UTC) + timedelta(seconds=step))
+                again = datetime.now(UTC) + timedelta(seconds=step)
+                raise AirflowRescheduleException(again)  # type: ignore[no-untyped-call]
         raise TaskDeferred(
             trigger=HeyGenOverdubTrigger(
                 heygen_conn_id=self.heygen_conn_id, overdub_id=self.overdub_id, **rules
