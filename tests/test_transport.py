@@ -1,0 +1,623 @@
+"""The two transports: what a network fault proves, where the credential goes, and what both can read."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+import socket
+import threading
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import requests
+from airflow.sdk import Connection
+from test_connection import Authority, unused_port
+
+from airflow_provider_heygen import api, transport
+from airflow_provider_heygen.connection import HeyGenConnection
+from airflow_provider_heygen.exceptions import (
+    HeyGenBadInputError,
+    HeyGenPermanentError,
+    HeyGenTransientError,
+    HeyGenUnreachableError,
+)
+
+POLL = api.get_overdub("overdubs", "od_1")
+MEDIA = {"video": "https://example.com/v.mp4", "audio": "https://example.com/a.mp3"}
+OVERDUB = json.dumps({"data": {"id": "od_1", "status": "running"}}).encode()
+SECRET = "pw-of-the-proxy"
+
+
+def create_call():
+    return api.create_overdub("overdubs", api.CreateOverdubRequest.of(MEDIA), "key-1")
+
+
+def settings_for(url, **extra):
+    return HeyGenConnection(conn_id="mine", base_url=url, credential="sk-secret", **extra)
+
+
+def send(call, settings):
+    with transport.new_session(settings, credential=True) as session:
+        return transport.send(session, call, settings)
+
+
+def asend(call, settings):
+    return asyncio.run(transport.asend(call, settings))
+
+
+both_transports = pytest.mark.parametrize("send", [send, asend], ids=["sync", "async"])
+
+
+@pytest.fixture(autouse=True)
+def _own_network(connect):
+    """No proxy of the machine."""
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory):
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@contextmanager
+def peer(behave):
+    """A server on loopback that does with each connection what ``behave(socket)`` does."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                with connection:
+                    behave(connection)
+
+        threading.Thread(target=serve, daemon=True).start()
+        try:
+            yield server.getsockname()[1]
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+
+
+def hang_up(connection):
+    connection.recv(65536)
+
+
+def reset(connection):
+    connection.recv(1)  # unread bytes turn the end into a reset
+
+
+def keep_silent(connection):
+    connection.settimeout(2)
+    try:
+        while connection.recv(65536):
+            pass
+    except OSError:
+        pass
+
+
+def saying(answer):
+    def behave(connection):
+        connection.recv(65536)
+        connection.sendall(answer)
+
+    return behave
+
+
+@contextmanager
+def full_backlog():
+    """A port that does not answer a SYN."""
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.socket())
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        for _ in range(8):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(server.getsockname())
+        yield server.getsockname()[1]
+
+
+def refusal(status):
+    return lambda _: peer(saying(f"HTTP/1.1 {status} No\r\nContent-Length: 1\r\n\r\nx".encode()))
+
+
+def peer_that(behave):
+    return lambda _: peer(behave)
+
+
+@contextmanager
+def nobody(_):
+    yield unused_port()
+
+
+@contextmanager
+def of_listener(listener):
+    yield listener.port
+
+
+def trusted(context):
+    """A TLS server with a certificate of the test's authority."""
+    return of_listener(context["listen"](tls=context["authority"].server()))
+
+
+# What there is at the port, the connection's host and extras, and what the message says.
+DIRECT = {
+    "refused": (nobody, "http://127.0.0.1:{port}", {}, "refused the connection. Check the host of"),
+    "refused, https": (nobody, "https://127.0.0.1:{port}", {}, "refused the connection. Check the host of"),
+    "no such name": (
+        nobody,
+        "https://nowhere.invalid:{port}",
+        {},
+        "not found by its name. Check the host of",
+    ),
+    "no answer to SYN": (
+        lambda _: full_backlog(),
+        "https://127.0.0.1:{port}",
+        {"connect_timeout": 0.3},
+        "did not answer in time. Check the host of",
+    ),
+    "unknown authority": (trusted, "https://127.0.0.1:{port}", {}, "not trusted. Check 'verify' of"),
+    "certificate of another host": (
+        trusted,
+        "https://localhost:{port}",
+        {"verify": "{ca}"},
+        "for another host. Check 'verify' and the host of",
+    ),
+    "https to an http port": (
+        refusal("400"),
+        "https://127.0.0.1:{port}",
+        {},
+        "does not speak TLS. Check the host and its port of",
+    ),
+    "handshake cut off": (peer_that(hang_up), "https://127.0.0.1:{port}", {}, ". Check the host"),
+    "handshake reset": (peer_that(reset), "https://127.0.0.1:{port}", {}, ". Check the host"),
+    "handshake not answered": (
+        peer_that(keep_silent),
+        "https://127.0.0.1:{port}",
+        {"connect_timeout": 0.3},
+        "did not answer in time. Check the host of",
+    ),
+    "handshake rejected": (
+        peer_that(saying(b"\x15\x03\x03\x00\x02\x02\x28")),  # handshake_failure
+        "https://127.0.0.1:{port}",
+        {},
+        "rejected the TLS handshake. Check 'cert' and the host of",
+    ),
+    "http to a TLS port": (
+        peer_that(saying(b"\x15\x03\x03\x00\x02\x02\x46")),
+        "http://127.0.0.1:{port}",
+        {},
+        "Use https in the host of",
+    ),
+}
+
+PROXIED = {
+    "proxy down": (
+        nobody,
+        "https://api.heygen.com",
+        {},
+        "The proxy refused the connection. Check 'proxies' of",
+    ),
+    "proxy down, http": (
+        nobody,
+        "http://localhost:1",
+        {},
+        "The proxy refused the connection. Check 'proxies' of",
+    ),
+    "proxy has no address": (
+        nobody,
+        "https://api.heygen.com",
+        {"proxy_host": "nowhere.invalid"},
+        "The proxy was not found by its name. Check 'proxies' of",
+    ),
+    "proxy does not answer a SYN": (
+        lambda _: full_backlog(),
+        "https://api.heygen.com",
+        {"connect_timeout": 0.3},
+        "did not answer in time. Check 'proxies' and the host of",
+    ),
+    **{
+        f"proxy answers {status}": (
+            refusal(status),
+            "https://api.heygen.com",
+            {},
+            f"The proxy answered {status} to CONNECT",
+        )
+        for status in (407, 403, 502, 503, 504)
+    },
+    "proxy hangs up": (peer_that(hang_up), "https://api.heygen.com", {}, "Check 'proxies' and the host of"),
+    "proxy keeps silent": (
+        peer_that(keep_silent),
+        "https://api.heygen.com",
+        {"connect_timeout": 0.3, "read_timeout": 0.3, "write_timeout": 0.3},
+        "Check 'proxies' and the host of",
+    ),
+    "no TLS behind the proxy": (
+        refusal("200"),
+        "https://api.heygen.com",
+        {"connect_timeout": 0.5, "read_timeout": 0.5, "write_timeout": 0.5},
+        "of Airflow connection 'mine'.",
+    ),
+}
+
+
+def assert_never_sent(raised, call, base_url, text):
+    error = raised.value
+    assert type(error) is HeyGenUnreachableError, error
+    assert error.outcome_unknown is False
+    assert re.match(
+        rf"\w+ during {re.escape(call.what)} at {re.escape(base_url)}, nothing was sent", str(error)
+    )
+    assert text in str(error)
+    assert "Airflow connection 'mine'." in str(error)
+    assert SECRET not in str(error)
+    assert error.__suppress_context__ or error.__context__ is None
+
+
+@both_transports
+@pytest.mark.parametrize("call", [create_call(), POLL], ids=["create", "poll"])
+@pytest.mark.parametrize("case", DIRECT.values(), ids=DIRECT)
+def test_never_sent(listen, authority, send, call, case):
+    place, url, extra, text = case
+    with place({"listen": listen, "authority": authority}) as port:
+        extra = {name: authority.file if value == "{ca}" else value for name, value in extra.items()}
+        settings = settings_for(url.format(port=port), **extra)
+        with pytest.raises(HeyGenUnreachableError) as raised:
+            send(call, settings)
+    assert_never_sent(raised, call, settings.base_url, text)
+
+
+@both_transports
+@pytest.mark.parametrize("by", ["connection", "environment"])
+@pytest.mark.parametrize("call", [create_call(), POLL], ids=["create", "poll"])
+@pytest.mark.parametrize("case", PROXIED.values(), ids=PROXIED)
+def test_never_sent_by_the_proxy(monkeypatch, listen, send, call, case, by):
+    place, url, extra, text = case
+    extra = dict(extra)
+    host = extra.pop("proxy_host", "127.0.0.1")
+    scheme = url.partition(":")[0]
+    with place({"listen": listen}) as port:
+        proxy = f"http://me:{SECRET}@{host}:{port}"
+        if by == "connection":
+            extra["proxies"] = {scheme: proxy}
+        else:
+            monkeypatch.setenv(f"{scheme}_proxy", proxy)
+        settings = settings_for(url, **extra)
+        with pytest.raises(HeyGenUnreachableError) as raised:
+            send(call, settings)
+    assert_never_sent(raised, call, url, text)
+
+
+@both_transports
+def test_certificate_behind_a_proxy(listen, authority, send):
+    proxy, gateway = listen(), listen(tls=authority.server())
+    settings = settings_for(gateway.url, proxies={"https": proxy.url})
+    with pytest.raises(HeyGenUnreachableError, match=r"not trusted\. Check 'verify'") as raised:
+        send(create_call(), settings)
+    assert_never_sent(raised, create_call(), gateway.url, "not trusted")
+    assert gateway.seen == []
+
+
+@both_transports
+@pytest.mark.parametrize("call", [create_call(), POLL], ids=["create", "poll"])
+@pytest.mark.parametrize("tls", [True, False], ids=["https", "http"])
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"], ids=["none", "half"]
+)
+def test_broken_after_sending(listen, authority, send, call, tls, answer):
+    gateway = listen(lambda _: answer, tls=authority.server() if tls else None)
+    settings = settings_for(gateway.url, verify=authority.file)
+    with pytest.raises(HeyGenTransientError, match="no answer arrived") as raised:
+        send(call, settings)
+    assert not isinstance(raised.value, HeyGenUnreachableError)
+    assert raised.value.outcome_unknown is (call.method == "POST")
+    assert len(gateway.seen) == 1
+
+
+@both_transports
+def test_silence_after_sending(listen, send):
+    done = threading.Event()
+    gateway = listen(lambda _: done.wait(2) and b"")
+    with pytest.raises(HeyGenTransientError, match="no answer arrived") as raised:
+        send(create_call(), settings_for(gateway.url, write_timeout=0.2))
+    done.set()
+    assert raised.value.outcome_unknown
+    assert not isinstance(raised.value, HeyGenUnreachableError)
+
+
+def test_a_connection_that_is_kept_alive_breaks(listen, authority):
+    """No connection is opened for the second request, which tells nothing about whether it was sent."""
+    for tls in (None, authority.server()):
+        answers = [(200, {}, OVERDUB), b""] * 2
+        gateway = listen(lambda _, answers=answers: answers.pop(0), tls=tls)
+        settings = settings_for(gateway.url, verify=authority.file)
+        with transport.new_session(settings, credential=True) as session:
+            transport.send(session, POLL, settings)
+            with pytest.raises(HeyGenTransientError) as raised:
+                transport.send(session, create_call(), settings)
+            assert raised.value.outcome_unknown
+
+        async def twice(settings=settings):
+            async with transport.shared_session(settings):
+                await transport.asend(POLL, settings)
+                await transport.asend(create_call(), settings)
+
+        with pytest.raises(HeyGenTransientError) as raised:
+            asyncio.run(twice())
+        assert raised.value.outcome_unknown
+        assert gateway.seen[0].client == gateway.seen[1].client
+        assert gateway.seen[2].client == gateway.seen[3].client
+
+
+@both_transports
+def test_an_earlier_failure_proves_nothing(listen, send):
+    """A chain of exceptions may hold that of an earlier attempt, which was never sent."""
+    gateway = listen(lambda _: b"")
+    try:
+        send(POLL, settings_for(f"http://127.0.0.1:{unused_port()}"))
+    except HeyGenUnreachableError:
+        with pytest.raises(HeyGenTransientError) as raised:
+            send(create_call(), settings_for(gateway.url))
+    assert raised.value.outcome_unknown
+
+
+# --- Settings that cannot work --------------------------------------------------------------------------
+
+
+@both_transports
+@pytest.mark.parametrize("by", ["connection", "environment"])
+@pytest.mark.parametrize(
+    "proxy",
+    [f"ftp://{SECRET}", f"http://[{SECRET}", f"http://{SECRET}@:x", "http://", f"http://me:{SECRET}@a..b:1"],
+)
+def test_useless_proxy(monkeypatch, send, proxy, by):
+    if by == "environment":
+        monkeypatch.setenv("https_proxy", proxy)
+    extra = {"proxies": {"https": proxy}} if by == "connection" else {}
+    with pytest.raises(HeyGenBadInputError, match="'proxies' of Airflow connection 'mine'") as raised:
+        send(create_call(), settings_for("https://api.heygen.com", **extra))
+    assert SECRET not in str(raised.value)
+    assert raised.value.__suppress_context__ or raised.value.__context__ is None
+
+
+@both_transports
+@pytest.mark.parametrize("name", ["verify", "cert"])
+@pytest.mark.parametrize("content", [None, "this is no certificate", "a directory"])
+def test_useless_file(listen, authority, tmp_path, send, name, content):
+    if (name, content) == ("verify", "a directory"):
+        pytest.skip("a directory may hold certificates")
+    path = tmp_path / "file.pem"
+    if content == "a directory":
+        path.mkdir()
+    elif content is not None:
+        path.write_text(content)
+    gateway = listen(tls=authority.server())
+    settings = settings_for(gateway.url, **{"verify": authority.file, name: str(path)})
+    with pytest.raises(HeyGenBadInputError, match=f"^The '{name}' file of Airflow connection 'mine'"):
+        send(create_call(), settings)
+    assert gateway.seen == []
+
+
+@both_transports
+@pytest.mark.parametrize("by", ["connection", "environment"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [("p%E2%82%ACw", "p€w".encode()), ("p%C3%A9w", b"p\xe9w"), ("p%3A%40%2Fw", b"p:@/w"), ("", b"")],
+    ids=["euro", "latin-1", "reserved", "empty"],
+)
+def test_password_of_the_proxy(monkeypatch, listen, authority, send, scheme, by, given, sent):
+    got = []
+    behave = saying(b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n")
+
+    class Reading:
+        def __init__(self, connection):
+            self.connection = connection
+            self.sendall = connection.sendall
+
+        def recv(self, size):
+            got.append(self.connection.recv(size))
+
+    with peer(lambda connection: behave(Reading(connection))) as port:
+        proxy = f"http://m%C3%A9:{given}@127.0.0.1:{port}"
+        if by == "environment":
+            monkeypatch.setenv(f"{scheme}_proxy", proxy)
+        extra = {"proxies": {scheme: proxy}} if by == "connection" else {}
+        with pytest.raises((HeyGenTransientError, HeyGenPermanentError)) as raised:
+            send(POLL, settings_for(f"{scheme}://heygen.invalid", **extra))
+    assert "407" in str(raised.value)
+    (header,) = re.findall(rb"(?im)^proxy-authorization: basic (\S+)", got[0])
+    user = "mé".encode("latin-1" if given != "p%E2%82%ACw" else "utf-8")
+    assert base64.b64decode(header) == user + b":" + sent
+    assert (b"X-Api-Key" in got[0]) is (scheme == "http")
+
+
+@both_transports
+def test_the_proxys_password_stays_with_the_proxy(listen, authority, send):
+    proxy, gateway = listen(), listen(lambda _: (200, {}, OVERDUB), tls=authority.server())
+    url = f"http://me:{SECRET}@127.0.0.1:{proxy.port}"
+    send(POLL, settings_for(gateway.url, verify=authority.file, proxies={"https": url}))
+    assert proxy.tunnels
+    (seen,) = gateway.seen
+    assert "Proxy-Authorization" not in seen.headers
+
+
+# --- Headers --------------------------------------------------------------------------------------------
+
+
+@both_transports
+@pytest.mark.parametrize("size", [9_000, 60_000, 65_000])
+def test_long_header(listen, send, size):
+    gateway = listen(lambda _: (200, {"Content-Security-Policy": "a" * size}, OVERDUB))
+    assert send(POLL, settings_for(gateway.url)).status == "running"
+
+
+@both_transports
+@pytest.mark.parametrize("call", [create_call(), POLL], ids=["create", "poll"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (200, {"X-Long": "a" * 70_000}, OVERDUB),
+        b"HTTP/1.1 200 OK " + b"a" * 70_000,
+        b"SSH-2.0-OpenSSH\r\n\r\n",
+    ],
+    ids=["header", "status line", "no HTTP"],
+)
+def test_unreadable_response(listen, send, call, answer):
+    gateway = listen(lambda _: answer)
+    with pytest.raises(HeyGenTransientError, match=r"no answer arrived that can be read.*64 kB") as raised:
+        send(call, settings_for(gateway.url))
+    assert raised.value.outcome_unknown is (call.method == "POST")
+
+
+# --- The credential -------------------------------------------------------------------------------------
+
+SAME = [
+    ("https://api.heygen.com", "https://api.heygen.com:443/v3/x"),
+    ("https://api.heygen.com:443", "https://api.heygen.com/v3/x"),
+    ("HTTPS://Api.HeyGen.com", "https://api.heygen.com/v3/x"),
+    ("https://api.heygen.com", "HTTPS://API.heygen.com/v3/x"),
+    ("https://gateway.example/heygen", "https://gateway.example/v3/x"),
+    ("https://b\u00fccher.example", "https://xn--bcher-kva.example/"),
+    ("http://127.0.0.1:80", "http://127.0.0.1/"),
+    ("https://[2001:db8::1]", "https://[2001:DB8::1]:443/"),
+]
+OTHER = [
+    ("https://api.heygen.com", "http://api.heygen.com/v3/x"),
+    ("https://api.heygen.com", "http://api.heygen.com:443/v3/x"),
+    ("https://api.heygen.com", "https://api.heygen.com:8443/v3/x"),
+    ("https://api.heygen.com", "https://heygen.com/v3/x"),
+    ("https://api.heygen.com", "https://files.api.heygen.com/v3/x"),
+    ("https://api.heygen.com", "https://api.heygen.com.evil.example/"),
+    ("https://api.heygen.com", "https://api.heygen.com@evil.example/"),
+    ("https://api.heygen.com", "https://evil.example/?https://api.heygen.com"),
+    ("https://api.heygen.com", "https://evil.example\\@api.heygen.com/"),
+    ("https://api.heygen.com", "https://me:pw@evil.example/"),
+]
+
+
+@pytest.mark.parametrize("auth_type", ["api_key", "oauth"])
+@pytest.mark.parametrize(
+    ("base_url", "url", "same"), [(*pair, True) for pair in SAME] + [(*pair, False) for pair in OTHER]
+)
+def test_credential_of_its_own_origin(monkeypatch, tmp_path, base_url, url, same, auth_type):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("default login me password pw\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    settings = settings_for(base_url, auth_type=auth_type)
+    with transport.new_session(settings, credential=True) as session:
+        headers = session.prepare_request(requests.Request("GET", url)).headers
+    assert headers["User-Agent"] == transport.USER_AGENT
+    name, value = settings.auth_header
+    assert headers.get(name) == (value if same else None)
+    assert {"Authorization", "X-Api-Key"} & set(headers) == ({name} if same else set())
+
+
+def test_no_redirect_takes_the_credential_along(listen):
+    other = listen()
+    gateway = listen(lambda _: (307, {"Location": f"{other.url}/v3/x"}, b""))
+    with transport.new_session(settings_for(gateway.url), credential=True) as session:
+        response = session.get(f"{gateway.url}/v3/x", allow_redirects=True)
+        assert (response.status_code, response.next) == (307, None)
+        session.get(other.url)
+    (seen,) = other.seen
+    assert seen.path == "/"
+    assert "X-Api-Key" not in seen.headers
+    assert gateway.seen[0].headers["X-Api-Key"] == "sk-secret"
+
+
+def test_a_session_without_credential(listen, monkeypatch, tmp_path):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("default login me password pw\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    server = listen()
+    with transport.new_session(settings_for(server.url), credential=False) as session:
+        session.get(server.url)
+    assert not {"Authorization", "X-Api-Key"} & set(server.seen[0].headers)
+
+
+def test_no_session_is_left(listen):
+    gateway = listen(lambda _: (200, {}, OVERDUB))
+    asend(POLL, settings_for(gateway.url))
+    assert not any(transport._sessions.values())
+
+
+# --- The extra of the connection ------------------------------------------------------------------------
+
+
+def extra_of(connection):
+    return HeyGenConnection.extra_of(connection)
+
+
+def aextra_of(connection):
+    return asyncio.run(HeyGenConnection.aextra_of(connection))
+
+
+both_extras = pytest.mark.parametrize("read", [extra_of, aextra_of], ids=["sync", "async"])
+
+
+@both_extras
+@pytest.mark.parametrize("extra", [None, "", "{}", '{"read_timeout": 5}'])
+def test_extra(read, extra):
+    connection = Connection(conn_id="mine", conn_type="heygen", extra=extra)
+    assert read(connection) == json.loads(extra or "{}")
+
+
+@both_extras
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "[1]",
+        '["pw-a"]',
+        json.dumps('{"resource": "pw-a"}'),
+        "5",
+        "true",
+        "null",
+        "pw-a",
+        "{'resource': 'pw-a'}",
+    ],
+)
+def test_extra_that_is_no_object(caplog, capsys, read, extra):
+    connection = Connection(conn_id="mine", conn_type="heygen", extra=extra)
+    with pytest.raises(HeyGenBadInputError) as raised:
+        read(connection)
+    assert str(raised.value).startswith("Airflow connection 'mine' is wrong: 'extra' must be a JSON object")
+    assert ("encoded twice" in str(raised.value)) is extra.startswith('"')
+    assert raised.value.__suppress_context__ or raised.value.__context__ is None
+    assert "pw-a" not in f"{raised.value}{caplog.text}{capsys.readouterr()}"
+
+
+@both_extras
+def test_secrets_of_the_extra_are_masked(read):
+    from airflow.sdk.log import redact
+
+    secret = f"a-very-long-secret-{read.__name__}"
+    extra = json.dumps({"unknown": {"api_key": secret}})
+    read(Connection(conn_id="mine", conn_type="heygen", extra=extra))
+    assert secret not in str(redact(f"it is {secret}."))
+
+
+@pytest.mark.parametrize(
+    "proxies",
+    [
+        "http://pw@proxy:3128",
+        ["http://pw@proxy:3128"],
+        {"https": ["pw"]},
+        {"https": {"a": "pw"}},
+        {"https": 5},
+        5,
+    ],
+)
+def test_proxies_of_another_form(proxies):
+    connection = Connection(conn_id="mine", conn_type="heygen", password="key")
+    with pytest.raises(HeyGenBadInputError) as raised:
+        HeyGenConnection.from_airflow(connection, {"proxies": proxies})
+    assert str(raised.value) == (
+        "Airflow connection 'mine' is wrong: extra 'proxies': must be a JSON object of texts, such as"
+        ' {"https": "http://proxy.example:3128"}.'
+    )
