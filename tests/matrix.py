@@ -3,8 +3,8 @@ The support matrix: the suite on every Airflow and Python we claim, each pair in
 
     python tests/matrix.py [--chaos] [CELL ...]
 
-A cell is AIRFLOW-PYTHON, such as 3.1-3.11; all of them by default. With --chaos, only what `make test-stack` runs
-is run; it needs PostgreSQL.
+A cell is AIRFLOW-PYTHON, such as 3.1-3.11; all of them by default. With --chaos, only the tests of
+`make test-stack` run; they need PostgreSQL.
 
 The environments stay in `.matrix/` for the next time. A cell whose Python is not on this machine is left out,
 and the table says so; a cell that was asked for by name fails then. Needs nothing but Python.

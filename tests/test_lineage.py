@@ -130,7 +130,7 @@ def test_create(heygen, deferrable, wait_for_completion):
 def test_a_retry_that_goes_on_tells_the_same_overdub(heygen):
     traced = Traced(dub(timeout=0.01), store=StateStore())
     heygen.behaviour.job_seconds = 0.3
-    with pytest.raises(HeyGenError, match="Stopped waiting"):
+    with pytest.raises(HeyGenError, match="Timed out waiting"):
         traced.task.start()
     told = traced.told(TaskInstanceState.FAILED)
     assert (named(told.inputs), told.outputs) == (SOURCES, [])
