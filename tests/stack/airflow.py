@@ -225,21 +225,14 @@ class Stack:
         """What a part has printed."""
         return (self.home / f"{part}.stdout").read_text(errors="replace")
 
-    def workloads(self, since: int = 0) -> list[tuple[str, float]]:
+    def worker_seconds(self, since: int = 0) -> float:
         """
-        The starts of tasks: which task instance, and how many seconds it held a worker by its own account.
+        How long a worker is held by one start of a task, on average and by the executor's account.
 
         :param since: how much of the scheduler's output to leave out.
         """
-        found = re.findall(
-            r"Workload finished .*?duration=([0-9.]+).*?workload_id=(\S+)", self.output("scheduler")[since:]
-        )
-        return [(task_instance, float(seconds)) for seconds, task_instance in found]
-
-    def worker_seconds(self, since: int = 0) -> float:
-        """How long a worker is held by one start of a task, on average."""
-        found = self.workloads(since)
-        return sum(seconds for _, seconds in found) / max(len(found), 1)
+        found = re.findall(r"Workload finished .*?duration=([0-9.]+)", self.output("scheduler")[since:])
+        return sum(map(float, found)) / max(len(found), 1)
 
     # The database
 

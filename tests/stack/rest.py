@@ -120,10 +120,6 @@ class Run:
         tries = self.rest.call("GET", f"{self._task(name)}/tries")["task_instances"]
         return [task["try_number"] for task in tries]
 
-    def starts(self, name: str, try_number: int = 1) -> int:
-        """How often a worker has started one try, by its log: each start reads the DAG."""
-        return self.log(name, try_number).count("Filling up the DagBag")
-
     def clear(self, *names: str) -> None:
         """Clear task instances, as a user does to have them run again."""
         body = {
