@@ -26,6 +26,7 @@ from airflow_provider_heygen.exceptions import (
     HeyGenError,
     HeyGenNotFoundError,
     HeyGenPermanentError,
+    HeyGenTaskFailedError,
     HeyGenTransientError,
 )
 from airflow_provider_heygen.hooks.heygen import MAX_UPLOAD_URLS, HeyGenHook
@@ -733,15 +734,16 @@ def test_nothing_is_uploaded_before_all_is_checked(heygen, clips, changes, error
         make(clips / "p.png", *PICTURE, "-frames:v", "1")
     changes = {name: value.format(clips=clips) for name, value in changes.items()}
     task = Task(dub(clips, **changes), store=StateStore())
-    with pytest.raises(HeyGenBadInputError, match=error):
+    with pytest.raises(HeyGenTaskFailedError, match=error) as caught:
         task.start()
+    assert isinstance(caught.value.__cause__, HeyGenBadInputError)
     assert heygen.requests == []
     assert not task.store
 
 
 def test_an_upload_that_is_refused_creates_nothing(heygen, pauses, clips):
     heygen.fail_next(path="/v3/assets", status=402)
-    with pytest.raises(HeyGenPermanentError, match="402"):
+    with pytest.raises(HeyGenTaskFailedError, match="402"):
         Task(dub(clips), store=StateStore()).start()
     assert heygen.jobs == []
 
