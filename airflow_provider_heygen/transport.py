@@ -100,6 +100,8 @@ def send(
         raise (wrong or _fault(error, attempt, call, settings)) from None
     finally:
         _attempt.reset(token)
+    if response.status_code < 200:
+        session.close()  # http.client takes a 1xx for the response; the real one must not answer the next request
     return call.answer(response.status_code, response.headers, response.content, settings)
 
 

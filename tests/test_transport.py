@@ -19,6 +19,7 @@ from airflow_provider_heygen import api, transport
 from airflow_provider_heygen.connection import HeyGenConnection
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
+    HeyGenGatewayError,
     HeyGenPermanentError,
     HeyGenTransientError,
     HeyGenUnreachableError,
@@ -384,11 +385,17 @@ def test_useless_proxy(monkeypatch, send, proxy, by):
 
 
 @both_transports
-@pytest.mark.parametrize("name", ["verify", "cert"])
-@pytest.mark.parametrize("content", [None, "this is no certificate", "a directory"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [  # a directory of 'verify' may hold certificates
+        ("verify", None),
+        ("verify", "this is no certificate"),
+        ("cert", None),
+        ("cert", "this is no certificate"),
+        ("cert", "a directory"),
+    ],
+)
 def test_useless_file(listen, authority, tmp_path, send, name, content):
-    if (name, content) == ("verify", "a directory"):
-        pytest.skip("a directory may hold certificates")
     path = tmp_path / "file.pem"
     if content == "a directory":
         path.mkdir()
@@ -621,3 +628,20 @@ def test_proxies_of_another_form(proxies):
         "Airflow connection 'mine' is wrong: extra 'proxies': must be a JSON object of texts, such as"
         ' {"https": "http://proxy.example:3128"}.'
     )
+
+
+def test_a_1xx_leaves_nothing_behind_for_the_next_request(listen):
+    early = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+    body = b'{"data": {"id": "od_1", "status": "late"}}'
+    late = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    bodies = [early + late, json.dumps({"data": {"id": "od_2", "status": "running"}}).encode()]
+
+    def answer(seen):
+        return bodies[0] if len(server.seen) == 1 else (200, {}, bodies[1])
+
+    server = listen(answer)
+    settings = settings_for(server.url)
+    with transport.new_session(settings, credential=True) as session:
+        with pytest.raises(HeyGenGatewayError):
+            transport.send(session, api.get_overdub("overdubs", "od_1"), settings)
+        assert transport.send(session, api.get_overdub("overdubs", "od_2"), settings).status == "running"
