@@ -129,21 +129,18 @@ def submit(
     submission = ledger.recall(body_digest)
     step = next_step(submission, body_digest, ledger.ti.max_tries)
     if submission is not None and step in (Step.LOOK, Step.SEARCH):
+        cleared = submission.max_tries != ledger.ti.max_tries
         try:
-            overdub_id, seen = _see(submission, request, hook, ledger)
+            overdub_id, seen = _see(submission, request, hook)
         except HeyGenOutcomeUnknownError:
-            if submission.max_tries == ledger.ti.max_tries:
+            if not cleared:
                 raise
-            # Cleared: somebody was told what we cannot tell, and has decided, for later runs, too.
+            # The user was told what cannot be determined, and has decided, for later tries, too.
             overdub_id, seen = "", Seen.MISSING
             submission = submission.model_copy(update={"sent": False})
         step = next_step(submission, body_digest, ledger.ti.max_tries, seen)
         if step is Step.ATTACH:
-            log.info("Reattached to overdub %s, which an earlier try of this task started.", overdub_id)
-            answered = submission.answered or time.time()
-            submission = submission.model_copy(update={"overdub_id": overdub_id, "answered": answered})
-            ledger.write(_relabel(submission, overdub_id, request, hook, ledger))
-            metrics.reattached(ledger.ti)
+            _reattach(submission, overdub_id, request, hook, ledger)
             return overdub_id
     if submission is None or step is Step.POST_NEW:
         if submission is not None and submission.overdub_id and not submission.delivered:
@@ -161,6 +158,16 @@ def submit(
     return _create(request, submission, hook, ledger, files, generation=2)
 
 
+def _reattach(
+    submission: Submission, overdub_id: str, request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger
+) -> None:
+    log.info("Reattached to overdub %s, which an earlier try of this task started.", overdub_id)
+    answered = submission.answered or time.time()
+    submission = submission.model_copy(update={"overdub_id": overdub_id, "answered": answered})
+    ledger.write(_relabel(submission, overdub_id, request, hook))
+    metrics.reattached(ledger.ti)
+
+
 def _create(
     request: CreateOverdubRequest,
     submission: Submission,
@@ -171,7 +178,7 @@ def _create(
 ) -> str:
     submission = _upload(files.values(), submission, hook, ledger, generation)
     request = _with_assets(request, {name: submission.assets[file.digest] for name, file in files.items()})
-    if submission.sent:
+    if submission.sent and submission.labels:
         # An earlier attempt may yet take effect, and is found by what it was sent with.
         request = request.model_copy(update={"callback_id": submission.callback_id})
     submission = submission.model_copy(update=labels(request))
@@ -227,14 +234,12 @@ def _with_assets(request: CreateOverdubRequest, asset_ids: Mapping[str, str]) ->
     return request.model_copy(update=media)
 
 
-def _see(
-    submission: Submission, request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger
-) -> tuple[str, Seen]:
+def _see(submission: Submission, request: CreateOverdubRequest, hook: HeyGenHook) -> tuple[str, Seen]:
     """Find out what HeyGen has of an earlier submission; return its id, if there is one."""
     overdub: Overdub | None
     if submission.overdub_id is None:
-        sent = {"title": submission.title, "callback_id": submission.callback_id}
-        if ledger.store is not None:  # elsewhere it is not known what an earlier try has sent
+        if submission.labels:  # without a store, it is not known what an earlier try has sent
+            sent = {"title": submission.title, "callback_id": submission.callback_id}
             request = request.model_copy(update=sent)
         overdub = hook.find_created(
             request, submission.key, since=submission.began, sent_at=submission.sent_at
@@ -278,10 +283,10 @@ def _look(overdub_id: str, answered: float, hook: HeyGenHook) -> Overdub | None:
 
 
 def _relabel(
-    submission: Submission, overdub_id: str, request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger
+    submission: Submission, overdub_id: str, request: CreateOverdubRequest, hook: HeyGenHook
 ) -> Submission:
     """Rename a reattached overdub whose task has another title now; return the submission with that noted."""
-    if ledger.store is None:
+    if not submission.labels:
         return submission  # what it was sent with is not known
     wanted = labels(request)
     if wanted["labels"] != submission.labels or wanted["callback_id"] != submission.callback_id:

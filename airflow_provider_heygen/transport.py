@@ -101,7 +101,8 @@ def send(
     finally:
         _attempt.reset(token)
     if response.status_code < 200:
-        session.close()  # http.client takes a 1xx for the response; the real one must not answer the next request
+        # http.client takes a 1xx for the response. The real one must not pass for that of the next request.
+        session.close()
     return call.answer(response.status_code, response.headers, response.content, settings)
 
 
