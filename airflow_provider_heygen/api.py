@@ -603,31 +603,24 @@ def _error(
     message = message if message.endswith((".", "!", "?")) else f"{message}."
     trace = f" (request {request_id})" if request_id else ""
 
+    in_doubt = call.method != "GET"
     if not envelope or status < 200:
         # A page of something in between. It may also stand for a response that HeyGen did give.
         kind = _shown(headers.get("Content-Type"), connection) or "no content type"
-        step = _next_step(call, status, None, connection) if 300 <= status < 400 or status == 404 else ""
-        return HeyGenGatewayError(
-            f"{message} The response ({kind}) does not have the form of HeyGen's errors, so it came from a"
-            " gateway, proxy or firewall in between. If this goes on, check these and the host of Airflow"
-            f" connection '{connection.conn_id}'. {step}".rstrip()
-            + trace,
-            outcome_unknown=call.method != "GET",
-            **details,
+        step = (
+            f" {_next_step(call, status, None, connection)}." if status // 100 == 3 or status == 404 else ""
         )
-    spent = status == 429 and re.search("trial|quota", code or "")
-    # A second request under a key that is still being worked on; bodies without a code were seen.
-    if status == 409 and code is None and "Idempotency-Key" in call.headers:
-        code = "request_in_progress"
-    not_yet = status in (408, 425, call.not_yet) or code in _WAITING_CODES
-    if not_yet or status >= 500 or (status == 429 and not spent):
-        # 429 and the waiting codes say that nothing was done; a gateway's 5xx says nothing at all.
-        return HeyGenTransientError(
-            message + trace,
-            outcome_unknown=(status >= 500 or status == 408) and call.method != "GET",
-            **details,
+        message += (
+            f" The response ({kind}) does not have the form of HeyGen's errors, so it came from a gateway,"
+            f" proxy"
+            " or firewall in between. If this goes on, check these and the host of Airflow connection"
+            f" '{connection.conn_id}'.{step}{trace}"
         )
-
+        return HeyGenGatewayError(message, outcome_unknown=in_doubt, **details)
+    if _is_transient(call, status, code):
+        # 429 and the waiting codes say that nothing was done, 408 and 5xx say nothing at all.
+        in_doubt = in_doubt and (status >= 500 or status == 408)
+        return HeyGenTransientError(message + trace, outcome_unknown=in_doubt, **details)
     step = _next_step(call, status, code, connection)
     if param:
         step += f" (field '{param}')"
@@ -635,6 +628,15 @@ def _error(
         step += f"; see {doc_url}"
     message = f"{message} {step}.{trace}"
     return (HeyGenNotFoundError if status == 404 else HeyGenPermanentError)(message, **details)
+
+
+def _is_transient(call: Call[Any], status: int, code: str | None) -> bool:
+    """Return whether an error of HeyGen's own is likely to pass."""
+    # A second request under a key that is still being worked on; bodies without a code were seen.
+    in_progress = status == 409 and code is None and "Idempotency-Key" in call.headers
+    spent = status == 429 and re.search("trial|quota", code or "")
+    waits = code in _WAITING_CODES or in_progress or status in (408, 425, call.not_yet)
+    return waits or status >= 500 or (status == 429 and not spent)
 
 
 def _next_step(call: Call[Any], status: int, code: str | None, connection: HeyGenConnection) -> str:

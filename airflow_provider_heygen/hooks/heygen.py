@@ -599,34 +599,37 @@ class _Search:
         newest_first, last = True, math.inf
         for page in self.hook._pages():
             self.pages, self.pages_left = self.pages + 1, self.pages_left - 1
-            # Its clock may be far off ours; how long ago we sent does not depend on either.
+            # HeyGen's clock may be far off ours; how long ago the request was sent depends on neither.
             offset = 0.0 if page.server_time is None else page.server_time - time.time()
-            oldest = self.first + offset - SEARCH_SECONDS
-            old = 0
+            if self._match(page):
+                return
+            old = False
             for row in page.data:
-                if row.callback_id == self.marker:
-                    if self.unique:
-                        self.found = row
-                        return
-                    self.doubts.append(row.overdub_id)
-                newest_first = newest_first and row.created_at is not None and row.created_at <= last
-                last = row.created_at or last
-                if row.created_at is not None and row.created_at < oldest:
-                    old += 1
+                created_at = math.inf if row.created_at is None else row.created_at
+                newest_first, last = newest_first and created_at <= last and created_at < math.inf, created_at
+                if created_at < self.first + offset - SEARCH_SECONDS:
+                    old = True
                 elif row.callback_id is None:
-                    distance = abs((row.created_at or math.inf) - self.last - offset)
-                    candidates.setdefault(row.overdub_id, (distance, row))
+                    candidates[row.overdub_id] = (abs(created_at - self.last - offset), row)
             # The order of the list is not documented; a whole page of falling times is proof enough.
             if newest_first and old and len(page.data) >= api.MAX_PAGE_SIZE:
                 break
-            if page.next_token is not None:
-                if self.pages_left <= 0:
-                    self.doubts.append("further overdubs, the list is too long to read")
-                    break
-                self._keep_to_rate()
+            if page.next_token is not None and self.pages_left <= 0:
+                self.doubts.append("further overdubs, the list is too long to read")
+                break
+            self._keep_to_rate()
         for _, row in sorted(candidates.values(), key=lambda candidate: candidate[0]):
             if self._is_it(row):
                 return
+
+    def _match(self, page: api.OverdubPage) -> bool:
+        """Look for the ``callback_id`` in a page, whatever its rows' age; return whether that is certain."""
+        found = [row for row in page.data if row.callback_id == self.marker]
+        if found and self.unique:
+            self.found = found[0]
+            return True
+        self.doubts += [row.overdub_id for row in found]
+        return False
 
     def _is_it(self, row: api.Overdub) -> bool:
         """Fetch a row without ``callback_id``; return whether it is certainly the overdub."""
