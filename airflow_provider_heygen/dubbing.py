@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from airflow_provider_heygen.waiting import WaitEvent
 
 SHORTEST_DEFERRAL = 15.0
-"""Seconds. Airflow may fail a deferral that ends before its worker has reported it (observed on Airflow"
-" 3.3.2)."""
+"""Seconds. Airflow may fail a deferral that ends before its worker has reported it (observed on Airflow
+3.3.2)."""
 
 
 class Dubbing:

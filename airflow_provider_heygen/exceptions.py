@@ -13,8 +13,8 @@ import random
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
 MAX_RETRY_AFTER = 900.0
-"""The longest ``Retry-After`` that is honoured, in seconds: one absurd header must not silence a"
-" connection."""
+"""The longest ``Retry-After`` that is honoured, in seconds: one absurd header must not silence
+a connection."""
 
 
 class HeyGenError(AirflowException):
