@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from airflow_provider_heygen import waiting
+from airflow_provider_heygen import exceptions, waiting
 from airflow_provider_heygen.api import DEFAULT_FAILURE_MESSAGE, Overdub
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
+    HeyGenGatewayError,
     HeyGenNotFoundError,
     HeyGenOverdubFailedError,
     HeyGenOverdubTimeoutError,
@@ -45,8 +46,9 @@ class Log:
 def clock(monkeypatch):
     """The time that the rules see, to be set forward; and a jitter that is always the greatest."""
     clock = SimpleNamespace(now=NOW)
-    monkeypatch.setattr(waiting, "time", SimpleNamespace(time=lambda: clock.now))
-    monkeypatch.setattr(waiting, "random", SimpleNamespace(uniform=lambda _, greatest: greatest))
+    times = {"time": lambda: clock.now, "monotonic": lambda: clock.now - NOW}
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(**times))
+    monkeypatch.setattr(exceptions, "random", SimpleNamespace(uniform=lambda _, greatest: greatest))
     return clock
 
 
@@ -54,7 +56,6 @@ def watching(**changes):
     settings = {
         "poke_interval": 10.0,
         "deadline": None,
-        "max_consecutive_failures": 5,
         "not_found_until": 0.0,
         "log": Log(),
     }
@@ -100,7 +101,7 @@ def test_failed(reason, shown):
 def test_unknown_word_is_not_final_and_logged_once():
     watch = watching()
     assert [watch.saw(overdub("rendering")) for _ in range(3)] == [10] * 3
-    assert watch.log.lines == ["Overdub od_1 is rendering (a word we do not know; taken as not final)."]
+    assert watch.log.lines == ["Overdub od_1 is rendering (an unknown status; treated as not final)."]
 
 
 def test_a_status_is_not_trusted_to_be_a_word(clock):
@@ -145,7 +146,7 @@ def test_what_the_last_look_says_counts_more_than_the_deadline(clock, late):
     watch = watching(deadline=NOW + 100)
     assert watch.saw(overdub("completed"))["status"] == "completed"
     assert watch.saw(overdub("failed"))["status"] == "failed"
-    assert watch.failed(HeyGenPermanentError("no"))["status"] == "error"
+    assert watch.failed(HeyGenPermanentError("no"))["status"] == "timeout"
     assert watch.saw(overdub("pending"))["status"] == "timeout"
 
 
@@ -153,15 +154,54 @@ def test_what_the_last_look_says_counts_more_than_the_deadline(clock, late):
 
 
 def test_404_is_waited_out_while_the_overdub_is_fresh(clock):
-    watch = watching(not_found_until=NOW + 30, max_consecutive_failures=1)
+    watch = watching(not_found_until=NOW + 30)
     for _ in range(15):
         assert watch.failed(HeyGenNotFoundError("gone")) == 2
+        assert not watch.may_be_gone
         clock.now += 2
-    assert watch.failed(HeyGenNotFoundError("gone")) == {
-        "overdub_id": "od_1",
-        "status": "error",
-        "message": "gone",
-    }
+    assert watch.failed(HeyGenNotFoundError("gone")) == 12.5
+    assert watch.missing_since is not None
+
+
+@pytest.mark.parametrize("poke_interval", [5, 10, 300])
+def test_gone_takes_two_404_and_the_list(clock, poke_interval):
+    watch = watching(poke_interval=poke_interval)
+    began = clock.now
+    while not watch.may_be_gone:
+        step = watch.failed(HeyGenNotFoundError("no such overdub"))
+        assert isinstance(step, float)
+        assert step <= 1.25 * waiting.GONE_SECONDS
+        clock.now += step
+        assert clock.now - began < 100
+    assert clock.now - began >= waiting.GONE_SECONDS
+    assert watch.absent(None) is None, "the list could not be read"
+    assert watch.may_be_gone
+    end = watch.absent(False)
+    assert end["status"] == "gone"
+    assert "od_1" in end["message"]
+
+
+@pytest.mark.parametrize(
+    "news", [lambda watch: watch.saw(overdub("running")), lambda watch: watch.absent(True)]
+)
+def test_a_sign_of_life_after_a_404(clock, news):
+    watch = watching()
+    watch.failed(HeyGenNotFoundError("gone"))
+    clock.now += 60
+    assert watch.may_be_gone
+    news(watch)
+    assert not watch.may_be_gone
+    watch.failed(HeyGenNotFoundError("gone"))
+    assert not watch.may_be_gone, "the time counts anew"
+
+
+def test_a_wrong_clock_makes_nothing_gone(clock, monkeypatch):
+    watch = watching()
+    watch.failed(HeyGenNotFoundError("gone"))
+    later = {"time": lambda: NOW + 10**6, "monotonic": lambda: 1.0}
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(**later))
+    watch.failed(HeyGenNotFoundError("gone"))
+    assert not watch.may_be_gone
 
 
 def test_fresh_404_with_a_short_interval_or_deadline():
@@ -169,28 +209,48 @@ def test_fresh_404_with_a_short_interval_or_deadline():
     assert watching(not_found_until=NOW + 30, deadline=NOW + 1).failed(HeyGenNotFoundError("gone")) == 1
 
 
-def test_other_permanent_errors_end_even_a_fresh_wait():
-    end = watching(not_found_until=NOW + 30).failed(HeyGenPermanentError(f"no, see {LINK}"))
-    assert end["status"] == "error"
-    assert SECRET not in end["message"]
-
-
 @pytest.mark.parametrize(
-    "error", [HeyGenTransientError("busy"), HeyGenError("odd"), KeyError("x"), OSError("net")]
+    "error",
+    [
+        HeyGenPermanentError("401: correct the key"),
+        HeyGenPermanentError("429 quota", status_code=429, retry_after=5),
+        HeyGenGatewayError("a page"),
+        HeyGenTransientError("busy"),
+        HeyGenError("odd"),
+        KeyError("x"),
+        OSError("net"),
+    ],
+    ids=str,
 )
-def test_failures_in_a_row_are_counted(error):
-    watch = watching(max_consecutive_failures=3)
-    assert [type(watch.failed(error)) for _ in range(2)] == [float] * 2
+def test_no_failure_ends_a_wait_before_its_time(clock, error):
+    watch = watching(deadline=NOW + 100_000)
+    for _ in range(200):
+        step = watch.failed(error)
+        assert isinstance(step, float)
+        clock.now += step
     assert isinstance(watch.saw(overdub("running")), float)
-    assert [type(watch.failed(error)) for _ in range(2)] == [float] * 2
+    clock.now = NOW + 100_001
     end = watch.failed(error)
-    assert end["status"] == "error"
-    assert end["message"] == f"Gave up on overdub od_1 after 3 failed looks: {error}"
+    assert end["status"] == "timeout"
+    assert str(error) in end["message"]
 
 
-def test_links_in_errors_are_not_shown():
-    watch = watching(max_consecutive_failures=2)
+def test_what_is_wrong_is_logged_once_per_change():
+    watch = watching()
+    for _ in range(100):
+        watch.failed(HeyGenPermanentError("correct the key"))
+    assert len(watch.log.lines) == 7  # and less and less often while nothing changes
+    watch.failed(HeyGenPermanentError("top up"))
+    assert "top up" in watch.log.lines[-1]
+    watch.saw(overdub("running"))
+    watch.failed(HeyGenPermanentError("top up"))
+    assert len(watch.log.lines) == 10
+
+
+def test_links_in_errors_are_not_shown(clock):
+    watch = watching(deadline=NOW + 1)
     watch.failed(RuntimeError(f"at {LINK}"))
+    clock.now += 2
     end = watch.failed(RuntimeError(f"at {LINK}"))
     assert SECRET not in end["message"] + watch.log.lines[0]
 
@@ -200,7 +260,7 @@ def test_links_in_errors_are_not_shown():
     [(10, [10, 20, 40, 80, 120, 120, 120]), (300, [300, 300, 300]), (0.5, [0.5, 1, 2, 4])],
 )
 def test_backoff(poke_interval, pauses):
-    watch = watching(poke_interval=poke_interval, max_consecutive_failures=100)
+    watch = watching(poke_interval=poke_interval)
     seen = [watch.failed(HeyGenTransientError("busy")) for _ in pauses]
     assert seen == [1.25 * pause for pause in pauses]
     watch.saw(overdub("running"))
@@ -208,19 +268,24 @@ def test_backoff(poke_interval, pauses):
 
 
 def test_jitter_never_shortens(monkeypatch):
-    monkeypatch.setattr(waiting, "random", SimpleNamespace(uniform=lambda least, _: least))
+    monkeypatch.setattr(exceptions, "random", SimpleNamespace(uniform=lambda least, _: least))
     assert watching().failed(HeyGenTransientError("busy")) == 10
     assert watching().failed(HeyGenTransientError("busy", retry_after=77)) == 77
 
 
-@pytest.mark.parametrize(("told", "least"), [(None, 10), (0, 10), (3, 10), (77, 77), (7200, 7200)])
+@pytest.mark.parametrize(("told", "least"), [(None, 10), (0, 10), (3, 10), (77, 77), (890, 890)])
 def test_retry_after_is_not_cut_short(told, least):
     pause = watching(deadline=NOW + 10_000).failed(HeyGenTransientError("busy", retry_after=told))
     assert least <= pause <= 1.25 * least
 
 
+@pytest.mark.parametrize("told", [901, 10**9, 1e300])
+def test_an_absurd_retry_after_is_cut(told):
+    assert watching().failed(HeyGenTransientError("busy", retry_after=told)) == exceptions.MAX_RETRY_AFTER
+
+
 def test_failing_for_weeks():
-    watch = watching(max_consecutive_failures=10**9)
+    watch = watching()
     for _ in range(2000):
         pause = watch.failed(HeyGenTransientError("busy"))
     assert pause == 1.25 * waiting.LONGEST_BACKOFF
@@ -237,45 +302,30 @@ LOOKS = st.lists(
 
 @given(
     looks=LOOKS,
-    poke_interval=st.floats(0.1, 1e4),
+    poke_interval=st.floats(0.1, 800),
     left=st.none() | st.floats(-10, 1e5),
     fresh=st.floats(0, 100),
-    most=st.integers(1, 8),
 )
-def test_any_course(looks, poke_interval, left, fresh, most):
+def test_any_course(looks, poke_interval, left, fresh):
     # hypothesis runs this many times within one use of the clock fixture.
-    waiting.time = SimpleNamespace(time=lambda: now)
+    waiting.time = SimpleNamespace(time=lambda: now, monotonic=lambda: now)
     now = NOW
     deadline = None if left is None else NOW + left
-    watch = watching(
-        poke_interval=poke_interval,
-        deadline=deadline,
-        not_found_until=NOW + fresh,
-        max_consecutive_failures=most,
-    )
-    in_a_row = 0
+    watch = watching(poke_interval=poke_interval, deadline=deadline, not_found_until=NOW + fresh)
     for look in looks:
-        in_grace = isinstance(look, HeyGenNotFoundError) and now < NOW + fresh
         step = watch.saw(overdub(look)) if isinstance(look, str) else watch.failed(look)
-        if isinstance(look, str):
-            in_a_row = 0
-        elif not in_grace:
-            in_a_row += 1
         if isinstance(step, dict):
             ends = {"completed": "completed", "failed": "failed"}
-            if isinstance(look, str) and look in ends:
+            if look in ends:
                 assert step["status"] == ends[look]
-            elif isinstance(look, HeyGenPermanentError) and not in_grace:
-                assert step["status"] == "error"
             else:
-                assert step["status"] == ("error" if in_a_row >= most else "timeout")
-                assert step["status"] == "error" or now >= deadline
+                assert step["status"] == "timeout"
+                assert now >= deadline
             assert waiting.check_event(json.loads(json.dumps(step)), "od_1") == step
             return
         assert look not in ("completed", "failed")
-        assert in_a_row < most
         assert 0 < step < math.inf
-        told = getattr(look, "retry_after", None) or 0
+        told = min(getattr(look, "retry_after", None) or 0, exceptions.MAX_RETRY_AFTER)
         assert step >= told or now + step == pytest.approx(deadline)
         assert deadline is None or now + step <= deadline + 1e-3
         now += step
@@ -288,6 +338,7 @@ EVENTS = [
     DONE,
     {"overdub_id": "od_1", "status": "failed", "message": ""},
     {"overdub_id": "od_1", "status": "timeout", "message": "m", "new_member": 1},
+    {"overdub_id": "od_1", "status": "gone", "message": "m"},
     {"overdub_id": "od_1", "status": "error", "message": "m"},
 ]
 BAD_EVENTS = [
@@ -341,26 +392,45 @@ WAIT = Wait(SimpleNamespace(dag_id="dag", task_id="task"), None)
 
 def test_conclusions_from_the_event_alone(heygen):
     hook = HeyGenHook()
-    assert waiting.conclude(DONE, hook, 0, WAIT) == DONE["overdub"]
-    with pytest.raises(HeyGenOverdubFailedError, match=r"^The message\.$"):
-        waiting.conclude(event("failed"), hook, 0, WAIT)
-    with pytest.raises(HeyGenOverdubTimeoutError, match=r"^The message\.$") as raised:
-        waiting.conclude(event("timeout"), hook, 0, WAIT)
-    assert not isinstance(raised.value, HeyGenPermanentError)
+    assert waiting.conclude(DONE, WAIT, hook) == DONE["overdub"]
+    for status, kind in {
+        "failed": HeyGenOverdubFailedError,
+        "gone": HeyGenNotFoundError,
+        "error": HeyGenError,
+    }.items():
+        with pytest.raises(kind, match=r"^The message\.$") as raised:
+            waiting.conclude(event(status), WAIT, hook)
+        assert raised.value.overdub_id == "od_1"
+    with pytest.raises(HeyGenOverdubTimeoutError, match=r"^The message\.$"):
+        waiting.conclude(event("timeout"), WAIT)  # the last poll was made here
     assert heygen.requests == []
 
 
+@pytest.mark.parametrize("status", ["pending", "running"])
+def test_no_wait_times_out_unseen(heygen, status):
+    late = {**event("timeout"), "overdub_id": create(heygen, status)}
+    with pytest.raises(HeyGenOverdubTimeoutError, match=r"^The message\.$"):
+        waiting.conclude(late, WAIT, HeyGenHook())
+    assert [request.method for request in heygen.requests] == ["POST", "GET"]
+    heygen.force(late["overdub_id"], "failed", "Too dark")
+    with pytest.raises(HeyGenOverdubFailedError, match="Too dark"):
+        waiting.conclude(late, WAIT, HeyGenHook())
+    heygen.force(late["overdub_id"], "completed")
+    details = waiting.conclude(late, WAIT, HeyGenHook())
+    assert (details["overdub_id"], details["status"]) == (late["overdub_id"], "completed")
+    assert "Signature" not in json.dumps(details)
+
+
 @pytest.mark.parametrize(
-    ("status", "kind", "text"),
-    [
-        ("failed", HeyGenOverdubFailedError, "Too dark"),
-        (None, HeyGenNotFoundError, "404"),
-    ],
+    "fault", [{"status": 401}, {"status": 404}, {"html": True}, {"status": 503}], ids=str
 )
-def test_after_an_error_a_last_look_decides(heygen, status, kind, text):
-    overdub_id = create(heygen, status) if status else "nowhere"
-    with pytest.raises(kind, match=text):
-        waiting.conclude({**event("error"), "overdub_id": overdub_id}, HeyGenHook(), 0, WAIT)
+def test_a_last_poll_that_fails(heygen, pauses, fault):
+    late = {**event("timeout"), "overdub_id": create(heygen, "completed")}
+    heygen.fail_next(method="GET", count=10, **fault)
+    with pytest.raises(
+        HeyGenOverdubTimeoutError, match=r"^The message\. The last status check failed: HeyGen"
+    ):
+        waiting.conclude(late, WAIT, HeyGenHook())
 
 
 def create(heygen, status):
@@ -368,22 +438,6 @@ def create(heygen, status):
     overdub_id = HeyGenHook().create_overdub(media)
     heygen.force(overdub_id, status, "Too dark")
     return overdub_id
-
-
-@pytest.mark.parametrize("status", ["pending", "running"])
-def test_after_an_error_the_wait_may_go_on_but_not_for_ever(heygen, status):
-    gave_up = {**event("error"), "overdub_id": create(heygen, status)}
-    most = waiting.MAX_TIMES_GIVEN_UP
-    assert [waiting.conclude(gave_up, HeyGenHook(), before, WAIT) for before in range(most)] == [None] * most
-    with pytest.raises(HeyGenTransientError, match=r"^The message\. "):
-        waiting.conclude(gave_up, HeyGenHook(), most, WAIT)
-
-
-def test_after_an_error_the_last_look_may_be_good_news(heygen):
-    overdub_id = create(heygen, "completed")
-    details = waiting.conclude({**event("error"), "overdub_id": overdub_id}, HeyGenHook(), 99, WAIT)
-    assert (details["overdub_id"], details["status"]) == (overdub_id, "completed")
-    assert "Signature" not in json.dumps(details)
 
 
 # --- Durations and deadlines --------------------------------------------------------------------------

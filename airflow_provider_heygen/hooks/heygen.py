@@ -46,8 +46,8 @@ MAX_SEARCH_PAGES = 18
 """List pages that one search for a lost create request reads, over all its passes."""
 
 MAX_CANDIDATE_GETS = 40
-"""Overdubs without ``callback_id`` in the list that one search fetches, nearest to the time of sending"
-" first."""
+"""Overdubs without ``callback_id`` in the list that one search fetches, nearest to the time of sending
+first."""
 
 MAX_LISTED_PAGES = 100
 """Pages of the list that are read to see whether an overdub is there."""
