@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from airflow_provider_heygen.exceptions import (
     HeyGenNotFoundError,
     HeyGenOverdubFailedError,
     HeyGenPermanentError,
+    HeyGenTaskFailedError,
 )
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.operators.asset import HeyGenUploadAssetOperator
@@ -38,6 +40,15 @@ def run(operator, **arguments):
     """Run an operator once; gives what it returns and its XComs."""
     task = Task(lambda: operator(task_id="task", **arguments), store=StateStore())
     return task.start(), task.xcoms
+
+
+@contextmanager
+def fails_for_good(cause, match=""):
+    """Expect that the task fails without a retry, because of ``cause``."""
+    with pytest.raises(HeyGenTaskFailedError, match=match) as caught:
+        yield
+    assert isinstance(caught.value, AirflowFailException)
+    assert isinstance(caught.value.__cause__, cause)
 
 
 @pytest.fixture
@@ -107,9 +118,8 @@ def test_all_fields_arrive_as_templates_render_them(heygen):
     ids=str,
 )
 def test_bad_input_is_refused_before_any_request(heygen, changes, field):
-    with pytest.raises(HeyGenBadInputError, match=field) as caught:
+    with fails_for_good(HeyGenBadInputError, match=field):
         run(HeyGenCreateOverdubOperator, **MEDIA | changes)
-    assert isinstance(caught.value, AirflowFailException)
     assert heygen.requests == []
 
 
@@ -142,7 +152,7 @@ def test_links_are_masked_where_rendered_fields_are_stored():
 @pytest.mark.parametrize("source", ["", "missing.mp4", ".", "nope://bucket/v.mp4"], ids=str)
 def test_a_bad_source_sends_nothing(heygen, tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(HeyGenBadInputError):
+    with fails_for_good(HeyGenBadInputError):
         run(HeyGenUploadAssetOperator, source=source)
     assert heygen.requests == []
 
@@ -160,7 +170,7 @@ def test_rename(heygen, overdub_id):
 
 @pytest.mark.parametrize("title", ["", " ", None])
 def test_rename_to_nothing_sends_nothing(heygen, title):
-    with pytest.raises(HeyGenBadInputError, match="title"):
+    with fails_for_good(HeyGenBadInputError, match="title"):
         run(HeyGenUpdateOverdubOperator, overdub_id="od_1", title=title)
     assert heygen.requests == []
 
@@ -173,20 +183,20 @@ def test_delete_twice(heygen, overdub_id):
     run(HeyGenDeleteOverdubOperator, overdub_id=overdub_id)
     assert heygen.jobs[0].deleted
     run(HeyGenDeleteOverdubOperator, overdub_id=overdub_id)
-    with pytest.raises(HeyGenNotFoundError):
+    with fails_for_good(HeyGenNotFoundError):
         run(HeyGenDeleteOverdubOperator, overdub_id=overdub_id, ignore_missing=False)
 
 
 def test_delete_does_not_take_a_wrong_resource_for_a_missing_overdub(heygen, overdub_id):
     heygen.behaviour.resources = {"lipsyncs"}
-    with pytest.raises(HeyGenNotFoundError, match="'resource'"):
+    with fails_for_good(HeyGenNotFoundError, match="'resource'"):
         run(HeyGenDeleteOverdubOperator, overdub_id=overdub_id)
     assert not heygen.jobs[0].deleted
 
 
 @pytest.mark.parametrize("overdub_id", ["", "None", "a/b", "..", "x?y"])
 def test_delete_of_a_bad_id_sends_nothing(heygen, overdub_id):
-    with pytest.raises(HeyGenBadInputError):
+    with fails_for_good(HeyGenBadInputError):
         run(HeyGenDeleteOverdubOperator, overdub_id=overdub_id)
     assert heygen.requests == []
 
@@ -213,7 +223,7 @@ def test_save_keeps_what_is_the_same_and_refuses_what_is_not(heygen, overdub_id,
     run(HeyGenOverdubToObjectStorageOperator, **arguments)
     assert (tmp_path / "v.mp4").stat().st_mtime_ns == written
     (tmp_path / "v.mp4").write_bytes(b"other")
-    with pytest.raises(HeyGenPermanentError, match="overwrite"):
+    with fails_for_good(HeyGenPermanentError, match="overwrite"):
         run(HeyGenOverdubToObjectStorageOperator, **arguments)
     run(HeyGenOverdubToObjectStorageOperator, **arguments, overwrite=True)
     assert len((tmp_path / "v.mp4").read_bytes()) > 1000
@@ -221,7 +231,7 @@ def test_save_keeps_what_is_the_same_and_refuses_what_is_not(heygen, overdub_id,
 
 
 def test_save_to_what_a_template_found_missing(heygen):
-    with pytest.raises(HeyGenBadInputError, match="destination is the text 'None'"):
+    with fails_for_good(HeyGenBadInputError, match="destination is the text 'None'"):
         run(HeyGenOverdubToObjectStorageOperator, overdub_id="od_1", destination="None")
     assert heygen.requests == []
 
@@ -235,7 +245,7 @@ def test_save_of_a_failed_or_unfinished_overdub(heygen, tmp_path):
         run(HeyGenOverdubToObjectStorageOperator, **arguments)
     assert not isinstance(caught.value, AirflowFailException)  # a retry may find it completed
     heygen.force(overdub_id, "failed", "no face")
-    with pytest.raises(HeyGenOverdubFailedError, match="no face"):
+    with fails_for_good(HeyGenOverdubFailedError, match="no face"):
         run(HeyGenOverdubToObjectStorageOperator, **arguments)
     assert list(tmp_path.iterdir()) == []
 
