@@ -8,7 +8,18 @@ from types import SimpleNamespace
 import pytest
 
 from airflow_provider_heygen.api import CreateOverdubRequest
-from airflow_provider_heygen.submission import Seen, Step, Submission, derived_key, digest, next_step
+from airflow_provider_heygen.submission import (
+    LABELS,
+    STATE_KEY,
+    Seen,
+    Step,
+    Submission,
+    derived_key,
+    digest,
+    labels,
+    next_step,
+    upload_key,
+)
 
 TI = SimpleNamespace(dag_id="d", run_id="r", task_id="t", map_index=-1, max_tries=2)
 
@@ -126,13 +137,87 @@ def test_the_digest_knows_requests_apart_however_they_are_written():
     assert digest(request) == digest(same) != digest(other)
 
 
-def test_a_digest_has_no_part_for_the_queries_of_links_first():
-    def of(query, title="t"):
-        fields = {"video": f"https://x.y/v.mp4?{query}", "audio": "https://x.y/a.mp3", "title": title}
-        return digest(CreateOverdubRequest.of(fields)).split(":")
+FIELDS = {
+    "video": "https://user:pw@x.y/v.mp4?sig=1",
+    "audio": {"type": "asset_id", "asset_id": "a"},
+    "mode": "precision",
+    "start_time": 1,
+}
 
-    assert of("sig=1")[0] == of("sig=2")[0]
-    assert of("sig=1")[1] != of("sig=2")[1]
-    assert of("sig=1")[0] != of("sig=1", title="u")[0]
-    assert of("", title="100%3F%3D1")[0] != of("", title="100%3F%3D2")[0]
-    assert of("", title="is it? a=1")[0] != of("", title="is it? a=2")[0]
+
+def digest_of(**changes):
+    return digest(CreateOverdubRequest.of(FIELDS | changes))
+
+
+def test_a_retry_finds_the_records_of_an_older_release():
+    """Frozen: another value would start a second overdub for each task that is on its way."""
+    assert STATE_KEY == "heygen_overdub"
+    assert digest_of() == (
+        "9004a378ba6bb69064903580eaddb0fcfa3ea0b53b86b1dd748c720a35e3a01c"
+        ":2c2ec352e97dd2c40fd2d332ab43068e3b5e45d9c6f9643e353db463904527db"
+    )
+    assert derived_key(TI, "same:x") == "8238a788-0a9c-5f9c-bbd0-f994bf6b4415"
+    assert upload_key(submission(), "ab" * 32, 2, 1) == "858ce642-4371-56e6-a5eb-1d2462ae88b6"
+    changed = labels(CreateOverdubRequest.of(FIELDS | {"title": "t"}))
+    assert changed["labels"] == "6d9695b0f6f0de8c737c15a199b1658001af6e4ef0d756109efffbd0c69ad4c9"
+
+
+def test_an_upload_has_a_key_of_its_own():
+    keys = {
+        upload_key(submission(), "a", 2, 1),
+        upload_key(submission(), "b", 2, 1),
+        upload_key(submission(key="other"), "a", 2, 1),
+        upload_key(submission(), "a", 3, 1),
+        upload_key(submission(), "a", 2, 2),
+    }
+    assert len(keys) == 5
+
+
+@pytest.mark.parametrize(
+    "video", ["https://x.y/v.mp4", "https://x.y/v.mp4?sig=2", "https://other:secret@x.y/v.mp4?sig=1"]
+)
+def test_credentials_and_queries_of_links_are_no_part_of_the_first_digest(video):
+    first, whole = digest_of().split(":")
+    assert digest_of(video=video).split(":")[0] == first
+    assert digest_of(video=video).split(":")[1] != whole
+
+
+LABELLED = {"title": "t", "callback_url": "https://x.y/hook", "callback_id": "c", "folder_id": "f"}
+BILLED = {
+    "video": "https://x.y/other.mp4",
+    "audio": {"type": "asset_id", "asset_id": "b"},
+    "mode": "speed",
+    "enable_caption": True,
+    "enable_dynamic_duration": False,
+    "disable_music_track": True,
+    "enable_speech_enhancement": True,
+    "enable_watermark": True,
+    "start_time": 2,
+    "end_time": 3,
+    "keep_the_same_format": True,
+    "fps_mode": "cfr",
+}
+
+
+def test_each_field_is_a_label_or_billed():
+    assert {*LABELLED, *BILLED} == set(CreateOverdubRequest.model_fields)
+    assert set(LABELLED) == set(LABELS)
+
+
+@pytest.mark.parametrize("field", LABELLED)
+def test_a_label_makes_no_other_overdub(field):
+    change = {field: LABELLED[field]}
+    assert digest_of(**change) == digest_of()
+    assert labels(CreateOverdubRequest.of(FIELDS | change)) != labels(CreateOverdubRequest.of(FIELDS))
+
+
+@pytest.mark.parametrize("field", BILLED)
+def test_what_is_billed_makes_another_overdub(field):
+    change = {field: BILLED[field]}
+    assert digest_of(**change).split(":")[0] != digest_of().split(":")[0]
+    assert labels(CreateOverdubRequest.of(FIELDS | change)) == labels(CreateOverdubRequest.of(FIELDS))
+
+
+def test_a_record_keeps_no_callback_url():
+    kept = labels(CreateOverdubRequest.of(FIELDS | {"callback_url": "https://x.y/hook?token=SECRET1"}))
+    assert "SECRET1" not in str(kept)
