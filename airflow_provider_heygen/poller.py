@@ -191,7 +191,7 @@ class _Poller:
         self._wake = asyncio.Event()
         self._alarm = math.inf
         self._turn = asyncio.Lock()
-        self._trouble_at = -math.inf
+        self._trouble_at = self._rate_until = -math.inf
         self._trouble_in_tick = 0
         self._took = 0.0
         self._tick_at = -math.inf
@@ -209,11 +209,13 @@ class _Poller:
         self._explore_at = self._verify_at = -math.inf
         self._explore_pause = EXPLORE_SECONDS
         self._witnesses: dict[str, float] = {}
-        self._next_turn = self._gets_from = -math.inf
+        self._next_turn, self._gets_from = self._rate_until, -math.inf
         self._trouble = 0
         self._listing: tuple[float, set[str] | None] = (-math.inf, None)
         for job in self.jobs.values():
             job.page, job.sought, job.word = None, False, None
+            # What an earlier connection was asked to wait for is over.
+            job.due = min(job.due, self._loop.time())
 
     # --- Coming and going -----------------------------------------------------------------------------
 
@@ -347,7 +349,9 @@ class _Poller:
         """Give the moment of the next look: on a grid, so that waits that began apart meet in one tick."""
         now, interval = self._loop.time(), watch.poke_interval
         if step != interval:
-            return now + step
+            # GETs may have to wait for longer; until then the list may tell, or the connection may be
+            # another one.
+            return now + (min(step, REFRESH_SECONDS) if self._gets_from > now else step)
         phase = self._phase * interval
         if self._late:  # there is more to do than time; waiting for the grid would be idling
             return min(max(now, self._tick_at + interval), now + watch.left)
@@ -632,7 +636,7 @@ class _Poller:
                 while (pause := self._next_turn - self._loop.time()) > 0:  # noqa: ASYNC110
                     await asyncio.sleep(pause)
                 started_at = self._loop.time()
-                self._next_turn = started_at + spacing
+                self._next_turn = self._rate_until = started_at + spacing
             metrics.polled(self.conn_id)
             try:
                 answer = await self._hook.asend(call)
