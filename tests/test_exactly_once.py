@@ -6,27 +6,31 @@ import asyncio
 import json
 import os
 import shutil
-import threading
 import time
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from airflow.providers.common.compat.sdk import TaskDeferred
+from airflow.providers.common.compat.sdk import AirflowFailException, TaskDeferred
 from airflow_task import StateStore, Task
 
 from airflow_provider_heygen import upload, waiting
 from airflow_provider_heygen.emulator import media
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
+    HeyGenNotFoundError,
     HeyGenOutcomeUnknownError,
     HeyGenOverdubFailedError,
     HeyGenOverdubTimeoutError,
     HeyGenPermanentError,
+    HeyGenTaskFailedError,
     HeyGenTransientError,
+    HeyGenTriggerEventError,
 )
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.operators.asset import HeyGenUploadAssetOperator
 from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
+from airflow_provider_heygen.submitter import Ledger
 
 RESOURCES = pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
 SERVERS = pytest.mark.parametrize("idempotency", [True, False], ids=["honours the key", "ignores the key"])
@@ -51,6 +55,15 @@ def finish(task, outcome):
         event = asyncio.run(anext(outcome.trigger.run()))
         outcome = task.resume(outcome, event.payload)
     return outcome
+
+
+@contextmanager
+def fails_for_good(cause, match=""):
+    """Expect that the task fails without a retry, because of ``cause``."""
+    with pytest.raises(HeyGenTaskFailedError, match=match) as caught:
+        yield caught
+    assert isinstance(caught.value, AirflowFailException)
+    assert isinstance(caught.value.__cause__, cause)
 
 
 class Killed(BaseException):
@@ -210,7 +223,7 @@ def test_a_failed_overdub_fails_the_task_for_good_and_a_clear_starts_another(hey
     heygen.behaviour.fail_jobs = 1
     heygen.behaviour.failure_message = "No face in https://x.y/v.mp4?X-Amz-Signature=SECRET1"
     task = Task(dub(deferrable=deferrable), store=StateStore())
-    with pytest.raises(HeyGenOverdubFailedError, match="No face") as caught:
+    with fails_for_good(HeyGenOverdubFailedError, match="No face") as caught:
         finish(task, task.start())
     assert "SECRET1" not in str(caught.value)
     task.clear()
@@ -226,21 +239,67 @@ def test_an_overdub_deleted_meanwhile_is_started_anew(heygen, monkeypatch):
     with HeyGenHook() as hook:
         hook.delete_overdub(heygen.jobs[0].id)
     # Just created and not found would be "not readable yet".
-    monkeypatch.setattr("airflow_provider_heygen.submitter.FRESH_SECONDS", 0)
+    monkeypatch.setattr(waiting, "FRESH_SECONDS", 0)
+    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.0)
     with pytest.raises(HeyGenOverdubTimeoutError):
         task.start()
     assert len(heygen.jobs) == 2
 
 
-def test_a_changed_request_is_a_new_overdub(heygen):
+@pytest.mark.parametrize(
+    "change", [{"mode": "precision"}, {"start_time": 1}, {"enable_watermark": True}], ids=str
+)
+def test_a_changed_request_is_a_new_overdub(heygen, change):
     heygen.behaviour.job_seconds = 60
     task = Task(dub(timeout=0.1), store=StateStore())
     with pytest.raises(HeyGenOverdubTimeoutError):
         task.start()
-    task.make = dub(timeout=0.1, title="another")
+    task.make = dub(timeout=0.1, **change)
     with pytest.raises(HeyGenOverdubTimeoutError):
         task.start()
-    assert [job.title for job in heygen.jobs] == [None, "another"]
+    assert len(heygen.jobs) == 2
+
+
+@MODES
+@pytest.mark.parametrize(
+    ("field", "first", "second"),
+    [
+        ("title", "talk, try 1", "talk, try 2"),
+        ("callback_id", "of try 1", "of try 2"),
+        ("callback_url", "https://x.y/1", "https://x.y/2?token=SECRET1"),
+        ("folder_id", "f1", "f2"),
+    ],
+)
+def test_a_changed_label_is_not_another_overdub(heygen, caplog, deferrable, field, first, second):
+    """Case review-08."""
+    heygen.behaviour.job_seconds = 60
+    task = Task(dub(deferrable=deferrable, timeout=0.3, **{field: first}), store=StateStore())
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        finish(task, task.start())
+    heygen.force(heygen.jobs[0].id, "completed")
+    task.make = dub(deferrable=deferrable, **{field: second})
+    assert finish(task, task.start()) == heygen.jobs[0].id
+    assert len(heygen.jobs) == 1
+    if field == "title":
+        assert heygen.jobs[0].title == second
+    else:
+        assert f"{field!r}" in caplog.text
+    assert "SECRET1" not in json.dumps(task.store) + caplog.text
+    # What was done is noted: not a rename for each further try.
+    finish(task, task.start())
+    assert [request.method for request in heygen.requests].count("PATCH") == (field == "title")
+
+
+def test_a_rename_that_is_refused_does_not_matter(heygen):
+    heygen.behaviour.job_seconds = 60
+    task = Task(dub(timeout=0.1, title="one"), store=StateStore())
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        task.start()
+    heygen.force(heygen.jobs[0].id, "completed")
+    heygen.fail_next(method="PATCH", status=403)
+    task.make = dub(title="two")
+    assert task.start() == heygen.jobs[0].id
+    assert heygen.jobs[0].title == "one"
 
 
 @SERVERS
@@ -282,7 +341,7 @@ def test_a_sure_refusal_does_not_speak_for_an_earlier_try(heygen, pauses):
     with pytest.raises(HeyGenTransientError):
         task.start()
     heygen.fail_next(method="POST", status=402, code="insufficient_credit")
-    with pytest.raises(HeyGenPermanentError):
+    with fails_for_good(HeyGenPermanentError):
         task.start()
     # As if what the first try had sent came through only now.
     with HeyGenHook() as hook:
@@ -320,7 +379,7 @@ def test_a_create_that_outlives_our_patience_is_waited_for(heygen, connect, monk
 def test_a_lost_answer_is_looked_for_although_heygen_asks_to_wait(
     heygen, pauses, monkeypatch, deferrable, store, durable
 ):
-    monkeypatch.setattr("airflow_provider_heygen.operators.overdub.time.sleep", pauses.append)
+    monkeypatch.setattr("airflow_provider_heygen.dubbing.time.sleep", pauses.append)
     heygen.behaviour.idempotency = False
     heygen.fail_next(method="POST", drop="after")
     heygen.fail_next(method="GET", status=429, headers={"Retry-After": "90"})
@@ -533,14 +592,14 @@ def test_assets_that_are_gone_are_uploaded_again(heygen, files, monkeypatch, sto
 
 def test_assets_that_are_gone_again_and_again_end_the_task(heygen, files):
     heygen.fail_next(method="POST", path="/v3/overdubs", status=404, code="asset_not_found", count=9)
-    with pytest.raises(HeyGenPermanentError, match="asset_not_found"):
+    with fails_for_good(HeyGenPermanentError, match="asset_not_found"):
         Task(dub(**files), store=StateStore()).start()
     assert uploads(heygen) == 4
 
 
 def test_an_authors_own_asset_that_is_gone_is_told_at_once(heygen):
     gone = {"type": "asset_id", "asset_id": "asset_gone"}
-    with pytest.raises(HeyGenPermanentError, match="asset_not_found"):
+    with fails_for_good(HeyGenPermanentError, match="asset_not_found"):
         Task(dub(video=gone), store=StateStore()).start()
     assert [request.method for request in heygen.requests] == ["POST"]
 
@@ -585,7 +644,7 @@ def test_429_defers_a_deferrable_create_until_it_may_come_again(heygen, pauses, 
 
 def test_429_is_waited_out_in_place_when_sync(heygen, pauses, monkeypatch):
     slept = []
-    monkeypatch.setattr("airflow_provider_heygen.operators.overdub.time.sleep", slept.append)
+    monkeypatch.setattr("airflow_provider_heygen.dubbing.time.sleep", slept.append)
     heygen.fail_next(method="POST", status=429, headers={"Retry-After": "90"}, code="rate_limit_exceeded")
     task = Task(dub(), store=StateStore())
     assert task.start() == heygen.jobs[0].id
@@ -609,38 +668,11 @@ def test_a_lost_answer_beyond_the_deadline_is_not_denied(heygen, pauses, store, 
             task.start()
 
 
-@STORES
-def test_a_retry_that_airflow_begins_where_the_last_try_deferred(heygen, pauses, store):
-    """As Airflow 3.0 does: with what the last try was told then."""
-    heygen.behaviour.idempotency = False
-    heygen.behaviour.job_seconds = 60
-    heygen.fail_next(method="POST", status=429, headers={"Retry-After": "40"})
-    heygen.fail_next(method="POST", drop="after")
-    task = Task(dub(deferrable=True, timeout=50), store=StateStore() if store else None)
-    turned_away = task.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HeyGenHook, "find_created", killed)
-        with pytest.raises(Killed):
-            task.resume(turned_away, None)
-    task.ti.try_number += 1
-    waits = task.resume(turned_away, None)
-    assert waits.method_name == "execute_complete"
-    (job,) = heygen.jobs
-    late = {"overdub_id": job.id, "status": "timeout", "message": "Stopped waiting"}
-    with pytest.raises(HeyGenOverdubTimeoutError):
-        task.resume(waits, late)
-    task.ti.try_number += 1
-    waits = task.resume(waits, late)
-    heygen.force(job.id, "completed")
-    assert finish(task, waits) == job.id
-    assert len(heygen.jobs) == 1
-
-
 @pytest.mark.parametrize("deferrable", [True, False])
 def test_a_spent_quota_is_not_waited_for(heygen, deferrable):
     heygen.fail_next(method="POST", status=429, code="quota_exceeded")
     task = Task(dub(deferrable=deferrable), store=StateStore())
-    with pytest.raises(HeyGenPermanentError, match="quota"):
+    with fails_for_good(HeyGenPermanentError, match="quota"):
         task.start()
 
 
@@ -649,7 +681,7 @@ def test_a_spent_quota_is_not_waited_for(heygen, deferrable):
 
 @STORES
 def test_an_authors_callback_id_on_many_jobs_adopts_none_of_them(heygen, pauses, monkeypatch, store):
-    monkeypatch.setattr("airflow_provider_heygen.operators.overdub.time.sleep", pauses.append)
+    monkeypatch.setattr("airflow_provider_heygen.dubbing.time.sleep", pauses.append)
     heygen.behaviour.idempotency = False
     sibling = Task(dub(callback_id="nightly"), store=StateStore() if store else None)
     sibling.ti.map_index = 7
@@ -689,7 +721,7 @@ def test_where_the_key_is_documented_it_is_trusted(heygen, pauses):
 
 def test_bad_input_sends_nothing_and_records_nothing(heygen):
     task = Task(dub(mode="fast"), store=StateStore())
-    with pytest.raises(HeyGenBadInputError, match="mode"):
+    with fails_for_good(HeyGenBadInputError, match="mode"):
         task.start()
     assert heygen.requests == []
     assert not task.store
@@ -704,92 +736,301 @@ def test_no_secret_is_in_the_record_or_the_trigger(heygen):
     assert heygen.api_key not in stored
 
 
-# --- Kill -----------------------------------------------------------------------------------------------
+# --- The decision table, carried out -------------------------------------------------------------------
+
+ENVELOPED, PAGE = {"status": 404}, {"status": 404, "html": True}
+# What the status check of an earlier overdub gets, and whether it proves that a second one is wanted.
+ANSWERS = {
+    "running": (None, None, False),
+    "completed": ("completed", None, False),
+    "failed": ("failed", None, True),
+    "404 enveloped, listed": ("running", ENVELOPED, False),
+    "404 enveloped, absent": ("deleted", None, True),
+    "404 page, listed": ("running", PAGE, False),
+    "404 page, absent": ("deleted", PAGE, False),
+    "403 page": ("running", {"status": 403, "html": True}, False),
+    "403 enveloped": ("running", {"status": 403}, False),
+    "401 enveloped": ("running", {"status": 401}, False),
+    "503": ("running", {"status": 503}, False),
+}
+CHANGES = {
+    "same": {},
+    "label changed": {"title": "another", "folder_id": "another"},
+    "billed part changed": {"mode": "precision"},
+}
 
 
-@pytest.mark.parametrize(("delete_on_kill", "kept"), [(True, False), (False, True)])
-def test_on_kill(heygen, delete_on_kill, kept):
-    heygen.behaviour.job_seconds = 60
-    operator = dub(delete_on_kill=delete_on_kill)()
-    operator._await = killed
-    task = Task(lambda: operator, store=StateStore())
-    with pytest.raises(Killed):
-        task.start()
-    operator.on_kill()
-    assert heygen.jobs[0].deleted is not kept
-
-
-def test_a_worker_that_is_shut_down_is_retried_although_it_deleted_its_overdub(heygen, monkeypatch):
-    """Airflow calls ``on_kill`` on its SIGTERM, while the wait goes on in the same process."""
-    heygen.behaviour.job_seconds = 60
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("how", ["retry", "clear"])
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("record", ["nothing", "not sent", "sent unknown id", "answered", "delivered"])
+def test_how_many_overdubs_are_started(heygen, pauses, monkeypatch, record, answer, how, change):
     monkeypatch.setattr(waiting, "FRESH_SECONDS", 0)
-    operator = dub(delete_on_kill=True)()
-    operators = iter([operator, dub()()])
-    task = Task(lambda: next(operators), store=StateStore())
-    sigterm = threading.Timer(0.5, operator.on_kill)
-    sigterm.start()
-    with pytest.raises(HeyGenTransientError, match="A retry starts another"):
+    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.0)
+    heygen.behaviour.idempotency = False  # nothing but our own record saves us
+    heygen.behaviour.job_seconds = 1000
+    state, fault, another = ANSWERS[answer]
+    task = Task(dub(wait_for_completion=False), store=StateStore())
+    there = record not in ("nothing", "not sent")
+    if record == "not sent":
+        heygen.fail_next(method="POST", status=402, code="insufficient_credit")
+        with fails_for_good(HeyGenPermanentError):
+            task.start()
+    elif there:
         task.start()
-    sigterm.join()
-    heygen.behaviour.job_seconds = 0.05
-    assert task.start() == heygen.jobs[1].id
-    assert [job.deleted for job in heygen.jobs] == [True, False]
+        (job,) = heygen.jobs
+        kept = task.store.get("heygen_overdub")
+        # Airflow's worker died before it had noted what it knows in the end; long ago by HeyGen's clock.
+        kept |= {"delivered": record == "delivered"}
+        if record == "sent unknown id":
+            kept |= {"overdub_id": None, "answered": 0.0}
+        task.store.set("heygen_overdub", kept)
+        if state == "deleted":
+            with HeyGenHook() as hook:
+                hook.delete_overdub(job.id)
+        elif state is not None:
+            heygen.force(job.id, state)
+    if how == "clear":
+        task.clear()
+    if fault is not None:
+        heygen.fail_next(method="GET", path="/v3/overdubs/", count=1000, **fault)
+    before = len(heygen.jobs)
+    task.make = dub(wait_for_completion=False, **CHANGES[change])
+    outcome = None
+    with suppress(HeyGenTransientError, HeyGenOutcomeUnknownError):
+        outcome = task.start()
+    if not there or change == "billed part changed" or (record == "delivered" and how == "clear"):
+        started = 1
+    elif record == "sent unknown id" and state == "deleted":
+        started = 1  # the list does not have it: it did not come to be
+    else:
+        started = int(another)
+    assert len(heygen.jobs) - before == started
+    if started or record != "sent unknown id":
+        # A poll that fails is no reason to fail the try.
+        assert outcome == heygen.jobs[-1].id
 
 
-def test_on_kill_asks_airflow_nothing(heygen, monkeypatch):
-    """It runs in a signal handler, perhaps in the middle of another request to Airflow."""
-    heygen.behaviour.job_seconds = 60
-    operator = dub(deferrable=True, delete_on_kill=True)()
-    task = Task(lambda: operator, store=StateStore())
-    deferred = task.start()
-
-    def sigterm(*_, **__):
-        monkeypatch.setattr(HeyGenHook, "get_connection", killed)
-        operator.on_kill()
-        raise Killed
-
-    monkeypatch.setattr(waiting, "conclude", sigterm)
-    with pytest.raises(Killed):
-        task.resume(deferred, {"overdub_id": heygen.jobs[0].id, "status": "error", "message": "Gave up"})
-    assert heygen.jobs[0].deleted
-
-
-def test_the_last_look_of_a_wait_does_not_sit_through_a_retry_after(heygen, pauses):
+@pytest.mark.parametrize("how", ["retry", "clear"])
+@pytest.mark.parametrize(
+    "fault", [PAGE, {"status": 404, "body": "default backend - 404"}, ENVELOPED], ids=str
+)
+def test_one_404_is_nobodys_word(heygen, monkeypatch, fault, how):
+    """Cases bug-01 and review-01."""
+    monkeypatch.setattr(waiting, "FRESH_SECONDS", 0)
+    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.0)
     heygen.behaviour.job_seconds = 60
     task = Task(dub(deferrable=True), store=StateStore())
+    task.start()
+    if how == "clear":
+        task.clear()
+    heygen.fail_next(method="GET", path="/v3/overdubs/", **fault)
+    task.start()
+    assert len(heygen.jobs) == 1
+
+
+@pytest.mark.parametrize("fault", [PAGE, {"status": 503}, {"status": 403}], ids=str)
+def test_gone_needs_the_list_and_a_second_404(heygen, monkeypatch, pauses, fault):
+    monkeypatch.setattr(waiting, "FRESH_SECONDS", 0)
+    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.0)
+    heygen.behaviour.job_seconds = 60
+    task = Task(dub(wait_for_completion=False), store=StateStore())
+    first = task.start()
+    with HeyGenHook() as hook:
+        hook.delete_overdub(first)
+    # The list cannot be read.
+    heygen.fail_next(method="GET", path="/v3/overdubs$|/v3/overdubs[?]", count=1000, **fault)
+    assert task.start() == first
+    heygen.clear_faults()
+    # The list does not have it, but the second check meets something else.
+    slept = []
+
+    def pause(seconds):
+        slept.append(seconds)
+        heygen.fail_next(method="GET", path="/v3/overdubs/", count=1000, **fault)
+
+    monkeypatch.setattr(waiting, "GONE_SECONDS", 30.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("airflow_provider_heygen.submitter.time.sleep", pause)
+        patch.setattr(HeyGenHook, "_log_pause", lambda *_: None)
+        patch.setattr("airflow_provider_heygen.dubbing.FRESH_SECONDS", 0)
+        assert task.start() == first
+    assert slept[0] == 30.0
+    heygen.clear_faults()
+    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.0)
+    assert task.start() != first
+
+
+# --- The record ---------------------------------------------------------------------------------------
+
+
+def record_of(task):
+    return task.store.get("heygen_overdub")
+
+
+def test_a_search_without_a_record_goes_back_to_the_start_of_the_dag_run(heygen, monkeypatch):
+    asked = []
+    monkeypatch.setattr(HeyGenHook, "find_created", lambda *_, **times: asked.append(times))
+    task = Task(dub(wait_for_completion=False))
+    task.began -= timedelta(hours=5)
+    task.ti.try_number = 1
+    task.start()
+    assert asked[0]["since"] == task.began.timestamp()
+    assert time.time() - asked[0]["sent_at"] < 10
+
+
+def test_a_record_is_of_the_last_clear(heygen):
+    heygen.behaviour.job_seconds = 60
+    task = Task(dub(timeout=0.1), store=StateStore())
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        task.start()
+    task.clear()
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        task.start()
+    assert record_of(task)["max_tries"] == task.ti.max_tries
+    heygen.force(heygen.jobs[0].id, "completed")
+    # The worker dies after the delivery: the retry is none of the clear.
+    first = task.start()
+    assert task.start() == first == heygen.jobs[0].id
+    assert len(heygen.jobs) == 1
+
+
+@STORES
+def test_in_doubt_is_what_was_sent_and_not_answered(heygen, monkeypatch, store):
+    task = Task(dub(), store=StateStore() if store else None)
+    task.ti.try_number = 1
+
+    def ledger():
+        return Ledger(task.context, durable=True, kept=kept)
+
+    for changes, doubt in [({}, False), ({"sent": True}, True), ({"sent": True, "overdub_id": "od"}, False)]:
+        kept = {"digest": "d", "number": 1, "key": "k", "began": 0.0, "max_tries": 3} | changes
+        if store:
+            task.store.set("heygen_overdub", kept)
+        assert ledger().in_doubt is doubt
+
+
+def test_an_unknown_outcome_is_noted_and_nothing_is_uploaded_again(heygen, files, monkeypatch):
+    def lost(*_, **__):
+        raise HeyGenNotFoundError("Gone", status_code=404, code="asset_not_found", outcome_unknown=True)
+
+    monkeypatch.setattr(HeyGenHook, "create_overdub", lost)
+    task = Task(dub(**files), store=StateStore())
+    began = time.time()
+    with fails_for_good(HeyGenNotFoundError):
+        task.start()
+    assert uploads(heygen) == 2
+    assert record_of(task)["sent"] is True
+    assert record_of(task)["sent_at"] >= began
+
+
+@pytest.mark.parametrize("headers", [{}, {"Retry-After": "1"}], ids=str)
+def test_429_is_never_slept_on_a_worker_and_never_deferred_for_a_moment(heygen, monkeypatch, headers):
+    slept = []
+    monkeypatch.setattr("airflow_provider_heygen.dubbing.time.sleep", slept.append)
+    heygen.fail_next(method="POST", status=429, headers=headers, code="rate_limit_exceeded")
+    task = Task(dub(deferrable=True), store=StateStore())
     deferred = task.start()
+    assert deferred.method_name == "execute_again"
+    assert (deferred.trigger.moment - datetime.now(UTC)).total_seconds() > 14
+    assert not [pause for pause in slept if pause >= 1]
+    assert [request.method for request in heygen.requests] == ["POST"]
+
+
+# --- The end of a wait ---------------------------------------------------------------------------------
+
+
+def waiting_task(heygen, **changes):
+    """A task that has started its overdub and waits in the triggerer."""
+    heygen.behaviour.job_seconds = 60
+    task = Task(dub(deferrable=True, **changes), store=StateStore())
+    deferred = task.start()
+    event = {"overdub_id": heygen.jobs[0].id, "status": "timeout", "message": "Timed out waiting"}
+    return task, deferred, event
+
+
+def test_the_last_poll_of_a_wait_does_not_sit_through_a_retry_after(heygen, pauses):
+    task, deferred, event = waiting_task(heygen)
     heygen.fail_next(method="GET", count=50, status=503, headers={"Retry-After": "60"})
-    gave_up = {"overdub_id": heygen.jobs[0].id, "status": "error", "message": "Gave up"}
-    for _ in range(waiting.MAX_TIMES_GIVEN_UP):
-        deferred = task.resume(deferred, gave_up)
-        assert isinstance(deferred, TaskDeferred)
-    with pytest.raises(HeyGenTransientError):
-        task.resume(deferred, gave_up)
+    with pytest.raises(HeyGenOverdubTimeoutError, match="last status check failed"):
+        task.resume(deferred, event)
     assert pauses == []
 
 
-def test_on_kill_keeps_what_has_ended(heygen):
-    operator = dub(delete_on_kill=True)()
-    Task(lambda: operator, store=StateStore()).start()
-    operator.on_kill()
-    assert not heygen.jobs[0].deleted
+@pytest.mark.parametrize("by", ["the trigger", "Airflow"])
+@pytest.mark.parametrize("status", ["completed", "failed", "running"])
+def test_no_wait_times_out_unseen(heygen, by, status):
+    task, deferred, event = waiting_task(heygen)
+    heygen.force(heygen.jobs[0].id, status)
+    if by == "Airflow":  # no triggerer came
+        task.ti.xcom_pull = lambda **_: heygen.jobs[0].id
+        operator = task.make()
+        end = lambda: operator.resume_execution("__fail__", {"error": "Trigger timeout"}, task.context)  # noqa: E731
+    else:
+        end = lambda: task.resume(deferred, event)  # noqa: E731
+    if status == "completed":
+        assert end() == heygen.jobs[0].id
+        assert task.xcoms["overdub"]["status"] == "completed"
+    else:
+        error = {"failed": HeyGenTaskFailedError, "running": HeyGenOverdubTimeoutError}[status]
+        with pytest.raises(error):
+            end()
 
 
-@pytest.mark.parametrize(
-    ("delete_on_kill", "running_seconds", "kept"), [(True, 60, False), (False, 60, True), (True, 0, True)]
+REFUSALS = pytest.mark.parametrize(
+    "fault",
+    [
+        {"status": 401},
+        {"status": 402, "code": "insufficient_credit"},
+        {"status": 403},
+        {"status": 403, "html": True},
+        {"status": 404},
+        {"status": 404, "html": True},
+        {"status": 429, "code": "quota_exceeded"},
+        {"status": 503},
+    ],
+    ids=str,
 )
-def test_trigger_on_kill(heygen, delete_on_kill, running_seconds, kept):
-    heygen.behaviour.job_seconds = 60
-    deferred = Task(dub(deferrable=True, delete_on_kill=delete_on_kill), store=StateStore()).start()
-    if not running_seconds:
-        heygen.force(heygen.jobs[0].id, "completed")
-    asyncio.run(deferred.trigger.on_kill())
-    assert heygen.jobs[0].deleted is not kept
+
+
+@MODES
+@REFUSALS
+def test_no_refused_poll_ends_a_wait(heygen, monkeypatch, deferrable, fault):
+    """Cases bug-02 and review-02: the overdub runs and is paid for, whatever a poll meets."""
+    monkeypatch.setattr(waiting, "FRESH_SECONDS", 0)
+    heygen.behaviour.job_seconds = 0.3
+    heygen.fail_next(method="GET", path="/v3/overdubs", count=2, **fault)
+    task = Task(dub(deferrable=deferrable), store=StateStore())
+    assert finish(task, task.start()) == heygen.jobs[0].id
+
+
+@REFUSALS
+def test_a_wait_that_is_refused_to_its_end_is_worth_a_retry(heygen, monkeypatch, pauses, fault):
+    monkeypatch.setattr(waiting, "FRESH_SECONDS", 0)
+    task, deferred, event = waiting_task(heygen)
+    heygen.fail_next(method="GET", count=1000, **fault)
+    with pytest.raises(HeyGenOverdubTimeoutError) as caught:
+        task.resume(deferred, event)
+    assert not isinstance(caught.value, AirflowFailException)
+    heygen.clear_faults()
+    heygen.force(heygen.jobs[0].id, "completed")
+    assert finish(task, task.start()) == heygen.jobs[0].id
+    assert len(heygen.jobs) == 1
+
+
+@pytest.mark.parametrize("event", [None, {}, {"status": "success"}, "completed"], ids=str)
+def test_an_event_of_another_release_fails_loudly_and_a_retry_goes_on(heygen, event):
+    task, deferred, _ = waiting_task(heygen)
+    with pytest.raises(HeyGenTriggerEventError, match="not affected") as caught:
+        task.resume(deferred, event)
+    assert not isinstance(caught.value, AirflowFailException)
+    heygen.force(heygen.jobs[0].id, "completed")
+    assert finish(task, task.start()) == heygen.jobs[0].id
 
 
 def test_a_cancelled_trigger_deletes_nothing(heygen):
-    heygen.behaviour.job_seconds = 60
-    deferred = Task(dub(deferrable=True, delete_on_kill=True), store=StateStore()).start()
+    """A triggerer that restarts or hands on its triggers cancels them."""
+    _, deferred, _ = waiting_task(heygen)
 
     async def restart():
         run = asyncio.create_task(anext(deferred.trigger.run()))
@@ -800,6 +1041,17 @@ def test_a_cancelled_trigger_deletes_nothing(heygen):
 
     asyncio.run(restart())
     assert not heygen.jobs[0].deleted
+
+
+def test_an_event_of_an_older_provider_is_taken(heygen):
+    """Rows of an older release may be in the metadata database: these names are frozen."""
+    task, deferred, event = waiting_task(heygen)
+    heygen.force(heygen.jobs[0].id, "completed")
+    assert (deferred.method_name, deferred.kwargs.keys()) == ("execute_complete", {"since"})
+    kwargs = {"event": event, "since": 1.0}
+    assert task.make().resume_execution("execute_complete", kwargs, task.context) == heygen.jobs[0].id
+    again = {"event": None, "deadline": time.time() + 60, "kept": None}
+    assert task.make().resume_execution("execute_again", again, task.context) == heygen.jobs[0].id
 
 
 def test_a_fresh_overdub_that_is_not_readable_yet_is_not_taken_for_deleted(heygen):
