@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.providers.common.compat.sdk import TaskDeferred
 from airflow.providers.standard.triggers.temporal import DateTimeTrigger
 
+from airflow_provider_heygen import waiting
 from airflow_provider_heygen.api import CreateOverdubRequest
 from airflow_provider_heygen.exceptions import (
     HeyGenError,
@@ -25,7 +26,6 @@ from airflow_provider_heygen.submitter import Ledger, submit
 from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
 from airflow_provider_heygen.upload import inputs, storage_uris
 from airflow_provider_heygen.waiting import (
-    FRESH_SECONDS,
     Watch,
     backstop,
     check_event,
@@ -140,7 +140,7 @@ class Dubbing:
 
     def _until_readable(self, overdub_id: str) -> None:
         """Wait until HeyGen can return the overdub, which may be 404 for a moment after its creation."""
-        until = time.time() + FRESH_SECONDS
+        until = time.time() + waiting.FRESH_SECONDS
         while time.time() < until:
             try:
                 self.hook.get_overdub(overdub_id)
@@ -161,7 +161,7 @@ class Dubbing:
         rules: dict[str, Any] = {
             "poke_interval": poke_interval,
             "deadline": self.deadline,
-            "not_found_until": since + FRESH_SECONDS,
+            "not_found_until": since + waiting.FRESH_SECONDS,
         }
         # A hook of its own: it reads the connection as it is now, and the wait repeats what fails.
         with HeyGenHook(self.task.heygen_conn_id, max_attempts=1) as hook:

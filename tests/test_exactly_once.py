@@ -774,7 +774,7 @@ def test_how_many_overdubs_are_started(heygen, pauses, monkeypatch, record, answ
     there = record not in ("nothing", "not sent")
     if record == "not sent":
         heygen.fail_next(method="POST", status=402, code="insufficient_credit")
-        with fails_for_good(HeyGenPermanentError):
+        with fails_for_good(HeyGenPermanentError, match="402"):
             task.start()
     elif there:
         task.start()
