@@ -853,7 +853,6 @@ def test_gone_needs_the_list_and_a_second_404(heygen, monkeypatch, pauses, fault
     with monkeypatch.context() as patch:
         patch.setattr("airflow_provider_heygen.submitter.time.sleep", pause)
         patch.setattr(HeyGenHook, "_log_pause", lambda *_: None)
-        patch.setattr("airflow_provider_heygen.dubbing.FRESH_SECONDS", 0)
         assert task.start() == first
     assert slept[0] == 30.0
     heygen.clear_faults()
