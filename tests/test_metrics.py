@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
+from contextlib import suppress
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 from airflow.providers.common.compat.sdk import AirflowSkipException, TaskDeferred
@@ -15,8 +18,9 @@ from test_exactly_once import dub, finish
 from test_sensor import ALL_MODES, wait
 
 from airflow_provider_heygen import metrics
-from airflow_provider_heygen.exceptions import HeyGenError, HeyGenTaskFailedError
+from airflow_provider_heygen.exceptions import HeyGenError, HeyGenOverdubFailedError, HeyGenTaskFailedError
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.waiting import conclude
 
 
 class Broken(StatsClient):
@@ -161,6 +165,16 @@ def test_a_sensor_of_one_that_fails(heygen, statsd, mode, soft_fail):
     with pytest.raises(AirflowSkipException if soft_fail else HeyGenTaskFailedError):
         wait(overdub_id, mode, soft_fail=soft_fail)
     assert counts(statsd) == {"failed": 1, "wait": 1}
+
+
+@pytest.mark.parametrize("status", ["completed", "failed"])
+def test_an_end_found_late_is_counted(heygen, overdub_id, statsd, status):
+    heygen.force(overdub_id, status, "Too dark")
+    event = {"overdub_id": overdub_id, "status": "timeout", "message": "The time is over."}
+    wait = metrics.Wait(SimpleNamespace(dag_id="dag", task_id="task"), time.time() - 9)
+    with suppress(HeyGenOverdubFailedError):
+        conclude(event, wait, HeyGenHook())
+    assert counts(statsd) == {status: 1, "wait": 1}
 
 
 @pytest.mark.parametrize("broken", ["incr", "__init__"])

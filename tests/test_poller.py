@@ -521,6 +521,26 @@ def test_the_most_eager_wait_for_an_overdub_serves_all():
     assert all(end.at < 33 for end in ends)
 
 
+def test_an_eager_wait_that_has_left_hurries_nobody():
+    server = Server({"od_0": (60.0, "completed")})
+    intervals = []
+
+    async def look():
+        for moment in (5, 15):
+            await asyncio.sleep(moment - server.loop.now)
+            (job,) = [
+                job
+                for key, found in poller._pollers.items()
+                if key[0] is server.loop
+                for job in found.jobs.values()
+            ]
+            intervals.append(job.interval)
+
+    run(server, [watch("od_0", 1.0), watch("od_0", 30.0)], leaves={0: 10.0}, meanwhile=look)
+    assert intervals == [1.0, 30.0]
+    assert len([1 for moment, _ in server.requests if moment > 12]) <= 6
+
+
 def test_slow_waits_are_not_looked_at_for_the_sake_of_an_eager_one():
     server = Server(jobs(50, first_end=300, spread=1))
     run(server, [watch(f"od_{n}", 1.0 if n == 0 else 100.0) for n in range(50)])
@@ -815,6 +835,61 @@ def test_an_absurd_retry_after_is_capped_and_forgotten_with_another_connection()
 
     ends = run(server, [watch(name) for name in server.ends], meanwhile=exchange)
     assert ends[-1].at <= 100 + poller.REFRESH_SECONDS + 10
+
+
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_what_was_asked_for_outlives_all_waits_but_not_their_connection(exchanged):
+    server = Server({"od_0": (0.0, "running"), "od_1": (40.0, "completed")}, faults=[(5, 20, "429/800", 1.0)])
+
+    async def exchange():
+        await asyncio.sleep(30)
+        if exchanged:
+            server.key = server.connection_key = "key-2"
+
+    _, end = run(server, [watch("od_0"), watch("od_1")], {1: 60.0}, {0: 25.0}, exchange)
+    assert end.event["status"] == "completed"
+    assert (end.at < 70) == exchanged
+    assert not asked(server, 20, 60)
+
+
+def test_a_backoff_is_over_with_another_connection():
+    server = Server({"od_0": (50.0, "completed"), "od_1": (150.0, "completed")})
+    server.connection_key, server.key = "key-1", "key-2"
+
+    async def exchange():
+        await asyncio.sleep(100)
+        server.connection_key = "key-2"
+
+    ends = run(server, [watch("od_0", 600.0), watch("od_1")], meanwhile=exchange)
+    assert [end.event["status"] for end in ends] == ["completed"] * 2
+    assert ends[0].at < 100 + 2 * waiting.LONGEST_BACKOFF  # by itself it would have asked at 600
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_failures_that_came_together_count_once(seed, monkeypatch):
+    monkeypatch.setattr(poller, "random", random.Random(seed))
+    server = Server(jobs(10), list_status=404, latency=1.5, rate=100.0, faults=[(20, 24, "503", 1.0)])
+    ends = run(server, [watch(name) for name in server.ends])
+    assert {end.event["status"] for end in ends} == {"completed"}
+    assert asked(server, 24, 33), "no pause as after ten failures in a row"
+
+
+def test_a_success_ends_the_patience_with_the_list():
+    server = Server(jobs(100, first_end=400))
+    answer, lists = server.answer, []
+
+    def sometimes(call, key):
+        now = server.loop.now
+        if call.path.count("/") == 2:
+            lists.append(now)
+            if 10 < now < 100 or 220 < now < 222:
+                return 503, {}, REFUSED
+        return answer(call, key)
+
+    server.answer = sometimes
+    run(server, [watch(name, 1.0) for name in server.ends])
+    assert any(180 < moment < 220 for moment in lists)
+    assert any(222 < moment < 240 for moment in lists)
 
 
 def test_a_storm_of_429_fails_nobody():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
+from airflow_task import StateStore, Task
 from hypothesis import given
 from hypothesis import strategies as st
+from test_exactly_once import dub
 
 from airflow_provider_heygen import exceptions, waiting
 from airflow_provider_heygen.api import DEFAULT_FAILURE_MESSAGE, Overdub
@@ -161,6 +164,14 @@ def test_404_is_waited_out_while_the_overdub_is_fresh(clock):
         clock.now += 2
     assert watch.failed(HeyGenNotFoundError("gone")) == 12.5
     assert watch.missing_since is not None
+
+
+def test_fresh_is_half_a_minute_after_the_create(heygen, monkeypatch):
+    monkeypatch.setattr(waiting, "time", time)
+    heygen.behaviour.job_seconds = 60
+    before = time.time()
+    _, stored = Task(dub(deferrable=True), store=StateStore()).start().trigger.serialize()
+    assert before + 30 <= stored["not_found_until"] <= time.time() + 30
 
 
 @pytest.mark.parametrize("poke_interval", [5, 10, 300])
