@@ -820,6 +820,24 @@ def test_a_retry_after_of_the_list_holds_for_the_list_only():
     assert {end.event["status"] for end in ends} == {"completed"}
     assert late(server, ends)[-1] < 15
     assert server.kinds["list"] == 1
+    (first, _), (second, _) = server.requests[:2]
+    assert second - first < 0.3, "the GETs go on at the connection's rate"
+
+
+def test_an_absurd_retry_after_of_the_list_is_capped():
+    server = Server(jobs(20, first_end=1500))
+    answer, lists = server.answer, []
+
+    def busy_once(call, key):
+        if call.path.count("/") == 2:
+            lists.append(server.loop.now)
+            if len(lists) == 1:
+                return 429, {"Retry-After": "999999999"}, REFUSED
+        return answer(call, key)
+
+    server.answer = busy_once
+    run(server, [watch(name) for name in server.ends])
+    assert 900 <= lists[1] - lists[0] < 900 + 20
 
 
 def test_an_absurd_retry_after_is_capped_and_forgotten_with_another_connection():
