@@ -944,7 +944,7 @@ def test_an_overdub_that_cannot_be_read_hurts_nobody_else():
 PAGES = ["403", "404", "502", "429/999999999", "429/999", "429/7", "301", "200"]
 
 
-@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32 - 1))
 def test_an_hour_of_trouble(seed):
     """A proxy answers pages of its own to half of all requests; each wait ends as its overdub did."""
