@@ -611,10 +611,9 @@ def _error(
             f" {_next_step(call, status, None, connection)}." if status // 100 == 3 or status == 404 else ""
         )
         message += (
-            f" The response ({kind}) does not have the form of HeyGen's errors, so it came from a gateway,"
-            f" proxy"
-            " or firewall in between. If this goes on, check these and the host of Airflow connection"
-            f" '{connection.conn_id}'.{step}{trace}"
+            f" The response ({kind}) does not have the form of HeyGen's errors, so it came from a"
+            " gateway, proxy or firewall in between. If this goes on, check these and the host of"
+            f" Airflow connection '{connection.conn_id}'.{step}{trace}"
         )
         return HeyGenGatewayError(message, outcome_unknown=in_doubt, **details)
     if _is_transient(call, status, code):

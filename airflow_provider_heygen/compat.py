@@ -19,10 +19,8 @@ async def to_its_end(question: Coroutine[Any, Any, T]) -> T:
     Await a call to Airflow and let it finish even if the caller is cancelled meanwhile.
 
     Before Airflow 3.2, a response that is not read stays in the pipe between triggerer and supervisor. The
-    next call
-    reads it as its own and fails (observed on Airflow 3.1); if that is the call of the runner of all
-    triggers, all
-    of them end.
+    next call reads it as its own and fails (observed on Airflow 3.1); if that is the call of the runner of
+    all triggers, all of them end.
     """
     task = asyncio.create_task(question)
     _asking.add(task)  # an event loop itself does not keep its tasks alive

@@ -1,9 +1,8 @@
 """
 What went wrong, as facts; and how long to pause after it.
 
-An exception says who answered and whether the request took effect. What follows from it depends on what
-was being
-done: the operators decide that (a refused create fails the task, a refused poll is waited out).
+An exception says who answered and whether the request took effect. What follows from it depends on what was
+being done: the operators decide that (a refused create fails the task, a refused poll is waited out).
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import random
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
 MAX_RETRY_AFTER = 900.0
-"""The longest ``Retry-After`` that is honoured, in seconds: one absurd header must not silence
-a connection."""
+"""The longest ``Retry-After`` that is honoured, in seconds: one absurd header must not silence a
+connection."""
 
 
 class HeyGenError(AirflowException):
@@ -22,8 +21,7 @@ class HeyGenError(AirflowException):
     Base class of all exceptions about HeyGen.
 
     The message says what happened and what to do next. The attributes hold what HeyGen said (contract,
-    ``error``
-    envelope), each ``None`` if it said nothing.
+    ``error`` envelope), each ``None`` if it said nothing.
 
     :param message: text without credentials and presigned URLs.
     :param status_code: HTTP status; ``None`` if there was no response (network fault, bad input).
@@ -32,9 +30,8 @@ class HeyGenError(AirflowException):
     :param doc_url: HeyGen's page about the code.
     :param request_id: ``X-Request-Id``, to quote to HeyGen's support.
     :param retry_after: seconds that HeyGen asked to wait.
-    :param outcome_unknown: whether the request may have taken effect although its response was lost or
-        came from
-        something in between. Search for the overdub before you repeat a create request.
+    :param outcome_unknown: whether the request may have taken effect although its response was lost or came
+        from something in between. Search for the overdub before you repeat a create request.
     :param overdub_id: the overdub that this is about, if known.
     """
 
@@ -71,9 +68,8 @@ class HeyGenGatewayError(HeyGenTransientError):
     """
     An error response without HeyGen's envelope: a gateway, proxy or firewall answered, not HeyGen.
 
-    HeyGen documents ``error.code`` and ``error.message`` in every error response, so this one proves
-    nothing about
-    the request, whatever its status.
+    HeyGen documents ``error.code`` and ``error.message`` in every error response, so this one proves nothing
+    about the request, whatever its status.
     """
 
 

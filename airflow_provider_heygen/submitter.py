@@ -264,8 +264,7 @@ def _look(overdub_id: str, answered: float, hook: HeyGenHook) -> Overdub | None:
     What HeyGen has started is not submitted again because a poll fails: the wait copes with that.
     """
     unseen = Overdub.model_validate({"id": overdub_id})
-    missing_since: float | None = None
-    while True:
+    for number in (1, 2):
         try:
             return hook.get_overdub(overdub_id)
         except HeyGenNotFoundError as error:
@@ -276,10 +275,9 @@ def _look(overdub_id: str, answered: float, hook: HeyGenHook) -> Overdub | None:
         except HeyGenError as error:
             log.warning("%s", error)
             return unseen
-        if missing_since is not None:
-            return None
-        missing_since = time.monotonic()
-        time.sleep(waiting.GONE_SECONDS)
+        if number == 1:
+            time.sleep(waiting.GONE_SECONDS)
+    return None
 
 
 def _relabel(
@@ -291,9 +289,8 @@ def _relabel(
     wanted = labels(request)
     if wanted["labels"] != submission.labels or wanted["callback_id"] != submission.callback_id:
         log.warning(
-            "'callback_url', 'callback_id' or 'folder_id' has changed since overdub %s was started; HeyGen"
-            " cannot"
-            " change them.",
+            "'callback_url', 'callback_id' or 'folder_id' has changed since overdub %s was started;"
+            " HeyGen cannot change them.",
             overdub_id,
         )
     title = wanted["title"]

@@ -47,8 +47,7 @@ class WaitEvent(TypedDict):
 
     :param overdub_id: the overdub waited for.
     :param status: ``completed`` or ``failed`` as HeyGen says; ``gone`` if the overdub was deleted;
-        ``timeout`` if
-        the deadline passed; ``error`` if the wait could not begin.
+        ``timeout`` if the deadline passed; ``error`` if the wait could not begin.
     :param message: text for people.
     :param overdub: the details without links, with ``completed``.
     """
@@ -63,9 +62,9 @@ class Watch:
     """
     Follow one overdub: take the result of each poll, return the pause until the next one, or the end.
 
-    A wait ends because the overdub is completed, failed or gone, or because its time is over. Whatever
-    else a poll
-    meets (a refusal, a gateway's page, an outage) says nothing about an overdub that runs and is paid for.
+    A wait ends because the overdub is completed, failed or gone, or because its time is over. Whatever else
+    a poll meets (a refusal, a gateway's page, an outage) says nothing about an overdub that runs and is paid
+    for.
 
     :param overdub_id: the overdub.
     :param poke_interval: seconds between polls while they succeed.
@@ -180,8 +179,8 @@ class Watch:
         return self._end(
             "gone",
             f"Overdub {self.overdub_id} is gone: HeyGen has returned 404 for it for {GONE_SECONDS:.0f} s,"
-            f" and its list"
-            " does not have it. It was deleted, or belongs to another account than the Airflow connection.",
+            " and its list does not have it. It was deleted, or belongs to another account than the"
+            " Airflow connection.",
         )
 
     def give_up(self, error: Exception) -> WaitEvent:
@@ -218,9 +217,9 @@ class Watch:
         return self._end(
             "timeout",
             f"Timed out waiting for overdub {self.overdub_id} (status: {self.status}).{trouble}"
-            " It keeps running at HeyGen and may still complete. To keep waiting, retry this task or pass"
-            " the id to"
-            " HeyGenOverdubSensor. To wait longer, raise 'timeout' (or 'execution_timeout').",
+            " It keeps running at HeyGen and may still complete. To keep waiting, retry this task or"
+            " pass the id to HeyGenOverdubSensor. To wait longer, raise 'timeout' (or"
+            " 'execution_timeout').",
         )
 
     def _end(self, status: EventStatus, message: str) -> WaitEvent:

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SETTLE_SECONDS = 45.0
-"""How long after a create request was sent its overdub may still appear; HeyGen's p99 is near 31 s (contract,
-``x-timing`` of ``createOverdub``)."""
+"""How long after a create request was sent its overdub may still appear; HeyGen's p99 is near 31 s
+(contract, ``x-timing`` of ``createOverdub``)."""
 
 SEARCH_SECONDS = 300.0
 """How far from the time of sending an overdub may have been created to be a candidate, by HeyGen's clock."""
@@ -76,9 +76,8 @@ class HeyGenHook(BaseHook):
     :param heygen_conn_id: the Airflow connection.
     :param max_attempts: how often a call is tried while the failure is transient. Pauses double from 1 to
         30 s, or last as long as HeyGen's ``Retry-After`` says.
-    :param longest_pause: seconds; if HeyGen asks to wait longer, the error is raised at once, for the
-        caller to
-        defer. A 429 counts as a wait of one second at least.
+    :param longest_pause: seconds; if HeyGen asks to wait longer, the error is raised at once, for the caller
+        to defer. A 429 counts as a wait of one second at least.
     """
 
     conn_name_attr = "heygen_conn_id"
@@ -219,19 +218,17 @@ class HeyGenHook(BaseHook):
         Find the overdub that a create request with a lost response has started.
 
         HeyGen's list has no filter, so pages are read until their rows are too old. Rows without a
-        ``callback_id`` are fetched one by one. Only a certain match is returned. If other candidates
-        remain, the
-        result is ``None`` on ``lipsyncs`` as long as HeyGen knows the key: a repeat under it is documented
-        to be
-        safe there. Otherwise a repeat might start a second overdub, so this method raises.
+        ``callback_id`` are fetched one by one. Only a certain match is returned. If other candidates remain,
+        the result is ``None`` on ``lipsyncs`` as long as HeyGen knows the key: a repeat under it is
+        documented to be safe there. Otherwise a repeat might start a second overdub, so this method raises.
 
         :param request: the create request as it was sent. An author's own ``callback_id`` may be on several
             overdubs and proves nothing.
         :param idempotency_key: its key; also its ``callback_id`` unless the author set one.
         :param since: time of the first attempt, in Unix seconds.
         :param sent_at: time of the last attempt without any response, in Unix seconds. The overdub may
-            appear for
-            some time after it, so where the key is not relied on, the search is repeated until then.
+            appear for some time after it, so where the key is not relied on, the search is repeated until
+            then.
         :returns: the overdub, or ``None`` if the request may be sent again.
         :raises HeyGenOutcomeUnknownError: if it cannot be determined. Nothing more was sent; a retry
             searches again.
@@ -259,13 +256,10 @@ class HeyGenHook(BaseHook):
             return None
         raise HeyGenOutcomeUnknownError(
             "A create request was sent, its response was lost, and it cannot be determined whether it"
-            " started an"
-            f" overdub (candidates: {', '.join(search.doubts[:5])}). Nothing more was sent. Check the"
-            f" candidates in"
-            " HeyGen. If none belongs to this task, clear the task to send the request again (before"
-            " Airflow 3.3:"
-            " run it with durable=False). Leave callback_id unset, so that the provider sends a unique one by"
-            " which it can find an overdub.",
+            f" started an overdub (candidates: {', '.join(search.doubts[:5])}). Nothing more was sent."
+            " Check the candidates in HeyGen. If none belongs to this task, clear the task to send the"
+            " request again (before Airflow 3.3: run it with durable=False). Leave callback_id unset, so"
+            " that the provider sends a unique one by which it can find an overdub.",
             outcome_unknown=True,
         )
 

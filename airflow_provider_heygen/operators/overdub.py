@@ -80,12 +80,10 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         failed is gone on with. A task cleared after success starts a new one. Airflow before 3.3 has no
         task state store; there a retry searches HeyGen's list, and a clear starts a new overdub.
     :raises HeyGenTaskFailedError: if an argument is wrong, HeyGen rejected the create request, or the
-        overdub failed
-        or was deleted: the task fails without a retry.
+        overdub failed or was deleted: the task fails without a retry.
     :raises HeyGenTransientError: if HeyGen could not be reached for long. Retry.
     :raises HeyGenOutcomeUnknownError: if it cannot be determined whether a lost create request started an
-        overdub.
-        Nothing more was sent; a retry searches again.
+        overdub. Nothing more was sent; a retry searches again.
     :raises HeyGenOverdubTimeoutError: ``timeout`` passed; a retry goes on waiting for the same overdub.
     """
 
@@ -246,9 +244,9 @@ class HeyGenDeleteOverdubOperator(BaseOperator):
     :param overdub_id: the overdub. (templated)
     :param ignore_missing: succeed when there is no such overdub (any more), which makes a retry safe.
     :param heygen_conn_id: the Airflow connection. (templated)
-    :raises HeyGenTaskFailedError: if the id is wrong, HeyGen rejected the request, there is no such
-        overdub and
-        ``ignore_missing`` is off, or the whole endpoint is missing (a wrong ``resource`` in the connection).
+    :raises HeyGenTaskFailedError: if the id is wrong, HeyGen rejected the request, there is no such overdub
+        and ``ignore_missing`` is off, or the whole endpoint is missing (a wrong ``resource`` in the
+        connection).
     """
 
     template_fields: Sequence[str] = ("overdub_id", "heygen_conn_id")

@@ -30,9 +30,8 @@ class HeyGenOverdubSensor(BaseSensorOperator):
     Wait until an overdub is completed. Returns its details, without presigned URLs.
 
     A failed or deleted overdub fails the task at once; ``soft_fail`` and ``never_fail`` make that, and a
-    timeout, a
-    skip in every mode. Whatever else goes wrong while it waits is waited out. ``mode`` is ``poke`` or
-    ``reschedule`` if ``deferrable`` is off. The pauses are the provider's own: the base class's
+    timeout, a skip in every mode. Whatever else goes wrong while it waits is waited out. ``mode`` is
+    ``poke`` or ``reschedule`` if ``deferrable`` is off. The pauses are the provider's own: the base class's
     ``exponential_backoff`` and ``max_wait`` do not apply.
 
     :param overdub_id: the overdub. (templated)

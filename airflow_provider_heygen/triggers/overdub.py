@@ -19,9 +19,8 @@ class HeyGenOverdubTrigger(BaseTrigger):
     Fire one :class:`~airflow_provider_heygen.waiting.WaitEvent` when the wait for an overdub ends.
 
     Class path and argument names are frozen: rows of an older release are still in somebody's metadata
-    database. The arguments hold no secret, they are stored and sent in plain JSON. A cancelled trigger
-    means that
-    the triggerer restarts or that Airflow moved the trigger, so nothing here acts on cancellation.
+    database. The arguments hold no secret, they are stored and sent in plain JSON. A cancelled trigger means
+    that the triggerer restarts or that Airflow moved the trigger, so nothing here acts on cancellation.
 
     :param heygen_conn_id: the Airflow connection.
     :param overdub_id: the overdub.
