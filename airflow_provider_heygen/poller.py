@@ -414,40 +414,42 @@ class _Poller:
             if getattr(error, "retry_after", None):
                 self._gets_from = self._loop.time() + retry_delay(1, error)
             self._tell(job, lambda watch: watch.failed(failure))
-            await self._settle(job)
+            await self._settle(job, settings)
             return True
         if hook is not self._hook:  # an answer to an outdated connection, perhaps of another account
             return False
         self._saw(job, overdub)
         return True
 
-    async def _settle(self, job: _Job) -> None:
+    async def _settle(self, job: _Job, settings: HeyGenConnection) -> None:
         """Have the list decide on an overdub for which HeyGen has returned 404 for some time."""
         doubtful = [w for w in job.waiters if w.watch.may_be_gone and not w.ended.done()]
         if not doubtful:
             return
         read_at, listing = self._listing
         if self._loop.time() - read_at >= LISTING_SECONDS:
-            listing = await self._whole_list()
+            listing = await self._whole_list(settings)
             self._listing = self._loop.time(), listing
         for waiter in doubtful:
             end = waiter.watch.absent(None if listing is None else job.overdub_id in listing)
             if end is not None and not waiter.ended.done():
                 waiter.ended.set_result(end)
 
-    async def _whole_list(self) -> set[str] | None:
+    async def _whole_list(self, settings: HeyGenConnection) -> set[str] | None:
         """Return the ids of all overdubs in the list; ``None`` if it cannot be read to its end."""
         hook, ids, token = self._hook, set[str](), None
         for _ in range(MAX_LISTED_PAGES):
             try:
-                call = api.skim_overdubs(self._settings.resource if self._settings else "", 100, token)
+                call = api.skim_overdubs(settings.resource, api.MAX_PAGE_SIZE, token)
                 page = await self._ask(call, again=True)
             except Exception as error:
                 log.warning("%s", api.redact_links(str(error)))
                 return None
             ids |= set(page.rows)
-            if page.next_token is None or page.next_token == token:
+            if page.next_token is None:
                 return ids if hook is self._hook else None
+            if page.next_token == token:  # it goes in circles, so there may be more
+                return None
             token = page.next_token
         return None
 

@@ -662,6 +662,21 @@ def test_is_listed(heygen):
     assert HeyGenHook().is_listed("od_1") is None
 
 
+@pytest.mark.parametrize("tokens", [["1", "1"], ["1", "2", "1"]], ids=str)
+def test_a_list_that_goes_in_circles_denies_nothing(heygen, tokens):
+    """It was not read to its end, so what is not in it may be there."""
+    rows = [{"id": "a", "status": "running", "callback_id": "other"}]
+    for token in tokens * 2:
+        heygen.fail_next(method="GET", body=json.dumps({"data": rows, "next_token": token}))
+    assert HeyGenHook().is_listed("od_1") is None
+    heygen.clear_faults()
+    for token in tokens * 2:
+        heygen.fail_next(method="GET", body=json.dumps({"data": rows, "next_token": token}))
+    request = module.api.CreateOverdubRequest.of({**REQUEST, "callback_id": "k:1"})
+    with pytest.raises(HeyGenOutcomeUnknownError, match="to its end"):
+        HeyGenHook().find_created(request, "k:1", since=time.time(), sent_at=time.time())
+
+
 def test_same_key_same_overdub(heygen):
     first = HeyGenHook().create_overdub(REQUEST, idempotency_key="k:1")
     assert HeyGenHook().create_overdub(REQUEST, idempotency_key="k:1") == first

@@ -671,6 +671,22 @@ def test_404_on_an_overdub_that_the_list_does_not_deny(list_status):
     assert end.event["status"] == "completed"
 
 
+def test_a_list_that_goes_in_circles_denies_nothing():
+    server = Server({"od_0": (300.0, "completed")})
+    answer = server.answer
+
+    def circles(call, key):
+        if server.loop.now < 200 and call.path.count("/") == 2:
+            return 200, {}, {"data": [], "has_more": True, "next_token": "x"}
+        if server.loop.now < 200:
+            return 404, {}, {"error": {"code": "not_found"}}
+        return answer(call, key)
+
+    server.answer = circles
+    (end,) = run(server, [watch("od_0")])
+    assert end.event["status"] == "completed"
+
+
 def test_many_that_are_gone_share_the_reading_of_the_list():
     server = Server(jobs(100, 20, 1, word="gone") | jobs(300, first_end=200, prefix="other"), rate=20.0)
     ends = run(server, [watch(name) for name in list(server.ends)[:100]])

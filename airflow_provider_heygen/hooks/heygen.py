@@ -199,12 +199,13 @@ class HeyGenHook(BaseHook):
             for number, page in enumerate(self._pages(), start=1):
                 if any(overdub.overdub_id == overdub_id for overdub in page.data):
                     return True
+                if page.next_token is None:
+                    return False
                 if number == MAX_LISTED_PAGES:
-                    return None
+                    break
         except HeyGenError as error:
             self.log.warning("%s", error)
-            return None
-        return False
+        return None
 
     def find_created(
         self,
@@ -589,8 +590,8 @@ class _Search:
     def read(self) -> None:
         """Read the list once, and fetch those that could be the overdub and have no ``callback_id`` there."""
         self.doubts, self.pages = [], 0
-        candidates: dict[str, tuple[float, api.Overdub]] = {}
-        newest_first, last = True, math.inf
+        candidates: dict[str, tuple[float, float, api.Overdub]] = {}
+        newest_first, last, whole = True, math.inf, False
         for page in self.hook._pages():
             self.pages, self.pages_left = self.pages + 1, self.pages_left - 1
             # HeyGen's clock may be far off ours; how long ago the request was sent depends on neither.
@@ -604,15 +605,20 @@ class _Search:
                 if created_at < self.first + offset - SEARCH_SECONDS:
                     old = True
                 elif row.callback_id is None:
-                    candidates[row.overdub_id] = (abs(created_at - self.last - offset), row)
+                    # Both clocks tell whole seconds, so of those that near the newest comes first.
+                    distance = max(0.0, abs(created_at - self.last - offset) - 2.0)
+                    candidates[row.overdub_id] = (distance, -created_at, row)
             # The order of the list is not documented; a whole page of falling times is proof enough.
             if newest_first and old and len(page.data) >= api.MAX_PAGE_SIZE:
+                whole = True
                 break
-            if page.next_token is not None and self.pages_left <= 0:
-                self.doubts.append("further overdubs, the list is too long to read")
+            if page.next_token is None or self.pages_left <= 0:
+                whole = page.next_token is None
                 break
             self._keep_to_rate()
-        for _, row in sorted(candidates.values(), key=lambda candidate: candidate[0]):
+        if not whole:  # too long, or its cursors go in circles
+            self.doubts.append("further overdubs, the list is too long to be read to its end")
+        for *_, row in sorted(candidates.values(), key=lambda candidate: candidate[:2]):
             if self._is_it(row):
                 return
 
