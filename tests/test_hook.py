@@ -604,6 +604,21 @@ def test_a_lost_answer_costs_few_requests(heygen, pauses, monkeypatch, drop, cal
     assert len(heygen.requests) - before <= most
 
 
+@pytest.mark.parametrize("old", [0, 3])
+def test_a_date_that_is_seconds_old(heygen, pauses, monkeypatch, old):
+    """As of a server under load, while others start twenty overdubs a second."""
+    heygen.behaviour.idempotency = False
+    heygen.behaviour.callback_id_in_list = False
+    fill(heygen, 150)
+    for age, job in enumerate(reversed(heygen.jobs)):
+        job.created_at = time.time() - age / 20
+    read = module.api._http_date
+    monkeypatch.setattr(module.api, "_http_date", lambda value: read(value) - old)
+    heygen.fail_next(method="POST", drop="after")
+    assert HeyGenHook().create_overdub(REQUEST) == heygen.jobs[-1].id
+    assert len(heygen.jobs) == 151
+
+
 @pytest.mark.parametrize("ahead", [-86400, -600, 0, 290, 600, 86400])
 @pytest.mark.parametrize("callback_id_in_list", [True, False], ids=["listed", "not listed"])
 @pytest.mark.parametrize("list_order", ["desc", "asc"])

@@ -42,6 +42,10 @@ SETTLE_SECONDS = 45.0
 SEARCH_SECONDS = 300.0
 """How far from the time of sending an overdub may have been created to be a candidate, by HeyGen's clock."""
 
+CLOCK_NOISE_SECONDS = 5.0
+"""How exact such times are: all are whole seconds, and a server under load may send a ``Date`` that is
+seconds old."""
+
 MAX_SEARCH_PAGES = 18
 """List pages that one search for a lost create request reads, over all its passes."""
 
@@ -605,8 +609,8 @@ class _Search:
                 if created_at < self.first + offset - SEARCH_SECONDS:
                     old = True
                 elif row.callback_id is None:
-                    # Both clocks tell whole seconds, so of those that near the newest comes first.
-                    distance = max(0.0, abs(created_at - self.last - offset) - 2.0)
+                    # Of those that are equally near as far as the clocks can tell, the newest comes first.
+                    distance = max(0.0, abs(created_at - self.last - offset) - CLOCK_NOISE_SECONDS)
                     candidates[row.overdub_id] = (distance, -created_at, row)
             # The order of the list is not documented; a whole page of falling times is proof enough.
             if newest_first and old and len(page.data) >= api.MAX_PAGE_SIZE:
