@@ -67,6 +67,8 @@ class HeyGenConnection(BaseModel):
     upload_timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     # HeyGen publishes no limit (contract notes, section 4). One triggerer keeps to this, for all its waits.
     max_requests_per_second: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    # Of the account, at a time, of all products; the triggerer's queue learns it where it is not set.
+    max_concurrent_jobs: int | None = Field(default=None, gt=0)
     # As in Airflow's HTTP connection, by the names its users know.
     proxies: Annotated[dict[str, str], BeforeValidator(_proxies)] = Field(default_factory=dict, repr=False)
     verify: Annotated[bool | str, BeforeValidator(_bool_word)] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import TaskDeferred
@@ -23,7 +23,7 @@ from airflow_provider_heygen.exceptions import (
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.metrics import Wait
 from airflow_provider_heygen.submitter import Ledger, submit
-from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
+from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger, HeyGenSlotTrigger
 from airflow_provider_heygen.upload import inputs, storage_uris
 from airflow_provider_heygen.waiting import (
     Watch,
@@ -37,9 +37,9 @@ from airflow_provider_heygen.waiting import (
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
+    from airflow.triggers.base import BaseTrigger
 
     from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
-    from airflow_provider_heygen.waiting import WaitEvent
 
 SHORTEST_DEFERRAL = 15.0
 """Seconds. Airflow may fail a deferral that ends before its worker has reported it (observed on Airflow
@@ -52,8 +52,9 @@ class Dubbing:
 
     :param task: the operator, which declares what to do.
     :param context: Airflow's context of the try.
-    :param deadline: Unix seconds at which the wait ends, from before a deferral; computed if not given.
-    :param again: whether this goes on after a deferral in which HeyGen's ``Retry-After`` was waited for.
+    :param since: Unix seconds of the first attempt, if this goes on after a deferral in which the task waited
+        until it may send its create request again.
+    :param until: Unix seconds at which ``execution_timeout`` ends, from before that deferral.
     :param kept: the submission record before that deferral, where Airflow has no store for it.
     """
 
@@ -62,15 +63,17 @@ class Dubbing:
         task: HeyGenCreateOverdubOperator,
         context: Context,
         *,
-        deadline: float | None = None,
-        again: bool = False,
+        since: float | None = None,
+        until: float | None = None,
         kept: dict[str, Any] | None = None,
     ) -> None:
         self.task = task
         self.context = context
-        self.deadline = deadline
+        self.again = since is not None
+        self.since = since or time.time()
+        self.until = until or first_deadline(task.execution_timeout, context)
         self.ti: Any = context["ti"]
-        self.ledger = Ledger(context, durable=task.durable, again=again, kept=kept)
+        self.ledger = Ledger(context, durable=task.durable, again=self.again, kept=kept)
         # A deferrable task waits in the triggerer, not on its worker.
         self.hook = HeyGenHook(task.heygen_conn_id, longest_pause=0.0 if task.deferrable else 60.0)
 
@@ -79,9 +82,8 @@ class Dubbing:
         request, uris = self._request()
         with fails_task(), self.hook:
             # Before anything is sent: these raise if they are wrong.
+            self._deadline()
             seconds(self.task.poke_interval, "poke_interval")
-            if self.deadline is None:
-                self.deadline = first_deadline(self.task.timeout, self.task.execution_timeout, self.context)
             files = inputs(uris, self.hook.settings)
             overdub_id = self._submit(request, files)
             self.ti.xcom_push(key="overdub_id", value=overdub_id)
@@ -106,7 +108,7 @@ class Dubbing:
             return CreateOverdubRequest.of(given), uris
 
     def _submit(self, request: CreateOverdubRequest, files: dict[str, Any]) -> str:
-        """Submit the request, however often HeyGen says that it is too busy: that is waiting, not failing."""
+        """Submit the request, however often HeyGen has no slot for it: that is waiting, not failing."""
         while True:
             try:
                 return submit(request, self.hook, self.ledger, files)
@@ -114,29 +116,45 @@ class Dubbing:
                 if error.status_code != 429 and error.retry_after is None:
                     raise
                 pause = retry_delay(1, error, first=SHORTEST_DEFERRAL)
-                if self.deadline is not None and time.time() + pause > self.deadline:
+                if self.until is not None and time.time() + pause > self.until:
                     doubt = self.ledger.in_doubt
                     started = (
                         "whether an overdub was started is unknown" if doubt else "no overdub was started"
                     )
                     raise HeyGenOverdubTimeoutError(
-                        f"HeyGen asks to wait longer than 'timeout' allows; {started}. {error}",
+                        f"'execution_timeout' ends before the request may be sent again; {started}. {error}",
                         retry_after=error.retry_after,
                         outcome_unknown=doubt,
                     ) from error
-                self.task.log.info("%s Sending the request again in %.0f s.", error, pause)
-            if self.task.deferrable:
-                self._defer_for(pause)
+                self.task.log.info("%s Sending the request again in %.0f s at the soonest.", error, pause)
+                if self.task.deferrable:
+                    self._defer(error, time.time() + pause)
             time.sleep(pause)
+            self.again = True
 
-    def _defer_for(self, pause: float) -> None:
+    def _defer(self, error: HeyGenError, not_before: float) -> None:
         kept = self.ledger.kept.model_dump(mode="json") if self.ledger.kept else None
-        raise TaskDeferred(
-            trigger=DateTimeTrigger(moment=datetime.now(UTC) + timedelta(seconds=pause)),
-            method_name="execute_again",
-            kwargs={"deadline": self.deadline, "kept": kept},
-            timeout=backstop(self.deadline, pause),
+        trigger: BaseTrigger = HeyGenSlotTrigger(
+            heygen_conn_id=self.task.heygen_conn_id,
+            since=self.since,
+            not_before=not_before,
+            deadline=self.until,
+            again=self.again,
         )
+        if error.status_code != 429:  # of slots, this says nothing
+            trigger = DateTimeTrigger(moment=datetime.fromtimestamp(not_before, UTC))
+        raise TaskDeferred(
+            trigger=trigger,
+            method_name="execute_again",
+            kwargs={"since": self.since, "until": self.until, "kept": kept},
+            timeout=backstop(self.until, not_before - time.time()),
+        )
+
+    def _deadline(self) -> float | None:
+        """Return the Unix seconds at which a wait that begins now ends."""
+        timeout = self.task.timeout
+        ends = [self.until, None if timeout is None else time.time() + seconds(timeout, "timeout")]
+        return min((end for end in ends if end is not None), default=None)
 
     def _until_readable(self, overdub_id: str) -> None:
         """Wait until HeyGen can return the overdub, which may be 404 for a moment after its creation."""
@@ -153,30 +171,28 @@ class Dubbing:
 
     def _wait(self, overdub_id: str, since: float) -> str:
         """
-        Wait for the end: here, or after one poll in the triggerer.
+        Wait for the end: here, or in the triggerer, which polls at once.
 
         :param since: Unix seconds when the overdub was started, or found.
         """
-        poke_interval = seconds(self.task.poke_interval, "poke_interval")
+        poke_interval, deadline = seconds(self.task.poke_interval, "poke_interval"), self._deadline()
         rules: dict[str, Any] = {
             "poke_interval": poke_interval,
-            "deadline": self.deadline,
+            "deadline": deadline,
             "not_found_until": since + waiting.FRESH_SECONDS,
         }
+        if self.task.deferrable:
+            conn_id = self.task.heygen_conn_id
+            raise TaskDeferred(
+                trigger=HeyGenOverdubTrigger(heygen_conn_id=conn_id, overdub_id=overdub_id, **rules),
+                method_name="execute_complete",
+                kwargs={"since": since},
+                timeout=backstop(deadline, poke_interval),
+            )
         # A hook of its own: it reads the connection as it is now, and the wait repeats what fails.
         with HeyGenHook(self.task.heygen_conn_id, max_attempts=1) as hook:
-            watch = Watch(overdub_id, log=self.task.log, **rules)
-            step: WaitEvent | float = watch.follow(hook, once=self.task.deferrable)
-        if isinstance(step, dict):
-            return self._deliver(conclude(step, Wait(self.ti, since)))
-        raise TaskDeferred(
-            trigger=HeyGenOverdubTrigger(
-                heygen_conn_id=self.task.heygen_conn_id, overdub_id=overdub_id, **rules
-            ),
-            method_name="execute_complete",
-            kwargs={"since": since},
-            timeout=backstop(self.deadline, poke_interval),
-        )
+            end = Watch(overdub_id, log=self.task.log, **rules).follow(hook)
+        return self._deliver(conclude(end, Wait(self.ti, since)))
 
     def _deliver(self, details: dict[str, Any]) -> str:
         self.task.log.info("%s", summary(details))

@@ -78,6 +78,7 @@ class Watch:
         "deadline",
         "failures",
         "log",
+        "missing_for",
         "missing_since",
         "not_found_until",
         "overdub_id",
@@ -107,6 +108,7 @@ class Watch:
         self.failures = 0
         self.trouble = ""
         self.missing_since: float | None = None
+        self.missing_for = 0.0
 
     def saw(self, overdub: Overdub) -> float | WaitEvent:
         """Take a successful poll."""
@@ -132,7 +134,7 @@ class Watch:
 
     def unchanged(self) -> float | WaitEvent:
         """Take a successful poll that found what the last one found, and no end."""
-        self.failures, self.trouble, self.missing_since = 0, "", None
+        self.failures, self.trouble, self.missing_since, self.missing_for = 0, "", None, 0.0
         return self._pause(self.poke_interval)
 
     def failed(self, error: Exception) -> float | WaitEvent:
@@ -143,6 +145,7 @@ class Watch:
                 return self._pause(min(self.poke_interval, 2.0))
             if self.missing_since is None:
                 self.missing_since = time.monotonic()
+            self.missing_for = time.monotonic() - self.missing_since
         self.failures += 1
         first, longest = self.poke_interval, LONGEST_BACKOFF
         if self.missing_since is not None:
@@ -164,7 +167,7 @@ class Watch:
     @property
     def may_be_gone(self) -> bool:
         """Whether HeyGen has returned 404 for so long that the list has to decide; see :meth:`absent`."""
-        return self.missing_since is not None and time.monotonic() - self.missing_since >= GONE_SECONDS
+        return self.missing_for >= GONE_SECONDS
 
     def absent(self, listed: bool | None) -> WaitEvent | None:
         """
@@ -173,7 +176,7 @@ class Watch:
         :param listed: whether it is there; ``None`` if that could not be determined.
         """
         if listed:
-            self.missing_since = None
+            self.missing_since, self.missing_for = None, 0.0
         if listed is not False:
             return None
         return self._end(
@@ -187,20 +190,23 @@ class Watch:
         """End the wait because it cannot begin."""
         return self._end("error", redact_links(str(error)))
 
-    def follow(self, hook: HeyGenHook, *, once: bool = False) -> WaitEvent | float:
-        """Poll with a synchronous hook until the end; or once, and return the pause if it is not the end."""
-        while True:
-            try:
-                step = self.saw(hook.get_overdub(self.overdub_id))
-            except HeyGenBadInputError:
-                raise
-            except Exception as error:
-                step = self.failed(error)
-                if self.may_be_gone:
-                    step = self.absent(hook.is_listed(self.overdub_id)) or step
-            if once or isinstance(step, dict):
-                return step
+    def poll(self, hook: HeyGenHook) -> float | WaitEvent:
+        """Poll once with a synchronous hook; return the pause until the next poll, or the end."""
+        try:
+            return self.saw(hook.get_overdub(self.overdub_id))
+        except HeyGenBadInputError:
+            raise
+        except Exception as error:
+            step = self.failed(error)
+        if self.may_be_gone:
+            step = self.absent(hook.is_listed(self.overdub_id)) or step
+        return step
+
+    def follow(self, hook: HeyGenHook) -> WaitEvent:
+        """Poll until the end."""
+        while not isinstance(step := self.poll(hook), dict):
             time.sleep(step)
+        return step
 
     def _pause(self, seconds: float) -> float | WaitEvent:
         left = self.left
@@ -322,23 +328,16 @@ def seconds(value: Any, name: str) -> float:
     return number
 
 
-def first_deadline(
-    timeout: Any, execution_timeout: timedelta | None, context: Mapping[str, Any]
-) -> float | None:
+def first_deadline(execution_timeout: timedelta | None, context: Mapping[str, Any]) -> float | None:
     """
-    Give the moment, in Unix seconds, at which a wait that begins now must end.
+    Return the Unix seconds at which ``execution_timeout`` ends, counted from the start of this try.
 
-    :param timeout: seconds or timedelta from now; ``None`` for no limit of its own.
-    :param execution_timeout: Airflow's limit, from the start of this try. Airflow itself does not enforce
-        it while a task is deferred.
+    Airflow itself does not enforce it while a task is deferred.
     """
-    ends = []
-    if timeout is not None:
-        ends.append(time.time() + seconds(timeout, "timeout"))
-    if execution_timeout is not None:
-        started = getattr(context["ti"], "start_date", None)
-        ends.append((started.timestamp() if started else time.time()) + execution_timeout.total_seconds())
-    return min(ends, default=None)
+    if execution_timeout is None:
+        return None
+    started = getattr(context["ti"], "start_date", None)
+    return (started.timestamp() if started else time.time()) + execution_timeout.total_seconds()
 
 
 def backstop(deadline: float | None, poke_interval: float) -> timedelta | None:

@@ -611,7 +611,7 @@ def test_what_is_deleted_after_its_end_does_not_speak_against_the_bulk_call(capl
 
 
 def test_what_is_remembered_of_ended_overdubs_is_bounded(monkeypatch):
-    monkeypatch.setattr(poller, "MAX_WITNESSES", 10)
+    monkeypatch.setattr(poller, "MAX_ENDED", 10)
     server = Server({"stays": (500.0, "completed")} | jobs(40, first_end=0))
 
     async def main():
@@ -619,7 +619,7 @@ def test_what_is_remembered_of_ended_overdubs_is_bounded(monkeypatch):
         for name in list(server.ends)[1:]:
             await poller.wait("heygen_default", watch(name, 1.0))
         ((_, of_loop),) = [item for item in poller._pollers.items() if item[0][0] is server.loop]
-        assert len(of_loop._witnesses) == 10
+        assert len(of_loop._ended) == 10
         await stays
 
     with simulation(server) as runner:
@@ -818,7 +818,7 @@ def test_429_is_waited_out_by_all():
     begin = min(moment for moment, _ in server.requests if moment >= 30)
     # The list and the GETs are told one after the other, and some GETs may be under way.
     waited = [kind for moment, kind in server.requests if begin < moment < begin + 40]
-    assert len(waited) <= 1 + poller.CONCURRENT_LOOKS
+    assert len(waited) <= 1 + poller.CONCURRENT_GETS
     assert {end.event["status"] for end in ends} == {"completed"}
 
 
@@ -1204,7 +1204,7 @@ def test_a_key_rotated_while_requests_are_under_way(look_up_seconds, latency):
 
     ends = run(server, [watch(name) for name in server.ends], meanwhile=rotate)
     assert {end.event["status"] for end in ends} == {"completed"}
-    assert server.refused <= 2 * poller.CONCURRENT_LOOKS
+    assert server.refused <= 2 * poller.CONCURRENT_GETS
 
 
 @pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
@@ -1431,7 +1431,7 @@ def test_triggers_share_a_connection(heygen, resource, connect, listen, no_leak)
     with HeyGenHook() as hook:
         assert events[0]["overdub"] == hook.get_overdub(ids[0]).details()
     clients = {seen.client for seen in wire.seen[created:]}
-    assert len(clients) <= poller.CONCURRENT_LOOKS + 1  # over the same connections; and the look of the test
+    assert len(clients) <= poller.CONCURRENT_GETS + 1  # over the same connections; and the look of the test
 
 
 def test_two_connections_are_never_mixed(heygen, monkeypatch, no_leak):

@@ -74,8 +74,9 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
     :param wait_for_completion: wait for the end; without it the id is returned at once.
     :param deferrable: wait in the triggerer, not on a worker.
     :param poke_interval: seconds (or timedelta) between looks. (templated)
-    :param timeout: seconds (or timedelta) to wait, ``None`` for no limit. The overdub itself goes on.
-        (templated)
+    :param timeout: seconds (or timedelta) to wait from the create request on, ``None`` for no limit. The
+        overdub itself goes on. What comes before, such as a queue for HeyGen's slots, only
+        ``execution_timeout`` limits. (templated)
     :param durable: start one overdub over all retries, whatever dies in between: an earlier one that has not
         failed is gone on with. A task cleared after success starts a new one. Airflow before 3.3 has no
         task state store; there a retry searches HeyGen's list, and a clear starts a new overdub.
@@ -159,13 +160,14 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         self,
         context: Context,
         event: Any = None,  # noqa: ARG002
-        deadline: float | None = None,
+        since: float | None = None,
+        until: float | None = None,
         kept: dict[str, Any] | None = None,
     ) -> str:
-        """Send the create request again when HeyGen's ``Retry-After`` has passed."""
+        """Send the create request again when HeyGen has a free slot, or its ``Retry-After`` has passed."""
         from airflow_provider_heygen.dubbing import Dubbing
 
-        self._overdub_id = Dubbing(self, context, deadline=deadline, again=True, kept=kept).start()
+        self._overdub_id = Dubbing(self, context, since=since, until=until, kept=kept).start()
         return self._overdub_id
 
     def execute_complete(self, context: Context, event: Any = None, since: float | None = None) -> str:

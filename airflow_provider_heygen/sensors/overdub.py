@@ -69,7 +69,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         from airflow_provider_heygen.waiting import Watch, backstop, conclude, first_deadline
 
         since = self._began(context)
-        deadline = first_deadline(None, self.execution_timeout, context)
+        deadline = first_deadline(self.execution_timeout, context)
         # Airflow's sensors take a timeout of 0 for one poll, and count it from the first reschedule.
         deadline = min(deadline or math.inf, since + (self.timeout or 1e-3))
         poke_interval = self.poke_interval or 1.0
@@ -81,7 +81,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         with self._ends(), HeyGenHook(self.heygen_conn_id, max_attempts=1) as hook:
             _ = hook.settings  # a wrong connection is no trouble of HeyGen's, and is not waited out
             watch = Watch(self.overdub_id, log=self.log, **rules)
-            step = watch.follow(hook, once=self.deferrable or self.reschedule)
+            step = watch.poll(hook) if self.deferrable or self.reschedule else watch.follow(hook)
             if isinstance(step, dict):
                 return self._done(conclude(step, Wait(context["ti"], since)))
             if self.reschedule and not self.deferrable:
@@ -107,7 +107,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         if hook.is_listed(self.overdub_id) is not False:
             return self.poke_interval
         time.sleep(waiting.GONE_SECONDS)
-        return watch.follow(hook, once=True)
+        return watch.poll(hook)
 
     def execute_complete(
         self, context: Context, event: Any = None, since: float | None = None

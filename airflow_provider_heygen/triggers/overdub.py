@@ -1,7 +1,10 @@
-"""Wait for an overdub in the triggerer, where waiting costs no worker."""
+"""Wait in the triggerer, where waiting costs no worker: for an overdub, or for a slot to create one in."""
 
 from __future__ import annotations
 
+import asyncio
+import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
@@ -65,3 +68,52 @@ class HeyGenOverdubTrigger(BaseTrigger):
             told=OverdubStatus.PENDING,  # by the worker, which has polled before; the rest is news
         )
         yield TriggerEvent(await poller.wait(self.heygen_conn_id, watch))  # type: ignore[no-untyped-call]
+
+
+class HeyGenSlotTrigger(BaseTrigger):
+    """
+    Fire when a create request for which HeyGen had no free slot may be sent again, or must be given up.
+
+    All tasks of a connection wait in one queue per triggerer, first come, first served.
+
+    :param heygen_conn_id: the Airflow connection.
+    :param since: Unix seconds of the task's first attempt: its place in the queue, also after a restart.
+    :param not_before: Unix seconds before which HeyGen asked not to come back.
+    :param deadline: Unix seconds at which to give up; ``None`` for never.
+    :param again: whether the task has waited in the queue before.
+    """
+
+    def __init__(
+        self,
+        *,
+        heygen_conn_id: str,
+        since: float,
+        not_before: float,
+        deadline: float | None = None,
+        again: bool = False,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.heygen_conn_id = heygen_conn_id
+        self.since = since
+        self.not_before = not_before
+        self.deadline = deadline
+        self.again = again
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        """Return class path and arguments."""
+        names = ("heygen_conn_id", "since", "not_before", "deadline", "again")
+        return (
+            "airflow_provider_heygen.triggers.overdub.HeyGenSlotTrigger",
+            {name: getattr(self, name) for name in names},
+        )
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        """Wait in the queue; the task itself sees whether its time is over."""
+        now = time.time()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None if self.deadline is None else max(0.0, self.deadline - now)):
+                pause = self.not_before - now
+                await poller.queue(
+                    self.heygen_conn_id, self.since, pause, again=self.again, log=self.logger()
+                )
+        yield TriggerEvent({"status": "ready"})  # type: ignore[no-untyped-call]

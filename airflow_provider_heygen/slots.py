@@ -1,0 +1,99 @@
+"""
+A queue for HeyGen's slots, without I/O: which create task may send its request again, and when.
+
+HeyGen runs a few jobs of an account at a time, of all its products together, and answers 429 above that.
+Refused tasks wait here, first come, first served. How many jobs run is counted in the list, how many may run
+is learned from refusals, and a probe now and then finds out whether there is room for more.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+USUAL_SLOTS = 10  # of an account without a contract (contract notes, section 4)
+COUNT_SECONDS = 10.0  # how often running jobs are counted while a task waits
+SPREAD_SECONDS = 10.0  # room is used after a random part of this, if it is still there: others see it, too
+RELEASE_SECONDS = 120.0  # how long a released task may take until its job or its refusal is seen
+PROBE_SECONDS, LONGEST_PROBE_SECONDS = 60.0, 600.0  # after a probe that failed; doubles
+
+
+@dataclass(eq=False, slots=True)
+class Place(Generic[T]):
+    """One task's place: Unix seconds of its first attempt, when it may go at the soonest, the task."""
+
+    since: float
+    not_before: float
+    task: T
+
+
+class Slots(Generic[T]):
+    """
+    The queue of one Airflow connection in one triggerer.
+
+    :param ceiling: how many jobs may run at a time at most, if the user has said so.
+    """
+
+    def __init__(self, ceiling: int | None = None) -> None:
+        self.ceiling = ceiling or math.inf
+        self.limit = min(USUAL_SLOTS, self.ceiling)
+        self.places: list[Place[T]] = []
+        self._running: set[str] = set()
+        self._released: list[float] = []
+        self._refused = False
+        self._go_at = self._probe_at = math.inf
+        self._probe_pause, self._probe_size = PROBE_SECONDS, 1
+
+    def join(self, place: Place[T], *, refused_now: bool, again: bool) -> int:
+        """
+        Take a task that was refused; return how many wait before it.
+
+        :param refused_now: whether that was just now, so that all slots are taken; or before a restart.
+        :param again: whether it had been released before.
+        """
+        self.places.append(place)
+        self.places.sort(key=lambda place: place.since)
+        self._refused = self._refused or refused_now
+        if refused_now and again:
+            del self._released[:1]
+        return self.places.index(place)
+
+    def next_count(self, now: float) -> float:
+        """Return when the running jobs are to be counted next."""
+        return min(now + COUNT_SECONDS, self._go_at)
+
+    def count(self, running: set[str], now: float) -> list[Place[T]]:
+        """Take the ids of the running jobs; remove and return the tasks that may go now."""
+        self._learn(running, now)
+        ready = [place for place in self.places if place.not_before <= now]
+        room = self.limit - len(running) - len(self._released)
+        if room > 0 and ready:
+            self._go_at = min(self._go_at, now + random.uniform(0, SPREAD_SECONDS))  # noqa: S311 - no secret
+            if now < self._go_at:
+                return []
+        elif ready and now >= self._probe_at and not self._released:
+            room = min(self._probe_size, self.ceiling - len(running))
+            self._probe_at = now + self._probe_pause
+            self._probe_pause = min(self._probe_pause * 2, LONGEST_PROBE_SECONDS)
+        self._go_at = math.inf
+        going = ready[: max(0, int(min(room, len(ready))))]
+        self.places = [place for place in self.places if place not in going]
+        self._released += [now] * len(going)
+        return going
+
+    def _learn(self, running: set[str], now: float) -> None:
+        # A job that is new is that of a released task, or takes its slot.
+        arrived = len(running - self._running)
+        self._released = [at for at in self._released[arrived:] if now - at < RELEASE_SECONDS]
+        if self._refused:  # one may have ended between that and this count
+            self.limit = min(self.limit, max(len(running), len(self._running)))
+            self._probe_size = 1
+        elif len(running) > self.limit:
+            self._probe_at, self._probe_pause, self._probe_size = now, PROBE_SECONDS, self._probe_size * 2
+        self.limit = min(max(self.limit, len(running)), self.ceiling)
+        self._probe_at = min(self._probe_at, now + self._probe_pause)
+        self._running, self._refused = running, False
