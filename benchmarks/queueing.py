@@ -5,8 +5,8 @@ What a night of overdubs costs on an account with few slots: with the queue, wit
 
 A model on a virtual clock: the operator, the triggers, the poller and its queue are the real ones, while
 HeyGen, Airflow's scheduler and its workers are simulated. N mapped deferrable tasks start at once. HeyGen
-runs S jobs at a time, answers 429 with ``Retry-After`` above that, and lists the jobs. Some slots may be taken
-by jobs of other products, which no list shows. A start of a task takes a worker for 0.53 s (measured on Airflow
+runs S jobs at a time, answers 429 with ``Retry-After`` above that, and lists them. Some slots may be taken
+by jobs of other products, which no list shows. A start of a task takes a worker for 0.53 s (on Airflow
 3.3.2), and a task whose trigger has fired starts a second later, if a worker is free.
 
 - **creates**: create requests per overdub; 1 is ideal.
