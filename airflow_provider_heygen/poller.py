@@ -42,12 +42,8 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-DEBOUNCE_SECONDS = (
-    0.2  # a new wait waits so long for its first poll, at most: those that join together share it
-)
-GRACE_SECONDS = (
-    5.0  # after its deadline, or its start if that is later, a wait may still be decided by a poll
-)
+DEBOUNCE_SECONDS = 0.2  # from a new wait to its first poll, at most: those that join together share it
+GRACE_SECONDS = 5.0  # after its deadline, or its start if later, a wait may still be decided by a poll
 REFRESH_SECONDS = 60.0  # how often the Airflow connection is read again, for a key that was rotated
 LONGEST_PAUSE = 15.0  # without any request after failures in a row, unless HeyGen asks for more
 DOWN = 3  # failed requests in a row in one tick after which all that are due have failed
@@ -367,9 +363,11 @@ class _Poller:
         if source.usable_from > self._tick_at:
             reading.close()
             return False
-        self._took = 0.0
+        self._took, self._lag = 0.0, ""
         try:
             await reading
+            if self._lag:
+                raise HeyGenPermanentError(self._lag)
             if self._took > max(interval, TICK_SECONDS):
                 raise TimeoutError(f"it took {self._took:.0f} s")
             source.pause = 0.0 if self._took else source.pause  # or no request was made
@@ -445,8 +443,7 @@ class _Poller:
             elif asked_at - ended_at > STALE_SECONDS:
                 self._ended.clear()
                 late = asked_at - ended_at
-                reason = f"overdub {overdub_id} is {overdub.status} there, {late:.0f} s after its end"
-                raise HeyGenPermanentError(reason)
+                self._lag = f"overdub {overdub_id} is {overdub.status} there, {late:.0f} s after its end"
         if job is None or word == api.NOT_FOUND:
             return
         self._told.append(job)
