@@ -171,11 +171,8 @@ def test_bodies_that_are_no_json_object(api, text):
         ("GET", "/v3/overdubs/", {}, 404),
         ("GET", "/v3/overdub", {}, 404),
         ("GET", "/", {}, 404),
-        ("DELETE", "/v3/lipsyncs/batches", {}, 405),
-        ("GET", "/v3/lipsyncs/batches/btch_1", {}, 404),
+        ("POST", "/v3/lipsyncs/statuses", {"json": {}}, 405),
         ("GET", "/v3/lipsyncs/statuses?lipsync_ids=" + "a," * 100, {}, 400),
-        ("POST", "/v3/lipsyncs/batches", {"json": {"lipsyncs": []}}, 400),
-        ("POST", "/v3/lipsyncs/batches", {"json": {"lipsyncs": [BY_URL] * 101}}, 400),
         ("POST", "/v3/assets", {"files": {"file": b"\x00\x00\x00\x14ftypqt  "}}, 400),
         ("POST", "/v3/assets", {"files": {"file": b"\xff\xf1aac"}}, 400),
         ("POST", "/v3/assets", {"files": {"file": b""}}, 400),
@@ -206,7 +203,7 @@ def test_requests_heygen_refuses(api, method, path, kwargs, status):
     ],
 )
 def test_credentials(heygen, headers, kind):
-    answer = requests.get(f"{heygen.url}/v3/users/me", headers=headers, timeout=10)
+    answer = requests.get(f"{heygen.url}/v3/api_keys/self", headers=headers, timeout=10)
     assert (answer.status_code, answer.json()["error"]["code"]) == (401, "authentication_failed")
     assert ("not both" in answer.json()["error"]["message"]) == (kind == "both")
     (record,) = heygen.requests
@@ -289,7 +286,7 @@ def test_a_client_that_gave_up_has_created_a_job(heygen, api):
 def test_every_post_honours_the_key(heygen, api, files):
     key = {"Idempotency-Key": "one"}
     for path, kwargs in [
-        ("/v3/lipsyncs/batches", {"json": {"lipsyncs": [BY_URL]}}),
+        ("/v3/lipsyncs", {"json": BY_URL}),
         ("/v3/assets", {"files": {"file": b"%PDF-1"}}),
         (
             "/v3/assets/direct-uploads",
@@ -677,15 +674,6 @@ def test_callbacks(heygen, api):
     }
 
 
-def test_callback_of_a_batch(heygen, api):
-    with Listener() as listener:
-        body = {"lipsyncs": [BY_URL, BY_URL], "callback_url": listener.url}
-        batch_id = api.post("/v3/lipsyncs/batches", json=body).json()["data"]["batch_id"]
-        wait_for(lambda: listener.events)
-    assert listener.events[0]["event_data"]["batch_id"] == batch_id
-    assert all(job.ended for job in heygen.jobs)
-
-
 def test_forcing_a_status_calls_back_at_once(heygen, api):
     heygen.behaviour.job_seconds = 60
     with Listener() as listener:
@@ -765,12 +753,16 @@ def test_unknown_status(heygen, api):
 
 @pytest.mark.parametrize(("served", "missing"), [("overdubs", "lipsyncs"), ("lipsyncs", "overdubs")])
 def test_resources(heygen, api, served, missing):
-    heygen.behaviour.resources = frozenset({served})
+    heygen.behaviour.resources = served
     assert api.create(resource=served)
     assert api.get(f"/v3/{missing}").status_code == 404
     assert api.post(f"/v3/{missing}", json=BY_URL).json()["error"]["code"] == "not_found"
     assert api.get("/v3/lipsyncs/statuses").status_code == (200 if served == "lipsyncs" else 404)
-    assert heygen.connection()["extra"]["resource"] == served
+    heygen.behaviour.missing_resource = "page"
+    page = api.get(f"/v3/{missing}")
+    assert (page.status_code, page.headers["Content-Type"]) == (404, "text/html; charset=utf-8")
+    assert "resource" not in heygen.connection()["extra"]
+    assert heygen.connection(missing)["extra"]["resource"] == missing
 
 
 @pytest.mark.parametrize("name", ["overdub_id", "lipsync_id", "id"])
@@ -802,7 +794,7 @@ def test_faults_strike_in_order_and_are_used_up(heygen, api):
     assert statuses[0].headers["Retry-After"] == "3"
     assert statuses[0].json()["error"]["code"] == "rate_limit_exceeded"
     assert len(heygen.jobs) == 1
-    heygen.fail_next(path="/v3/users/")
+    heygen.fail_next(path="/v3/assets/")
     heygen.clear_faults()
     with pytest.raises(ValidationError):
         heygen.fail_next(path="(")
@@ -837,17 +829,17 @@ def test_bodies_of_faults(heygen, api):
 
 
 def test_truncated_bodies(heygen, api):
-    whole = api.get("/v3/users/me").content
+    whole = api.get("/v3/api_keys/self").content
     heygen.fail_next(truncate=20)
-    assert api.get("/v3/users/me").content == whole[:20]
+    assert api.get("/v3/api_keys/self").content == whole[:20]
     heygen.fail_next(truncate=99999)
-    assert api.get("/v3/users/me").content == whole
+    assert api.get("/v3/api_keys/self").content == whole
 
 
 def test_latency(heygen, api):
     heygen.fail_next(latency=0.2)
     begun = time.monotonic()
-    assert api.get("/v3/users/me").status_code == 200
+    assert api.get("/v3/api_keys/self").status_code == 200
     assert time.monotonic() - begun >= 0.2
 
 
@@ -872,16 +864,19 @@ def test_broken_downloads(heygen, api):
 def test_admin_routes(heygen, api):
     admin = requests.Session()
     url = f"{heygen.url}/emulator"
-    behaviour = admin.patch(f"{url}/behaviour", json={"job_seconds": 60, "resources": ["overdubs"]}).json()
-    assert (behaviour["job_seconds"], behaviour["resources"]) == (60, ["overdubs"])
+    behaviour = admin.patch(
+        f"{url}/behaviour", json={"job_seconds": 60, "key_scopes": ["*:read", "assets:write"]}
+    ).json()
+    assert (behaviour["job_seconds"], behaviour["key_scopes"]) == (60, ["*:read", "assets:write"])
     assert heygen.behaviour.job_seconds == 60
+    assert admin.patch(f"{url}/behaviour", data='{"key_scopes": ["*:*"]}').status_code == 200  # as curl -d
     for bad in ({"speed": 1}, {"job_seconds": "soon"}, []):
         assert admin.patch(f"{url}/behaviour", json=bad).status_code == 400
     fault = admin.post(f"{url}/faults", json={"status": 500, "count": 2})
     assert (fault.status_code, fault.json()["count"]) == (201, 2)
     assert admin.post(f"{url}/faults", json={"path": "("}).status_code == 400
     assert api.post("/v3/overdubs", json=BY_URL).status_code == 500
-    assert [fault["count"] for fault in admin.get(f"{url}/faults").json()] == [1]
+    assert [fault["count"] for fault in admin.get(f"{url}/state").json()["faults"]] == [1]
     assert admin.delete(f"{url}/faults").status_code == 204
     job_id = api.create({**BY_URL, "title": "T"}, headers={"Idempotency-Key": "k"})
     state = admin.get(f"{url}/state").json()
@@ -926,7 +921,7 @@ def test_two_emulators_and_a_clean_stop():
         assert one.url != two.url
         Api(two).create()
         assert not one.jobs
-        directory = two._directory
+        directory = two._state.directory
         assert directory.exists()
     assert not directory.exists()
     with pytest.raises(requests.ConnectionError):
@@ -966,7 +961,6 @@ def test_command_line(number, tmp_path):
                 "extra": {
                     "allow_http": True,
                     "allow_private_hosts": True,
-                    "resource": "lipsyncs",
                     "max_requests_per_second": 200,
                 },
             }
