@@ -211,6 +211,77 @@ def test_credentials(heygen, headers, kind):
     assert "emulator-api-key" not in str(record)
 
 
+@pytest.mark.parametrize(
+    ("scopes", "mode", "lacking"),
+    [
+        (["*:*"], "full", set()),
+        (["*:read"], "read_only", {"lipsync:write", "assets:write"}),
+        (["lipsync:write"], "custom", {"assets:read", "assets:write"}),
+        (["lipsync:read", "assets:*"], "custom", {"lipsync:write"}),
+        ([], "custom", {"lipsync:read", "lipsync:write", "assets:read", "assets:write"}),
+    ],
+)
+def test_scopes_of_the_key(heygen, api, scopes, mode, lacking):
+    heygen.behaviour.key_scopes = scopes
+    key = api.get("/v3/api_keys/self").json()["data"]
+    assert (key["scope_mode"], key["scopes"], key["expires_at"]) == (mode, scopes, None)
+    needed = {
+        "lipsync:read": [
+            ("GET", "/v3/overdubs"),
+            ("GET", "/v3/lipsyncs/x"),
+            ("GET", "/v3/lipsyncs/statuses"),
+        ],
+        "lipsync:write": [
+            ("POST", "/v3/lipsyncs"),
+            ("PATCH", "/v3/overdubs/x"),
+            ("DELETE", "/v3/overdubs/x"),
+        ],
+        "assets:read": [("GET", "/v3/assets/x")],
+        "assets:write": [
+            ("POST", "/v3/assets"),
+            ("POST", "/v3/assets/direct-uploads"),
+            ("DELETE", "/v3/assets/x"),
+        ],
+    }
+    for scope, requests_with in needed.items():
+        for method, path in requests_with:
+            answer = api.request(method, path)
+            assert (answer.status_code == 403) == (scope in lacking), (method, path)
+            if scope in lacking:
+                assert answer.json()["error"]["code"] == "insufficient_api_key_scope"
+                assert scope in answer.json()["error"]["message"]
+    token = {"Authorization": f"Bearer {heygen.oauth_token}", "X-Api-Key": None}
+    assert api.get("/v3/overdubs", headers=token).status_code == 200
+    assert api.get("/v3/api_keys/self", headers=token).status_code == 401
+    with pytest.raises(ValidationError):
+        heygen.behaviour.key_scopes = ["lipsync"]
+
+
+def test_end_of_the_key(heygen, api):
+    heygen.behaviour.key_expires_at = time.time() + 100
+    key = api.get("/v3/api_keys/self").json()["data"]
+    assert key["expires_at"] == int(heygen.behaviour.key_expires_at)
+    assert 90 <= key["expires_in_seconds"] <= 100
+    for ended in (time.time() - 1, 0):
+        heygen.behaviour.key_expires_at = ended
+        answer = api.get("/v3/overdubs")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "authentication_failed")
+        token = {"Authorization": f"Bearer {heygen.oauth_token}", "X-Api-Key": None}
+        assert api.get("/v3/overdubs", headers=token).status_code == 200
+
+
+def test_unknown_fields(heygen, api):
+    body = {**BY_URL, "colour": "red", "video": {**BY_URL["video"], "bitrate": 5}}
+    assert api.post("/v3/overdubs", json=body).json()["error"]["param"] == "colour"
+    answer = api.post("/v3/overdubs", json={**BY_URL, "audio": body["video"]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "audio.bitrate")
+    heygen.behaviour.unknown_fields = "ignore"
+    job_id = api.create(body)
+    (job,) = api.get("/emulator/state").json()["jobs"]
+    assert (job["id"], job["request"]) == (job_id, body)
+    assert api.patch(f"/v3/overdubs/{job_id}", json={"title": "x", "colour": "red"}).status_code == 200
+
+
 def test_title(api):
     job_id = api.create()
     for body in ({}, {"title": ""}, {"title": None}, {"title": "x", "mode": "speed"}):
@@ -435,6 +506,10 @@ def test_captions(api):
     api.ended(job_id, "lipsyncs")
     captions = requests.get(api.job(job_id, "lipsyncs")["caption_url"], timeout=10).text
     assert re.match(r"1\n00:00:00,000 --> 00:00:02,\d{3}\n", captions)
+    # The field is ignored.
+    for wanted in (True, False):
+        job_id = api.create({**BY_URL, "enable_caption": wanted}, resource="lipsyncs")
+        assert api.ended(job_id, "lipsyncs")["caption_url"]
     # What it serves is a file it would take.
     assert (
         api.post("/v3/assets", files={"file": captions}).json()["data"]["mime_type"] == "application/x-subrip"
@@ -501,6 +576,54 @@ def test_direct_upload(heygen, api, files):
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "size_bytes")
     heygen.forget_assets()
     assert api.post("/v3/overdubs", json=source).json()["error"]["code"] == "asset_not_found"
+
+
+def test_one_asset(heygen, api, files):
+    uploaded = api.upload(files / "v.mp4")
+    path = f"/v3/assets/{uploaded['asset_id']}"
+    details = api.get(path).json()["data"]
+    assert (details["id"], details["name"], details["type"]) == (uploaded["asset_id"], "v.mp4", "video")
+    assert requests.get(details["url"], timeout=10).content == (files / "v.mp4").read_bytes()
+    body = {"filename": "f", "content_type": "audio/mpeg", "size_bytes": 9}
+    slot = api.post("/v3/assets/direct-uploads", json=body).json()["data"]
+    assert api.get(f"/v3/assets/{slot['asset_id']}").json()["data"]["url"] is None
+    assert api.delete(path).json() == {"data": {"id": uploaded["asset_id"]}}
+    for answer in (api.get(path), api.delete(path), api.post("/v3/overdubs", json=with_asset(uploaded))):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "asset_not_found")
+    assert requests.get(uploaded["url"], timeout=10).status_code == 404
+
+
+def with_asset(uploaded):
+    return {**BY_URL, "video": asset(uploaded["asset_id"])}
+
+
+def test_an_asset_that_goes_before_it_is_read_fails_the_job(monkeypatch, files):
+    gate, make_video = threading.Event(), media.make_video
+    monkeypatch.setattr(media, "make_video", lambda *args: gate.wait(10) and make_video(*args))
+    with Emulator(Behaviour(job_seconds=0)) as heygen, Api(heygen) as api:
+        audio = api.upload(files / "short.mp3")["asset_id"]
+        job_id = api.create({**BY_URL, "audio": asset(audio)})
+        api.delete(f"/v3/assets/{audio}")
+        gate.set()
+        assert api.ended(job_id)["failure_message"] == "Your audio is missing or corrupted"
+
+
+def test_urls_of_over_32_mb(heygen, api, monkeypatch):
+    content = b"\x00\x00\x00\x14ftypisom" + bytes(33_554_432 - 11)
+    body = {"filename": "v.mp4", "content_type": "video/mp4", "size_bytes": len(content)}
+    slot = api.post("/v3/assets/direct-uploads", json=body).json()["data"]
+    requests.put(slot["upload_url"], data=content, headers=slot["upload_headers"], timeout=10)
+    done = api.post(f"/v3/assets/{slot['asset_id']}/complete", json={}).json()["data"]
+    answer = api.post("/v3/overdubs", json={**BY_URL, "video": {"type": "url", "url": done["url"]}})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_parameter", "video")
+    assert error["message"] == "Maximum size for URL inputs of type 'video/mp4' is 32 MB"
+    assert api.create(with_asset(done))
+    response = requests.Response()
+    response.status_code, response._content, response.headers["Content-Type"] = 200, content, "video/mp4"
+    monkeypatch.setattr(requests, "get", lambda *_, **__: response)
+    heygen.behaviour.fetch_urls = True
+    assert api.ended(api.create())["failure_message"] == error["message"]
 
 
 # Media
@@ -694,6 +817,22 @@ def test_concurrent_jobs(heygen, api):
     assert (refused.status_code, refused.headers["Retry-After"]) == (429, "7")
     assert refused.json()["error"]["code"] == "rate_limit_exceeded"
     heygen.force(first, "failed")
+    assert api.create()
+
+
+def test_jobs_of_other_products(heygen, api):
+    def behave(**changes):
+        assert requests.patch(f"{heygen.url}/emulator/behaviour", json=changes, timeout=10).status_code == 200
+
+    behave(concurrent_jobs=3, foreign_jobs=2, job_seconds=60)
+    assert api.create()
+    assert api.post("/v3/overdubs", json=BY_URL).status_code == 429
+    assert len(api.get("/v3/overdubs").json()["data"]) == 1
+    behave(foreign_jobs=1)
+    assert api.create()
+    behave(foreign_jobs=0, concurrent_jobs=2)
+    assert api.post("/v3/overdubs", json=BY_URL).status_code == 429
+    behave(concurrent_jobs=3)
     assert api.create()
 
 
@@ -949,6 +1088,7 @@ def test_port_taken():
 def test_command_line(number, tmp_path):
     command = [sys.executable, "-m", "airflow_provider_heygen.emulator", "--port", "0", "--job-seconds", "0"]
     command += ["--api-key", "k", "--resources", "lipsyncs", "--extra-members", "--concurrent-jobs", "3"]
+    command += ["--key-scopes", "*:read", "assets:write", "--foreign-jobs", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -966,6 +1106,7 @@ def test_command_line(number, tmp_path):
             }
             behaviour = requests.get(admin, timeout=10).json()["behaviour"]
             assert (behaviour["job_seconds"], behaviour["concurrent_jobs"]) == (0, 3)
+            assert (behaviour["key_scopes"], behaviour["foreign_jobs"]) == (["*:read", "assets:write"], 1)
             answer = requests.get(f"{url}/v3/lipsyncs", headers={"X-Api-Key": "k"}, timeout=10)
             assert answer.json()["new_member"]
         finally:

@@ -124,6 +124,9 @@ def test_assets(call, mime_type):
     assert (asset["mime_type"], asset["size_bytes"]) == (mime_type, len(content))
     downloaded = requests.get(asset["url"], timeout=10)
     assert (downloaded.content, downloaded.headers["Content-Type"].split(";")[0]) == (content, mime_type)
+    path = f"/v3/assets/{asset['asset_id']}"
+    assert call("GET", path)["id"] == call("DELETE", path)["id"] == asset["asset_id"]
+    assert call("GET", path, status=404)["code"] == "asset_not_found"
 
     checksum = hashlib.sha256(content).hexdigest()
     slot = call(
@@ -144,6 +147,16 @@ def test_assets(call, mime_type):
     assert put.status_code == 200
     for _ in range(2):
         assert call("POST", complete, json={"checksum_sha256": checksum})["status"] == "processing"
+
+
+def test_the_key(heygen, call):
+    heygen.behaviour.update({"key_scopes": ["*:read"], "key_expires_at": time.time() + 100})
+    key = {"X-Api-Key": heygen.api_key, "Authorization": None}
+    assert call("GET", "/v3/api_keys/self", headers=key)["scope_mode"] == "read_only"
+    error = call("POST", "/v3/lipsyncs", status=403, headers=key, json=BY_URL)
+    assert error["code"] == "insufficient_api_key_scope"
+    token = {"X-Api-Key": None, "Authorization": f"Bearer {heygen.oauth_token}"}
+    assert call("GET", "/v3/api_keys/self", status=401, headers=token)["code"] == "authentication_failed"
 
 
 def test_errors(heygen, call):

@@ -81,7 +81,8 @@ def _authenticate(request: Request, state: State) -> str:
     if kind is None:
         raise _unauthorized("Send your API key as X-Api-Key, or an OAuth token as Authorization: Bearer.")
     header = request.headers["X-Api-Key" if kind == "api_key" else "Authorization"]
-    expired = kind == "api_key" and time.time() >= (behaviour.key_expires_at or float("inf"))
+    expires_at = behaviour.key_expires_at if kind == "api_key" else None
+    expired = expires_at is not None and time.time() >= expires_at
     if expired or header != f"{'' if kind == 'api_key' else 'Bearer '}{state.credentials[kind]}":
         raise _unauthorized(f"Invalid or expired {'API key' if kind == 'api_key' else 'access token'}.")
     area = {"assets": "assets", "api_keys": None}.get(_resource(request), "lipsync")
@@ -188,19 +189,13 @@ async def list_statuses(state: StateHere, lipsync_ids: Annotated[list[str], Quer
     ids = [word for text in lipsync_ids if text for word in text.split(",")]
     if len(ids) > 100:
         raise invalid("lipsync_ids: at most 100", "lipsync_ids")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for job_id in ids:
-        job = state.find_job(job_id)
-        failed = job is not None and job.status == "failed"
-        rows.append(
-            {
-                "video_id": job_id,
-                "status": _STATUS_WORDS[job.status] if job else "not_found",
-                "error": {"code": None, "message": job.failure_message} if job and failed else None,
-                "batch_id": None,
-                "item_index": None,
-            }
-        )
+        job = state.jobs.get(job_id)
+        status = _STATUS_WORDS[job.status] if job else "not_found"
+        error = {"code": None, "message": job.failure_message} if job and status == "failed" else None
+        row = {"video_id": job_id, "status": status, "error": error}
+        rows.append(row | {"batch_id": None, "item_index": None})
     return {"data": rows, "has_more": False, "next_token": None}
 
 

@@ -7,6 +7,7 @@ import html
 import logging
 import time
 from typing import TYPE_CHECKING
+from xml.sax.saxutils import escape
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -23,6 +24,8 @@ from airflow_provider_heygen.emulator.contract import ApiError, credential_of, i
 from airflow_provider_heygen.emulator.state import Fault, RequestRecord, new_id
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from starlette.types import Message, Receive, Scope, Send
 
     from airflow_provider_heygen.emulator.state import State
@@ -78,7 +81,8 @@ class HeyGen:
             await self._app(scope, receive, send)
             return
         record = _record(scope)
-        self._state.record(record)
+        self._state.requests.append(record)
+        self._state.requests_by_route[f"{record.method} {record.route}"] += 1
         # Without a type, FastAPI before 0.132 takes a body for JSON.
         MutableHeaders(scope=scope).setdefault("Content-Type", "application/octet-stream")
         fault = self._state.next_fault(record.method, record.path) or Fault()
@@ -117,8 +121,7 @@ class _Sender:
             raise _Dropped
 
     async def _start(self, message: Message) -> None:
-        if self._record.status is None:
-            await asyncio.sleep(self._fault.latency)
+        await asyncio.sleep(self._fault.latency)
         if self._fault.drop == "after":
             raise _Dropped
         self._record.status = message["status"]
@@ -141,7 +144,7 @@ def _faulty_response(fault: Fault) -> Response | None:
     return JSONResponse(ApiError(status, code, fault.message).envelope, status, fault.headers)
 
 
-def _html_page(status: int, message: str, headers: dict[str, str]) -> Response:
+def _html_page(status: int, message: str, headers: Mapping[str, str] | None) -> Response:
     page = f"<html><head><title>{status}</title></head><body><h1>{html.escape(message)}</h1></body></html>"
     return HTMLResponse(page, status, headers)
 
@@ -198,7 +201,9 @@ async def _no_route(request: Request, error: HTTPException) -> Response:
 
 
 async def _storage_error(_: Request, error: storage.StorageError) -> Response:
-    return error.response()
+    xml = f"<Error><Code>{error.code}</Code><Message>{escape(error.message)}</Message></Error>"
+    body = f'<?xml version="1.0" encoding="UTF-8"?>\n{xml}'
+    return Response(body, error.status, media_type="application/xml")
 
 
 async def _client_left(_: Request, __: ClientDisconnect) -> Response:

@@ -7,6 +7,7 @@ The rules are those of ``tests/heygen-v3-overdubs.openapi.yaml``. Where its sche
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -19,21 +20,16 @@ MAX_INPUT_BYTES = 33_554_432
 """Of POST /v3/assets and of inputs by URL: the published 32 MB, read as binary."""
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """An error response in HeyGen's envelope, or (``html``) a page of a gateway in its place."""
 
-    def __init__(
-        self,
-        status: int,
-        code: str,
-        message: str,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        html: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message, self.param = status, code, message, param
-        self.headers, self.html = dict(headers or {}), html
+    status: int
+    code: str
+    message: str
+    param: str | None = None
+    headers: Mapping[str, str] | None = None
+    html: bool = False
 
     @property
     def envelope(self) -> dict[str, Any]:

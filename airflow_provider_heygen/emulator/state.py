@@ -23,7 +23,6 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     StringConstraints,
-    field_validator,
 )
 
 from airflow_provider_heygen.emulator.contract import (
@@ -142,7 +141,7 @@ class Fault(BaseModel):
 
     method: str | None = None
     """HTTP method; None: any"""
-    path: str = "/"
+    path: re.Pattern[str] = re.compile("/")
     """regular expression that the path must start with"""
     count: PositiveInt = 1
     """how many requests it hits"""
@@ -167,18 +166,9 @@ class Fault(BaseModel):
     drop_after_bytes: NonNegativeInt | None = None
     """close it after so many bytes of the body"""
 
-    @field_validator("path")
-    @classmethod
-    def _compiles(cls, path: str) -> str:
-        try:
-            re.compile(path)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
-        return path
-
     def matches(self, method: str, path: str) -> bool:
         """Check whether it hits this request."""
-        return self.method in (None, method) and re.match(self.path, path) is not None
+        return self.method in (None, method) and self.path.match(path) is not None
 
 
 @dataclass
@@ -301,14 +291,9 @@ class State:
         self.idempotency: dict[tuple[str, str, str], tuple[float, bytes | None]] = {}
         self.requests: deque[RequestRecord] = deque(maxlen=LOG_LENGTH)
         self.requests_by_route: Counter[str] = Counter()
-        self._jobs: dict[str, Job] = {}
+        self.jobs: dict[str, Job] = {}
 
     # Jobs
-
-    @property
-    def active_jobs(self) -> int:
-        """Number of jobs pending or running."""
-        return sum(not job.ended for job in self._jobs.values())
 
     def check_known(self, body: Body) -> None:
         """Raise the 400 that names the first unknown field, unless those are ignored."""
@@ -329,7 +314,8 @@ class State:
             elif source.url is not None:
                 self._check_url(kind, source.url, base_url)
         ceiling = self.behaviour.concurrent_jobs
-        if ceiling is not None and self.active_jobs + self.behaviour.foreign_jobs >= ceiling:
+        active = self.behaviour.foreign_jobs + sum(not job.ended for job in self.jobs.values())
+        if ceiling is not None and active >= ceiling:
             raise ApiError(
                 429,
                 "rate_limit_exceeded",
@@ -351,22 +337,18 @@ class State:
             self.behaviour.fail_jobs -= 1
             job.fail(self.behaviour.failure_message)
         self.created.append(job)
-        self._jobs[job.id] = job
+        self.jobs[job.id] = job
         return job
 
     def job(self, job_id: str) -> Job:
         """Return the job, or raise 404."""
-        if job_id not in self._jobs:
+        if job_id not in self.jobs:
             raise ApiError(404, "not_found", f"No overdub or lipsync {job_id}.")
-        return self._jobs[job_id]
-
-    def find_job(self, job_id: str) -> Job | None:
-        """Return the job, or None."""
-        return self._jobs.get(job_id)
+        return self.jobs[job_id]
 
     def delete_job(self, job: Job) -> None:
         """Remove it with its files; its work is dropped and no callback is sent."""
-        del self._jobs[job.id]
+        del self.jobs[job.id]
         job.deleted = True
         if job.work is not None:
             job.work.cancel()
@@ -379,7 +361,7 @@ class State:
             number = job.number if order == "asc" else 10**9 - job.number
             return hashlib.sha256(job.id.encode()).hexdigest() if order == "shuffle" else f"{number:010}"
 
-        jobs = sorted(self._jobs.values(), key=place)
+        jobs = sorted(self.jobs.values(), key=place)
         if token is not None:
             after_order, _, after = token.partition("+")
             if after_order != order:
@@ -399,8 +381,8 @@ class State:
     def file(self, name: str) -> Path | None:
         """Return the file behind a presigned URL, while what it belongs to exists."""
         owner = name.partition(".")[0]
-        if owner in self._jobs:
-            return self._jobs[owner].output
+        if owner in self.jobs:
+            return self.jobs[owner].output
         return self.assets[owner].path if owner in self.assets else None
 
     def linked_file(self, url: str) -> Path | None:
@@ -416,7 +398,7 @@ class State:
         if url.startswith(f"{base_url}/"):
             path = self.linked_file(url)
             if path is not None and path.stat().st_size > MAX_INPUT_BYTES:
-                raise invalid(too_large(mime_type_of(path.name)), kind)
+                raise invalid(too_large(mime_type_of(urlsplit(url).path)), kind)
         elif not is_web_address(url, "https"):
             raise invalid(f"{kind}: url must be a public https link", kind)
 
@@ -431,11 +413,6 @@ class State:
                     self.faults.remove(fault)
                 return fault
         return None
-
-    def record(self, request: RequestRecord) -> None:
-        """Log and count a request."""
-        self.requests.append(request)
-        self.requests_by_route[f"{request.method} {request.route}"] += 1
 
     # Signatures
 

@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from xml.sax.saxutils import escape
+from dataclasses import dataclass
 
 from fastapi import APIRouter, Depends
 from fastapi.requests import Request
@@ -12,18 +12,13 @@ from airflow_provider_heygen.emulator.contract import credential_of, mime_type_o
 from airflow_provider_heygen.emulator.state import Asset, StateHere, new_id
 
 
+@dataclass(eq=False)
 class StorageError(Exception):
     """An error response of the object store, in its XML."""
 
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message = status, code, message
-
-    def response(self) -> Response:
-        """Return the response."""
-        xml = f"<Error><Code>{self.code}</Code><Message>{escape(self.message)}</Message></Error>"
-        body = f'<?xml version="1.0" encoding="UTF-8"?>\n{xml}'
-        return Response(body, self.status, media_type="application/xml")
+    status: int
+    code: str
+    message: str
 
 
 async def _check_url(request: Request, state: StateHere) -> None:
@@ -43,7 +38,7 @@ async def get_file(name: str, request: Request, state: StateHere) -> Response:
     """Send a file, whole or by Range."""
     if credential_of(request.headers) is not None:
         raise StorageError(400, "InvalidArgument", "Only one auth mechanism allowed: omit the credential.")
-    job = state.find_job(name.removesuffix(".srt"))
+    job = state.jobs.get(name.removesuffix(".srt"))
     if job is not None and job.duration is not None:
         return Response(_captions(job.duration), media_type="application/x-subrip")
     path = state.file(name)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
+
+import requests
+from tenacity import before_sleep_log, retry, stop_after_attempt, wait_exponential
 
 from airflow_provider_heygen.emulator import media
 from airflow_provider_heygen.emulator.contract import MAX_INPUT_BYTES, too_large
@@ -28,8 +29,6 @@ log = logging.getLogger(__name__)
 
 SAMPLE_VIDEO_SECONDS = 2.0
 SAMPLE_AUDIO_SECONDS = 2.5
-CALLBACK_ATTEMPTS = 3
-CALLBACK_TIMEOUT = 5.0
 
 
 class Worker:
@@ -68,7 +67,9 @@ class Worker:
             except TimeoutError:
                 continue
         if job.request.callback_url is not None:
-            job.callback_delivered = await _call_back(job.request.callback_url, self._event(job))
+            job.callback_delivered = await asyncio.to_thread(
+                _call_back, job.request.callback_url, self._event(job)
+            )
 
     def _event(self, job: Job) -> dict[str, Any]:
         # Modelled on the documented avatar_video events; only the echo of callback_id is promised.
@@ -148,30 +149,19 @@ class Worker:
 
 
 def _download(url: str, target: Path) -> None:
-    # Validation let only https through.
-    with urllib.request.urlopen(url, timeout=30) as response:  # noqa: S310
-        content = response.read(MAX_INPUT_BYTES + 1)
-        if len(content) > MAX_INPUT_BYTES:
-            raise MediaError(too_large(response.headers.get_content_type()))
-    target.write_bytes(content)
+    response = requests.get(url, timeout=30)
+    response.raise_for_status()
+    if len(response.content) > MAX_INPUT_BYTES:
+        raise MediaError(too_large(response.headers.get("Content-Type")))
+    target.write_bytes(response.content)
 
 
-async def _call_back(url: str, event: dict[str, Any]) -> bool:
-    """POST it, at most three times."""
-    request = urllib.request.Request(  # noqa: S310 - validation let only http and https through
-        url, json.dumps(event).encode(), {"Content-Type": "application/json", "User-Agent": "heygen-emulator"}
-    )
-
-    def post() -> None:
-        with urllib.request.urlopen(request, timeout=CALLBACK_TIMEOUT):  # noqa: S310
-            pass
-
-    for attempt in range(CALLBACK_ATTEMPTS):
-        try:
-            await asyncio.to_thread(post)
-        except (OSError, ValueError) as error:
-            log.warning("Callback to %s failed (%d of %d): %s", url, attempt + 1, CALLBACK_ATTEMPTS, error)
-            await asyncio.sleep(0.2 * 2**attempt)
-        else:
-            return True
-    return False
+@retry(
+    stop=stop_after_attempt(3),
+    wait=wait_exponential(0.2),
+    before_sleep=before_sleep_log(log, logging.WARNING),
+    retry_error_callback=lambda _: False,
+)
+def _call_back(url: str, event: dict[str, Any]) -> bool:
+    requests.post(url, json=event, headers={"User-Agent": "heygen-emulator"}, timeout=5).raise_for_status()
+    return True
