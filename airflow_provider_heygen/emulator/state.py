@@ -96,7 +96,7 @@ class Behaviour(BaseModel):
     unknown_fields: Literal["reject", "ignore"] = "reject"
     """what is done with body fields that HeyGen does not have"""
     key_scopes: tuple[KeyScope, ...] = ("*:*",)
-    """what the API key may do, such as *:read, lipsync:write, assets:write, account:read"""
+    """scopes of the API key, such as lipsync:write, assets:write, account:read"""
     key_expires_at: float | None = None
     """when the API key expires, in Unix seconds"""
     idempotency: bool = True
