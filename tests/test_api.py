@@ -622,7 +622,7 @@ def test_an_error_with_status_200_keeps_heygens_words(call, code, status, kind):
 
 @both_resources
 def test_missing_route_names_the_setting(heygen, resource):
-    heygen.behaviour.resources = {OTHER[resource]}
+    heygen.behaviour.resources = OTHER[resource]
     hook = HeyGenHook(max_attempts=1)
     for call in (
         lambda: hook.create_overdub(REQUEST),

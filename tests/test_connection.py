@@ -572,7 +572,7 @@ def test_good_token(heygen, connect):
     ids=str,
 )
 def test_bad_connection(heygen, connect, change, texts):
-    heygen.behaviour.resources = {"overdubs"}
+    heygen.behaviour.resources = "overdubs"
     given = {"host": heygen.url, "password": heygen.api_key} | change
     connect(**given)
     ok, message = HeyGenHook().test_connection()

@@ -171,11 +171,8 @@ def test_bodies_that_are_no_json_object(api, text):
         ("GET", "/v3/overdubs/", {}, 404),
         ("GET", "/v3/overdub", {}, 404),
         ("GET", "/", {}, 404),
-        ("DELETE", "/v3/lipsyncs/batches", {}, 405),
-        ("GET", "/v3/lipsyncs/batches/btch_1", {}, 404),
+        ("POST", "/v3/lipsyncs/statuses", {"json": {}}, 405),
         ("GET", "/v3/lipsyncs/statuses?lipsync_ids=" + "a," * 100, {}, 400),
-        ("POST", "/v3/lipsyncs/batches", {"json": {"lipsyncs": []}}, 400),
-        ("POST", "/v3/lipsyncs/batches", {"json": {"lipsyncs": [BY_URL] * 101}}, 400),
         ("POST", "/v3/assets", {"files": {"file": b"\x00\x00\x00\x14ftypqt  "}}, 400),
         ("POST", "/v3/assets", {"files": {"file": b"\xff\xf1aac"}}, 400),
         ("POST", "/v3/assets", {"files": {"file": b""}}, 400),
@@ -206,12 +203,83 @@ def test_requests_heygen_refuses(api, method, path, kwargs, status):
     ],
 )
 def test_credentials(heygen, headers, kind):
-    answer = requests.get(f"{heygen.url}/v3/users/me", headers=headers, timeout=10)
+    answer = requests.get(f"{heygen.url}/v3/api_keys/self", headers=headers, timeout=10)
     assert (answer.status_code, answer.json()["error"]["code"]) == (401, "authentication_failed")
     assert ("not both" in answer.json()["error"]["message"]) == (kind == "both")
     (record,) = heygen.requests
     assert (record.credential, record.status) == (kind, 401)
     assert "emulator-api-key" not in str(record)
+
+
+@pytest.mark.parametrize(
+    ("scopes", "mode", "lacking"),
+    [
+        (["*:*"], "full", set()),
+        (["*:read"], "read_only", {"lipsync:write", "assets:write"}),
+        (["lipsync:write"], "custom", {"assets:read", "assets:write"}),
+        (["lipsync:read", "assets:*"], "custom", {"lipsync:write"}),
+        ([], "custom", {"lipsync:read", "lipsync:write", "assets:read", "assets:write"}),
+    ],
+)
+def test_scopes_of_the_key(heygen, api, scopes, mode, lacking):
+    heygen.behaviour.key_scopes = scopes
+    key = api.get("/v3/api_keys/self").json()["data"]
+    assert (key["scope_mode"], key["scopes"], key["expires_at"]) == (mode, scopes, None)
+    needed = {
+        "lipsync:read": [
+            ("GET", "/v3/overdubs"),
+            ("GET", "/v3/lipsyncs/x"),
+            ("GET", "/v3/lipsyncs/statuses"),
+        ],
+        "lipsync:write": [
+            ("POST", "/v3/lipsyncs"),
+            ("PATCH", "/v3/overdubs/x"),
+            ("DELETE", "/v3/overdubs/x"),
+        ],
+        "assets:read": [("GET", "/v3/assets/x")],
+        "assets:write": [
+            ("POST", "/v3/assets"),
+            ("POST", "/v3/assets/direct-uploads"),
+            ("DELETE", "/v3/assets/x"),
+        ],
+    }
+    for scope, requests_with in needed.items():
+        for method, path in requests_with:
+            answer = api.request(method, path)
+            assert (answer.status_code == 403) == (scope in lacking), (method, path)
+            if scope in lacking:
+                assert answer.json()["error"]["code"] == "insufficient_api_key_scope"
+                assert scope in answer.json()["error"]["message"]
+    token = {"Authorization": f"Bearer {heygen.oauth_token}", "X-Api-Key": None}
+    assert api.get("/v3/overdubs", headers=token).status_code == 200
+    assert api.get("/v3/api_keys/self", headers=token).status_code == 401
+    with pytest.raises(ValidationError):
+        heygen.behaviour.key_scopes = ["lipsync"]
+
+
+def test_end_of_the_key(heygen, api):
+    heygen.behaviour.key_expires_at = time.time() + 100
+    key = api.get("/v3/api_keys/self").json()["data"]
+    assert key["expires_at"] == int(heygen.behaviour.key_expires_at)
+    assert 90 <= key["expires_in_seconds"] <= 100
+    for ended in (time.time() - 1, 0):
+        heygen.behaviour.key_expires_at = ended
+        answer = api.get("/v3/overdubs")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "authentication_failed")
+        token = {"Authorization": f"Bearer {heygen.oauth_token}", "X-Api-Key": None}
+        assert api.get("/v3/overdubs", headers=token).status_code == 200
+
+
+def test_unknown_fields(heygen, api):
+    body = {**BY_URL, "colour": "red", "video": {**BY_URL["video"], "bitrate": 5}}
+    assert api.post("/v3/overdubs", json=body).json()["error"]["param"] == "colour"
+    answer = api.post("/v3/overdubs", json={**BY_URL, "audio": body["video"]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "audio.bitrate")
+    heygen.behaviour.unknown_fields = "ignore"
+    job_id = api.create(body)
+    (job,) = api.get("/emulator/state").json()["jobs"]
+    assert (job["id"], job["request"]) == (job_id, body)
+    assert api.patch(f"/v3/overdubs/{job_id}", json={"title": "x", "colour": "red"}).status_code == 200
 
 
 def test_title(api):
@@ -289,7 +357,7 @@ def test_a_client_that_gave_up_has_created_a_job(heygen, api):
 def test_every_post_honours_the_key(heygen, api, files):
     key = {"Idempotency-Key": "one"}
     for path, kwargs in [
-        ("/v3/lipsyncs/batches", {"json": {"lipsyncs": [BY_URL]}}),
+        ("/v3/lipsyncs", {"json": BY_URL}),
         ("/v3/assets", {"files": {"file": b"%PDF-1"}}),
         (
             "/v3/assets/direct-uploads",
@@ -438,6 +506,10 @@ def test_captions(api):
     api.ended(job_id, "lipsyncs")
     captions = requests.get(api.job(job_id, "lipsyncs")["caption_url"], timeout=10).text
     assert re.match(r"1\n00:00:00,000 --> 00:00:02,\d{3}\n", captions)
+    # The field is ignored.
+    for wanted in (True, False):
+        job_id = api.create({**BY_URL, "enable_caption": wanted}, resource="lipsyncs")
+        assert api.ended(job_id, "lipsyncs")["caption_url"]
     # What it serves is a file it would take.
     assert (
         api.post("/v3/assets", files={"file": captions}).json()["data"]["mime_type"] == "application/x-subrip"
@@ -504,6 +576,54 @@ def test_direct_upload(heygen, api, files):
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "size_bytes")
     heygen.forget_assets()
     assert api.post("/v3/overdubs", json=source).json()["error"]["code"] == "asset_not_found"
+
+
+def test_one_asset(heygen, api, files):
+    uploaded = api.upload(files / "v.mp4")
+    path = f"/v3/assets/{uploaded['asset_id']}"
+    details = api.get(path).json()["data"]
+    assert (details["id"], details["name"], details["type"]) == (uploaded["asset_id"], "v.mp4", "video")
+    assert requests.get(details["url"], timeout=10).content == (files / "v.mp4").read_bytes()
+    body = {"filename": "f", "content_type": "audio/mpeg", "size_bytes": 9}
+    slot = api.post("/v3/assets/direct-uploads", json=body).json()["data"]
+    assert api.get(f"/v3/assets/{slot['asset_id']}").json()["data"]["url"] is None
+    assert api.delete(path).json() == {"data": {"id": uploaded["asset_id"]}}
+    for answer in (api.get(path), api.delete(path), api.post("/v3/overdubs", json=with_asset(uploaded))):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "asset_not_found")
+    assert requests.get(uploaded["url"], timeout=10).status_code == 404
+
+
+def with_asset(uploaded):
+    return {**BY_URL, "video": asset(uploaded["asset_id"])}
+
+
+def test_an_asset_that_goes_before_it_is_read_fails_the_job(monkeypatch, files):
+    gate, make_video = threading.Event(), media.make_video
+    monkeypatch.setattr(media, "make_video", lambda *args: gate.wait(10) and make_video(*args))
+    with Emulator(Behaviour(job_seconds=0)) as heygen, Api(heygen) as api:
+        audio = api.upload(files / "short.mp3")["asset_id"]
+        job_id = api.create({**BY_URL, "audio": asset(audio)})
+        api.delete(f"/v3/assets/{audio}")
+        gate.set()
+        assert api.ended(job_id)["failure_message"] == "Your audio is missing or corrupted"
+
+
+def test_urls_of_over_32_mb(heygen, api, monkeypatch):
+    content = b"\x00\x00\x00\x14ftypisom" + bytes(33_554_432 - 11)
+    body = {"filename": "v.mp4", "content_type": "video/mp4", "size_bytes": len(content)}
+    slot = api.post("/v3/assets/direct-uploads", json=body).json()["data"]
+    requests.put(slot["upload_url"], data=content, headers=slot["upload_headers"], timeout=10)
+    done = api.post(f"/v3/assets/{slot['asset_id']}/complete", json={}).json()["data"]
+    answer = api.post("/v3/overdubs", json={**BY_URL, "video": {"type": "url", "url": done["url"]}})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_parameter", "video")
+    assert error["message"] == "Maximum size for URL inputs of type 'video/mp4' is 32 MB"
+    assert api.create(with_asset(done))
+    response = requests.Response()
+    response.status_code, response._content, response.headers["Content-Type"] = 200, content, "video/mp4"
+    monkeypatch.setattr(requests, "get", lambda *_, **__: response)
+    heygen.behaviour.fetch_urls = True
+    assert api.ended(api.create())["failure_message"] == error["message"]
 
 
 # Media
@@ -677,15 +797,6 @@ def test_callbacks(heygen, api):
     }
 
 
-def test_callback_of_a_batch(heygen, api):
-    with Listener() as listener:
-        body = {"lipsyncs": [BY_URL, BY_URL], "callback_url": listener.url}
-        batch_id = api.post("/v3/lipsyncs/batches", json=body).json()["data"]["batch_id"]
-        wait_for(lambda: listener.events)
-    assert listener.events[0]["event_data"]["batch_id"] == batch_id
-    assert all(job.ended for job in heygen.jobs)
-
-
 def test_forcing_a_status_calls_back_at_once(heygen, api):
     heygen.behaviour.job_seconds = 60
     with Listener() as listener:
@@ -706,6 +817,22 @@ def test_concurrent_jobs(heygen, api):
     assert (refused.status_code, refused.headers["Retry-After"]) == (429, "7")
     assert refused.json()["error"]["code"] == "rate_limit_exceeded"
     heygen.force(first, "failed")
+    assert api.create()
+
+
+def test_jobs_of_other_products(heygen, api):
+    def behave(**changes):
+        assert requests.patch(f"{heygen.url}/emulator/behaviour", json=changes, timeout=10).status_code == 200
+
+    behave(concurrent_jobs=3, foreign_jobs=2, job_seconds=60)
+    assert api.create()
+    assert api.post("/v3/overdubs", json=BY_URL).status_code == 429
+    assert len(api.get("/v3/overdubs").json()["data"]) == 1
+    behave(foreign_jobs=1)
+    assert api.create()
+    behave(foreign_jobs=0, concurrent_jobs=2)
+    assert api.post("/v3/overdubs", json=BY_URL).status_code == 429
+    behave(concurrent_jobs=3)
     assert api.create()
 
 
@@ -765,12 +892,16 @@ def test_unknown_status(heygen, api):
 
 @pytest.mark.parametrize(("served", "missing"), [("overdubs", "lipsyncs"), ("lipsyncs", "overdubs")])
 def test_resources(heygen, api, served, missing):
-    heygen.behaviour.resources = frozenset({served})
+    heygen.behaviour.resources = served
     assert api.create(resource=served)
     assert api.get(f"/v3/{missing}").status_code == 404
     assert api.post(f"/v3/{missing}", json=BY_URL).json()["error"]["code"] == "not_found"
     assert api.get("/v3/lipsyncs/statuses").status_code == (200 if served == "lipsyncs" else 404)
-    assert heygen.connection()["extra"]["resource"] == served
+    heygen.behaviour.missing_resource = "page"
+    page = api.get(f"/v3/{missing}")
+    assert (page.status_code, page.headers["Content-Type"]) == (404, "text/html; charset=utf-8")
+    assert "resource" not in heygen.connection()["extra"]
+    assert heygen.connection(missing)["extra"]["resource"] == missing
 
 
 @pytest.mark.parametrize("name", ["overdub_id", "lipsync_id", "id"])
@@ -802,7 +933,7 @@ def test_faults_strike_in_order_and_are_used_up(heygen, api):
     assert statuses[0].headers["Retry-After"] == "3"
     assert statuses[0].json()["error"]["code"] == "rate_limit_exceeded"
     assert len(heygen.jobs) == 1
-    heygen.fail_next(path="/v3/users/")
+    heygen.fail_next(path="/v3/assets/")
     heygen.clear_faults()
     with pytest.raises(ValidationError):
         heygen.fail_next(path="(")
@@ -837,17 +968,17 @@ def test_bodies_of_faults(heygen, api):
 
 
 def test_truncated_bodies(heygen, api):
-    whole = api.get("/v3/users/me").content
+    whole = api.get("/v3/api_keys/self").content
     heygen.fail_next(truncate=20)
-    assert api.get("/v3/users/me").content == whole[:20]
+    assert api.get("/v3/api_keys/self").content == whole[:20]
     heygen.fail_next(truncate=99999)
-    assert api.get("/v3/users/me").content == whole
+    assert api.get("/v3/api_keys/self").content == whole
 
 
 def test_latency(heygen, api):
     heygen.fail_next(latency=0.2)
     begun = time.monotonic()
-    assert api.get("/v3/users/me").status_code == 200
+    assert api.get("/v3/api_keys/self").status_code == 200
     assert time.monotonic() - begun >= 0.2
 
 
@@ -872,16 +1003,19 @@ def test_broken_downloads(heygen, api):
 def test_admin_routes(heygen, api):
     admin = requests.Session()
     url = f"{heygen.url}/emulator"
-    behaviour = admin.patch(f"{url}/behaviour", json={"job_seconds": 60, "resources": ["overdubs"]}).json()
-    assert (behaviour["job_seconds"], behaviour["resources"]) == (60, ["overdubs"])
+    behaviour = admin.patch(
+        f"{url}/behaviour", json={"job_seconds": 60, "key_scopes": ["*:read", "assets:write"]}
+    ).json()
+    assert (behaviour["job_seconds"], behaviour["key_scopes"]) == (60, ["*:read", "assets:write"])
     assert heygen.behaviour.job_seconds == 60
+    assert admin.patch(f"{url}/behaviour", data='{"key_scopes": ["*:*"]}').status_code == 200  # as curl -d
     for bad in ({"speed": 1}, {"job_seconds": "soon"}, []):
         assert admin.patch(f"{url}/behaviour", json=bad).status_code == 400
     fault = admin.post(f"{url}/faults", json={"status": 500, "count": 2})
     assert (fault.status_code, fault.json()["count"]) == (201, 2)
     assert admin.post(f"{url}/faults", json={"path": "("}).status_code == 400
     assert api.post("/v3/overdubs", json=BY_URL).status_code == 500
-    assert [fault["count"] for fault in admin.get(f"{url}/faults").json()] == [1]
+    assert [fault["count"] for fault in admin.get(f"{url}/state").json()["faults"]] == [1]
     assert admin.delete(f"{url}/faults").status_code == 204
     job_id = api.create({**BY_URL, "title": "T"}, headers={"Idempotency-Key": "k"})
     state = admin.get(f"{url}/state").json()
@@ -926,7 +1060,7 @@ def test_two_emulators_and_a_clean_stop():
         assert one.url != two.url
         Api(two).create()
         assert not one.jobs
-        directory = two._directory
+        directory = two._state.directory
         assert directory.exists()
     assert not directory.exists()
     with pytest.raises(requests.ConnectionError):
@@ -954,6 +1088,7 @@ def test_port_taken():
 def test_command_line(number, tmp_path):
     command = [sys.executable, "-m", "airflow_provider_heygen.emulator", "--port", "0", "--job-seconds", "0"]
     command += ["--api-key", "k", "--resources", "lipsyncs", "--extra-members", "--concurrent-jobs", "3"]
+    command += ["--key-scopes", "*:read", "assets:write", "--foreign-jobs", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -966,12 +1101,12 @@ def test_command_line(number, tmp_path):
                 "extra": {
                     "allow_http": True,
                     "allow_private_hosts": True,
-                    "resource": "lipsyncs",
                     "max_requests_per_second": 200,
                 },
             }
             behaviour = requests.get(admin, timeout=10).json()["behaviour"]
             assert (behaviour["job_seconds"], behaviour["concurrent_jobs"]) == (0, 3)
+            assert (behaviour["key_scopes"], behaviour["foreign_jobs"]) == (["*:read", "assets:write"], 1)
             answer = requests.get(f"{url}/v3/lipsyncs", headers={"X-Api-Key": "k"}, timeout=10)
             assert answer.json()["new_member"]
         finally:

@@ -216,7 +216,8 @@ def test_netrc_changes_nothing(heygen, wire, connect, tmp_path, monkeypatch, aut
 
 def test_other_routes_by_the_session(heygen, wire):
     with HeyGenHook().get_conn() as session:
-        assert session.get(f"{wire.url}/v3/users/me", timeout=10).json()["data"]["username"] == "emulator"
+        key = session.get(f"{wire.url}/v3/api_keys/self", timeout=10).json()["data"]
+        assert key["key_name"] == "emulator"
     (seen,) = wire.seen
     assert seen.headers["X-Api-Key"] == heygen.api_key
     assert seen.headers["User-Agent"].startswith("airflow-provider-heygen/")

@@ -188,7 +188,7 @@ def test_delete_twice(heygen, overdub_id):
 
 
 def test_delete_does_not_take_a_wrong_resource_for_a_missing_overdub(heygen, overdub_id):
-    heygen.behaviour.resources = {"lipsyncs"}
+    heygen.behaviour.resources = "lipsyncs"
     with fails_for_good(HeyGenNotFoundError, match="'resource'"):
         run(HeyGenDeleteOverdubOperator, overdub_id=overdub_id)
     assert not heygen.jobs[0].deleted

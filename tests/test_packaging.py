@@ -162,7 +162,7 @@ def test_requirements(metadata):
     extra = {
         found.name for found in requirements if found.marker and found.marker.evaluate({"extra": "emulator"})
     }
-    assert extra == {"imageio-ffmpeg", "python-multipart", "starlette", "uvicorn"}
+    assert extra == {"fastapi", "imageio-ffmpeg", "python-multipart", "uvicorn"}
 
 
 def test_the_entry_point_by_which_airflow_finds_us(built):

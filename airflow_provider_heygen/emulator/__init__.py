@@ -1,19 +1,20 @@
-"""A HeyGen that runs on your own machine, for trying out and testing pipelines without spending credits.
+"""
+A HeyGen that runs on your own machine, for trying out and testing pipelines without spending credits.
 
     with Emulator(Behaviour(job_seconds=0.2), port=0) as heygen:
         os.environ["AIRFLOW_CONN_HEYGEN_DEFAULT"] = json.dumps(heygen.connection())
 
-or ``python -m airflow_provider_heygen.emulator``. It speaks HTTP like HeyGen (assets, overdubs, lipsyncs,
-batches, presigned links, callbacks) and does a job's work short of the lips: ffmpeg puts the new audio onto
-the video. Input URLs are not fetched unless asked for; a short test clip takes their place. All of it is gone
-at the end.
+or ``python -m airflow_provider_heygen.emulator``. It speaks HTTP like HeyGen (overdubs, lipsyncs, assets, API
+keys, presigned URLs, callbacks) and does a job's work except for the lips: ffmpeg puts the new audio onto the
+video. Input URLs are not downloaded by default; a short test clip takes their place. Everything is deleted at
+the end.
 """
 
 from __future__ import annotations
 
 try:
-    import python_multipart  # noqa: F401 - starlette imports it only when the first form arrives
-    import starlette  # noqa: F401
+    import fastapi  # noqa: F401
+    import python_multipart  # noqa: F401 - fastapi looks for it only where a route takes a form
     import uvicorn
 except ImportError as error:
     raise ImportError(
@@ -40,7 +41,6 @@ from airflow_provider_heygen.emulator.state import (
     Fault,
     Job,
     RequestRecord,
-    Resource,
     State,
     Status,
 )
@@ -59,7 +59,8 @@ T = TypeVar("T")
 
 
 class Emulator:
-    """The server, running in a thread between ``start`` and ``stop``, or as a context manager.
+    """
+    The server, running in a thread between ``start`` and ``stop``, or as a context manager.
 
     ``port`` 0 takes a free port; ``url`` is known from ``start`` on and has no slash at the end.
     ``behaviour`` may be changed while it runs. What the members here do, the routes under ``/emulator/`` do
@@ -78,10 +79,10 @@ class Emulator:
         self.api_key = api_key
         self.oauth_token = oauth_token
         self._address = host, port
-        self._state = State(behaviour or Behaviour())
+        self._state = State(behaviour or Behaviour(), {"api_key": api_key, "oauth": oauth_token})
 
     def start(self) -> Self:
-        """Listen, and return when requests are answered. Raises ``OSError`` when the port is taken."""
+        """Listen, and return when requests get responses. Raises ``OSError`` if the port is taken."""
         # asyncio sets TCP_NODELAY only if the protocol is named; without it, each POST would take 40 ms.
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -92,17 +93,10 @@ class Emulator:
             raise
         host, port = self._socket.getsockname()
         self.url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"  # noqa: S104
-        self._directory = Path(tempfile.mkdtemp(prefix="heygen-emulator-"))
-        self._worker = Worker(self._state, self._directory)
-        app = HeyGen(
-            self._state,
-            self._worker,
-            self._directory,
-            api_key=self.api_key,
-            oauth_token=self.oauth_token,
-        )
+        self._state.directory = Path(tempfile.mkdtemp(prefix="heygen-emulator-"))
+        self._worker = Worker(self._state)
         config = uvicorn.Config(
-            app,
+            HeyGen(self._state, self._worker),
             http=_Protocol,
             ws="none",
             lifespan="off",
@@ -110,7 +104,7 @@ class Emulator:
             log_level=logging.WARNING,
             log_config=None,
             access_log=False,
-            # Longer than pollers wait between two looks, so that they can keep their connection.
+            # Longer than the delay between two polls, so that pollers can keep their connection.
             timeout_keep_alive=75,
             timeout_graceful_shutdown=1,
         )
@@ -128,7 +122,7 @@ class Emulator:
         self._server.should_exit = True
         self._thread.join()
         self._worker.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self._state.directory, ignore_errors=True)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -137,20 +131,18 @@ class Emulator:
         self.stop()
 
     def connection(
-        self, resource: Resource | None = None, auth_type: Literal["api_key", "oauth"] = "api_key"
+        self,
+        resource: Literal["overdubs", "lipsyncs"] | None = None,
+        auth_type: Literal["api_key", "oauth"] = "api_key",
     ) -> dict[str, Any]:
-        """An Airflow connection to this server; its JSON fits ``AIRFLOW_CONN_HEYGEN_DEFAULT``.
-
-        ``resource`` is by default ``overdubs``, unless only ``lipsyncs`` is served.
-        """
-        if resource is None:
-            resource = "overdubs" if "overdubs" in self.behaviour.resources else "lipsyncs"
+        """Return an Airflow connection to this server; its JSON fits ``AIRFLOW_CONN_HEYGEN_DEFAULT``."""
         extra: dict[str, Any] = {
             "allow_http": True,
             "allow_private_hosts": True,
-            "resource": resource,
-            "max_requests_per_second": 200,  # nobody's account is spared here
+            "max_requests_per_second": 200,  # no account needs to be spared here
         }
+        if resource is not None:
+            extra["resource"] = resource
         if auth_type == "oauth":
             extra["auth_type"] = "oauth"
         return {
@@ -162,7 +154,7 @@ class Emulator:
 
     @property
     def behaviour(self) -> Behaviour:
-        """The settings; assigning to one takes effect at once."""
+        """Settings; assigning to one takes effect at once."""
         return self._state.behaviour
 
     @property
@@ -182,7 +174,7 @@ class Emulator:
 
     @property
     def requests_by_route(self) -> Counter[str]:
-        """How often each route was asked, such as ``{"GET /v3/overdubs/{overdub_id}": 7}``."""
+        """Number of requests for each route, such as ``{"GET /v3/overdubs/{overdub_id}": 7}``."""
         return self._state.requests_by_route.copy()
 
     def fail_next(self, **fault: Any) -> Fault:
@@ -192,7 +184,7 @@ class Emulator:
         return added
 
     def clear_faults(self) -> None:
-        """Take back the faults that have not struck yet."""
+        """Remove the faults that have not been used up."""
         self._in_loop(self._state.faults.clear)
 
     def force(self, job_id: str, status: Status, failure_message: str | None = None) -> None:
@@ -200,7 +192,7 @@ class Emulator:
         self._in_loop(lambda: self._state.job(job_id).force(status, failure_message))
 
     def forget_assets(self) -> None:
-        """Have all assets gone, as if HeyGen had deleted them."""
+        """Delete all assets, as HeyGen might."""
         self._in_loop(self._state.assets.clear)
 
     def reset(self) -> None:
@@ -215,7 +207,7 @@ class Emulator:
         asyncio.run(serve())
 
     def _in_loop(self, change: Callable[[], T]) -> T:
-        """State belongs to the event loop's thread; let it make the change."""
+        """Make a change in the event loop's thread, to which the state belongs."""
 
         async def call() -> T:
             return change()

@@ -32,8 +32,8 @@ def main() -> None:
         if isinstance(field.default, bool):
             action = argparse.BooleanOptionalAction
             group.add_argument(flag, action=action, help=field.description, default=field.default)
-        elif name == "resources":
-            group.add_argument(flag, nargs="+", help=field.description, default=sorted(field.default))
+        elif isinstance(field.default, tuple):
+            group.add_argument(flag, nargs="*", help=field.description, default=field.default)
         else:
             group.add_argument(flag, help=field.description, default=field.default)
     options = vars(parser.parse_args())

@@ -1,102 +1,126 @@
-"""All the emulated HeyGen knows: settings, assets, jobs and their timelines, faults, what it was asked."""
-
-from __future__ import annotations
+"""What the emulated HeyGen knows: settings, assets, jobs and their timelines, faults, requests received."""
 
 import asyncio
-import base64
 import hashlib
 import hmac
-import json
 import re
 import secrets
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+from urllib.parse import parse_qsl, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from fastapi import Depends
+from fastapi.requests import Request
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    StringConstraints,
+)
 
-from airflow_provider_heygen.emulator.contract import ApiError, invalid
+from airflow_provider_heygen.emulator.contract import (
+    MAX_INPUT_BYTES,
+    ApiError,
+    Body,
+    CreateJob,
+    MediaInput,
+    invalid,
+    is_web_address,
+    mime_type_of,
+    too_large,
+)
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from airflow_provider_heygen.emulator.contract import CreateJob
-
-Resource = Literal["overdubs", "lipsyncs"]
 Status = Literal["pending", "running", "completed", "failed"]
+KeyScope = Annotated[str, StringConstraints(pattern=r"^[a-z_*]+:(read|write|\*)$")]
 
 IDEMPOTENCY_SECONDS = 24 * 3600
 LOG_LENGTH = 10_000
 
 
 class Behaviour(BaseModel):
-    """How this HeyGen behaves; may be changed while it runs. Defaults: the likeliest reality, only faster.
+    """
+    How this HeyGen behaves; may be changed while it runs. Defaults: the likeliest reality, only faster.
 
     All times are seconds. A job keeps the timeline, outcome and failure text it was created with.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
 
-    job_seconds: float | None = Field(
-        default=None,
-        ge=0,
-        description="life of a job: a quarter pending, the rest running (instead of the next two)",
-    )
-    pending_seconds: float = Field(default=0.5, ge=0, description="how long a new job is pending")
-    running_seconds: float = Field(
-        default=1.5, ge=0, description="how long a job runs, or longer if ffmpeg does"
-    )
-    fail_jobs: int = Field(default=0, ge=0, description="how many of the next jobs will fail")
-    failure_message: str | None = Field(
-        default="No speaker detected in the video", description="of jobs made to fail"
-    )
-    fetch_urls: bool = Field(
-        default=False, description="download url inputs; else a short test clip takes their place"
-    )
-    link_seconds: float = Field(default=7 * 86400, description="life of presigned links")
-    upload_seconds: float = Field(default=3600, description="life of the URL of a direct upload")
-    max_upload_bytes: int = Field(
-        default=209_715_200, ge=1, description="largest direct upload; 200 MB in HeyGen's own uploader"
-    )
-    concurrent_jobs: int | None = Field(
-        default=None, ge=0, description="active jobs above which create answers 429"
-    )
-    retry_after: int = Field(default=10, ge=0, description="Retry-After of that 429, in seconds")
-    create_latency: float = Field(default=0, ge=0, description="seconds a create takes to answer")
-    get_lag: float = Field(
-        default=0, ge=0, description="seconds after its creation during which GET of a job is 404"
-    )
-    list_lag: float = Field(
-        default=0, ge=0, description="seconds by which statuses in the list are behind those of GET"
-    )
-    list_order: Literal["desc", "asc", "shuffle"] = Field(
-        default="desc", description="order of the list by age"
-    )
-    callback_id_in_list: bool = Field(default=True, description="list rows have callback_id")
-    id_field: Literal["route", "overdub_id", "lipsync_id", "id"] = Field(
-        default="route",
-        description="name of the id in a create's answer; route: overdub_id or lipsync_id by path",
-    )
-    resources: frozenset[Resource] = Field(
-        default=frozenset({"overdubs", "lipsyncs"}), description="resource names served; others are 404"
-    )
-    idempotency: bool = Field(default=True, description="honour Idempotency-Key")
-    unknown_status: str | None = Field(default=None, description="a status word to use instead of running")
-    null_video_url: int = Field(
-        default=0, ge=0, description="first answers per completed job that lack video_url"
-    )
-    extra_members: bool = Field(
-        default=False, description="put unknown members into every object of every answer"
-    )
-    html_errors: bool = Field(default=False, description="errors come as HTML pages, as from a gateway")
+    job_seconds: NonNegativeFloat | None = None
+    """life of a job: a quarter pending, the rest running (instead of the next two)"""
+    pending_seconds: NonNegativeFloat = 0.5
+    """how long a new job is pending"""
+    running_seconds: NonNegativeFloat = 1.5
+    """how long a job runs, or longer if ffmpeg does"""
+    fail_jobs: NonNegativeInt = 0
+    """how many of the next jobs will fail"""
+    failure_message: str | None = "No speaker detected in the video"
+    """of jobs made to fail"""
+    fetch_urls: bool = False
+    """download url inputs; else a short test clip takes their place"""
+    link_seconds: float = 7 * 86400
+    """life of presigned URLs"""
+    upload_seconds: float = 3600
+    """life of the URL of a direct upload"""
+    max_upload_bytes: PositiveInt = 209_715_200
+    """largest direct upload; 200 MB in HeyGen's own uploader"""
+    concurrent_jobs: NonNegativeInt | None = None
+    """active jobs above which a create request gets 429"""
+    foreign_jobs: NonNegativeInt = 0
+    """how many of those are jobs of HeyGen's other products, which no list shows"""
+    retry_after: NonNegativeInt = 10
+    """Retry-After of that 429, in seconds"""
+    create_latency: NonNegativeFloat = 0
+    """seconds until the response to a create request"""
+    get_lag: NonNegativeFloat = 0
+    """seconds after its creation during which GET of a job is 404"""
+    list_lag: NonNegativeFloat = 0
+    """seconds by which statuses in the list are behind those of GET"""
+    list_order: Literal["desc", "asc", "shuffle"] = "desc"
+    """order of the list by age"""
+    callback_id_in_list: bool = True
+    """list rows have callback_id"""
+    id_field: Literal["route", "overdub_id", "lipsync_id", "id"] = "route"
+    """name of the id in the response to a create request; route: overdub_id or lipsync_id by path"""
+    resources: Literal["both", "overdubs", "lipsyncs"] = "both"
+    """resource names served; the other is 404"""
+    missing_resource: Literal["envelope", "page"] = "envelope"
+    """whether that 404 has HeyGen's error envelope or is a gateway's HTML page"""
+    unknown_fields: Literal["reject", "ignore"] = "reject"
+    """what is done with body fields that HeyGen does not have"""
+    key_scopes: tuple[KeyScope, ...] = ("*:*",)
+    """scopes of the API key, such as lipsync:write, assets:write, account:read"""
+    key_expires_at: float | None = None
+    """when the API key expires, in Unix seconds"""
+    idempotency: bool = True
+    """honour Idempotency-Key"""
+    unknown_status: str | None = None
+    """a status word to use instead of running"""
+    null_video_url: NonNegativeInt = 0
+    """first responses per completed job that lack video_url"""
+    extra_members: bool = False
+    """put unknown members into every object of every response"""
+    html_errors: bool = False
+    """errors come as HTML pages, as from a gateway"""
 
     @property
     def timeline(self) -> tuple[float, float]:
-        """Seconds pending, seconds running."""
+        """Seconds pending and seconds running."""
         if self.job_seconds is None:
             return self.pending_seconds, self.running_seconds
         return self.job_seconds / 4, self.job_seconds * 3 / 4
+
+    def allows(self, area: str, action: str) -> bool:
+        """Check whether the scopes of the API key cover ``area:action``; write includes read."""
+        granted = [scope.split(":") for scope in self.key_scopes]
+        return any(at in (area, "*") and may in (action, "*", "write") for at, may in granted)
 
     def update(self, changes: dict[str, Any]) -> None:
         """Change some settings, or none if one of them is wrong (``ValidationError``)."""
@@ -106,54 +130,50 @@ class Behaviour(BaseModel):
 
 
 class Fault(BaseModel):
-    """Something that goes wrong with the next ``count`` requests that match.
+    """
+    Something that goes wrong with the next ``count`` requests that match.
 
-    With ``status``, ``body`` or ``html`` the request has no effect and gets that answer. Otherwise it takes
-    effect, and the answer is delayed, cut or lost.
+    With ``status``, ``body`` or ``html`` the request has no effect and gets that response. Otherwise it takes
+    effect, and the response is delayed, cut or lost.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    method: str | None = Field(default=None, description="HTTP method; None: any")
-    path: str = Field(default="/", description="regular expression that the path must start with")
-    count: int = Field(default=1, ge=1, description="how many requests it hits")
-    latency: float = Field(default=0, ge=0, description="seconds the answer is held back")
-    status: int | None = Field(
-        default=None, ge=200, le=599, description="HTTP status; 200 with body, 502 with html"
-    )
-    code: str | None = Field(default=None, description="error code; by default the usual one of that status")
-    message: str = Field(default="A fault was asked for", description="error message")
-    headers: dict[str, str] = Field(default={}, description="headers for that answer, such as Retry-After")
-    body: str | None = Field(default=None, description="the whole body, instead of an error envelope")
-    html: bool = Field(default=False, description="the body is a gateway's HTML page")
-    truncate: int | None = Field(
-        default=None, ge=0, description="cut the body to so many bytes, Content-Length too"
-    )
-    drop: Literal["before", "after"] | None = Field(
-        default=None,
-        description="close the TCP connection unanswered, before or after the request took effect",
-    )
-    drop_after_bytes: int | None = Field(
-        default=None, ge=0, description="close it after so many bytes of the body"
-    )
-
-    @field_validator("path")
-    @classmethod
-    def _compiles(cls, path: str) -> str:
-        try:
-            re.compile(path)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
-        return path
+    method: str | None = None
+    """HTTP method; None: any"""
+    path: re.Pattern[str] = re.compile("/")
+    """regular expression that the path must start with"""
+    count: PositiveInt = 1
+    """how many requests it hits"""
+    latency: NonNegativeFloat = 0
+    """seconds the response is held back"""
+    status: Annotated[int, Field(ge=200, le=599)] | None = None
+    """HTTP status; 200 with body, 502 with html"""
+    code: str | None = None
+    """error code; by default the usual one of that status"""
+    message: str = "A fault was asked for"
+    """error message"""
+    headers: dict[str, str] = {}
+    """headers for that response, such as Retry-After"""
+    body: str | None = None
+    """the whole body, instead of an error envelope"""
+    html: bool = False
+    """the body is a gateway's HTML page"""
+    truncate: NonNegativeInt | None = None
+    """cut the body to so many bytes, Content-Length too"""
+    drop: Literal["before", "after"] | None = None
+    """close the TCP connection without a response, before or after the request took effect"""
+    drop_after_bytes: NonNegativeInt | None = None
+    """close it after so many bytes of the body"""
 
     def matches(self, method: str, path: str) -> bool:
-        """Whether it strikes this request."""
-        return self.method in (None, method) and re.match(self.path, path) is not None
+        """Check whether it hits this request."""
+        return self.method in (None, method) and self.path.match(path) is not None
 
 
 @dataclass
 class RequestRecord:
-    """One request as it was seen, and the status it got; None when it got no answer."""
+    """One request as it was received, and the status it got; None when it got no response."""
 
     method: str
     path: str
@@ -171,12 +191,14 @@ class Asset:
     """A file given to HeyGen, or still to be uploaded by PUT; ``path`` is None until its bytes are there."""
 
     id: str
+    name: str
     mime_type: str
     size_bytes: int
     path: Path | None = None
     ready: bool = True
     sha256: str | None = None
     checksum_sha256: str | None = None
+    uploaded_at: float = field(default_factory=time.time)
 
 
 @dataclass
@@ -191,10 +213,10 @@ class Job:
     idempotency_key: str | None
     pending_seconds: float
     running_seconds: float
-    outcome: Literal["completed", "failed"]
-    failure_message: str | None
     null_video_urls: int
     title: str | None
+    outcome: Literal["completed", "failed"] = "completed"
+    failure_message: str | None = None
     created_at: float = field(default_factory=time.time)
     rendered_at: float | None = None
     output: Path | None = None
@@ -208,23 +230,23 @@ class Job:
 
     @property
     def status(self) -> Status:
-        """What a GET would say now."""
+        """Status that a GET would return now."""
         return self.status_at(time.time())
 
     @property
     def ended(self) -> bool:
-        """Completed or failed."""
+        """Whether it is completed or failed."""
         return self.status in ("completed", "failed")
 
     @property
     def ends_at(self) -> float | None:
-        """When it is completed or failed; None while that is open."""
+        """Time of its end, None while that is open."""
         if self.rendered_at is None:
             return None
         return max(self.rendered_at, self.created_at + self.pending_seconds + self.running_seconds)
 
     def status_at(self, at: float) -> Status:
-        """Its status at some time, past or present."""
+        """Return its status at some time, past or present."""
         if self.forced is not None and at >= self.forced_at:
             return self.forced
         if self.ends_at is not None and at >= self.ends_at:
@@ -238,156 +260,152 @@ class Job:
             self.failure_message = failure_message
         self.forcing.set()
 
-    def fail(self, message: str) -> None:
-        """The work itself failed."""
+    def fail(self, message: str | None) -> None:
+        """Let it end as failed."""
         self.outcome, self.failure_message = "failed", message
 
 
-@dataclass
-class BatchItem:
-    """One entry of a batch: a job, or the error that kept it from becoming one."""
-
-    job: Job | None
-    error: dict[str, Any] | None = None
-
-
-@dataclass
-class Batch:
-    """Lipsyncs created in one call."""
-
-    id: str
-    title: str | None
-    items: list[BatchItem]
-    created_at: float = field(default_factory=time.time)
-    work: asyncio.Task[None] | None = field(default=None, repr=False)
-
-
 class State:
-    """Everything in memory, and the one place that hands out ids, links and cursors."""
+    """Everything in memory, and the one place that issues ids, URLs and cursors."""
 
-    def __init__(self, behaviour: Behaviour) -> None:
+    def __init__(self, behaviour: Behaviour, credentials: Mapping[str, str] | None = None) -> None:
         self.behaviour = behaviour
+        self.credentials = dict(credentials or {})
+        self.directory = Path()
+        self.started_at = time.time()
         self._initial = behaviour.model_copy()
         self._secret = secrets.token_bytes(16)
         self.created: list[Job] = []
-        self.batches: dict[str, Batch] = {}
         self.reset()
 
     def reset(self) -> None:
         """Forget everything, and behave as in the beginning again."""
-        for work in [job.work for job in self.created] + [batch.work for batch in self.batches.values()]:
-            if work is not None:
-                work.cancel()
+        for job in self.created:
+            if job.work is not None:
+                job.work.cancel()
         self.behaviour.update(self._initial.model_dump())
         self.created = []
         self.assets: dict[str, Asset] = {}
-        self.batches = {}
         self.faults: list[Fault] = []
-        # (credential, path, key) -> when, and (status, body), or None while the first request is running.
-        self.idempotency: dict[tuple[str, str, str], tuple[float, tuple[int, bytes] | None]] = {}
+        # (credential, path, key) -> when, and the response, or None while the first request is running.
+        self.idempotency: dict[tuple[str, str, str], tuple[float, bytes | None]] = {}
         self.requests: deque[RequestRecord] = deque(maxlen=LOG_LENGTH)
         self.requests_by_route: Counter[str] = Counter()
-        self._jobs: dict[str, Job] = {}
+        self.jobs: dict[str, Job] = {}
 
     # Jobs
 
-    @property
-    def active_jobs(self) -> int:
-        """Jobs pending or running."""
-        return sum(not job.ended for job in self._jobs.values())
+    def check_known(self, body: Body) -> None:
+        """Raise the 400 that names the first unknown field, unless those are ignored."""
+        if self.behaviour.unknown_fields == "reject":
+            body.check_known()
 
     def create_job(
         self, resource: str, request: CreateJob, base_url: str, idempotency_key: str | None
     ) -> Job:
-        """Accept a job; 404 for an unknown asset, 429 above the ceiling."""
-        for source in (request.video, request.audio):
-            if source.asset_id is not None and not self.asset(source.asset_id).ready:
-                raise ApiError(409, "asset_not_available", f"Asset {source.asset_id} is not uploaded yet.")
+        """Accept a job; 4xx for a source that HeyGen rejects, 429 above the ceiling."""
+        for kind in ("video", "audio"):
+            source: MediaInput = getattr(request, kind)
+            if source.asset_id is not None:
+                if not self.asset(source.asset_id).ready:
+                    raise ApiError(
+                        409, "asset_not_available", f"Asset {source.asset_id} is not uploaded yet."
+                    )
+            elif source.url is not None:
+                self._check_url(kind, source.url, base_url)
         ceiling = self.behaviour.concurrent_jobs
-        if ceiling is not None and self.active_jobs >= ceiling:
+        active = self.behaviour.foreign_jobs + sum(not job.ended for job in self.jobs.values())
+        if ceiling is not None and active >= ceiling:
             raise ApiError(
                 429,
                 "rate_limit_exceeded",
                 "Too many requests. Retry after the duration specified in the Retry-After header.",
                 headers={"Retry-After": str(self.behaviour.retry_after)},
             )
-        failing = self.behaviour.fail_jobs > 0
-        if failing:
-            self.behaviour.fail_jobs -= 1
-        pending, running = self.behaviour.timeline
         job = Job(
-            id=new_id("od" if resource == "overdubs" else "ls"),
-            number=len(self.created),
-            resource=resource,
-            request=request,
-            base_url=base_url,
-            idempotency_key=idempotency_key,
-            pending_seconds=pending,
-            running_seconds=running,
-            outcome="failed" if failing else "completed",
-            failure_message=self.behaviour.failure_message if failing else None,
+            new_id("od" if resource == "overdubs" else "ls"),
+            len(self.created),
+            resource,
+            request,
+            base_url,
+            idempotency_key,
+            *self.behaviour.timeline,
             null_video_urls=self.behaviour.null_video_url,
             title=request.title,
         )
+        if self.behaviour.fail_jobs:
+            self.behaviour.fail_jobs -= 1
+            job.fail(self.behaviour.failure_message)
         self.created.append(job)
-        self._jobs[job.id] = job
+        self.jobs[job.id] = job
         return job
 
     def job(self, job_id: str) -> Job:
-        """The job, or 404."""
-        if job_id not in self._jobs:
+        """Return the job, or raise 404."""
+        if job_id not in self.jobs:
             raise ApiError(404, "not_found", f"No overdub or lipsync {job_id}.")
-        return self._jobs[job_id]
-
-    def find_job(self, job_id: str) -> Job | None:
-        """The job, or None."""
-        return self._jobs.get(job_id)
+        return self.jobs[job_id]
 
     def delete_job(self, job: Job) -> None:
         """Remove it with its files; its work is dropped and no callback is sent."""
-        del self._jobs[job.id]
+        del self.jobs[job.id]
         job.deleted = True
         if job.work is not None:
             job.work.cancel()
 
     def page(self, limit: int, token: str | None) -> tuple[list[Job], str | None]:
-        """One page and the cursor of the next. A cursor is a place in the order, so inserts shift nothing."""
+        """Return one page and the cursor of the next: a place in the order, so that inserts shift nothing."""
         order = self.behaviour.list_order
 
-        def place(job: Job) -> tuple[Any, ...]:
-            if order == "shuffle":
-                return (hashlib.sha256(job.id.encode()).hexdigest(),)
-            return (job.number if order == "asc" else -job.number,)
+        def place(job: Job) -> str:
+            number = job.number if order == "asc" else 10**9 - job.number
+            return hashlib.sha256(job.id.encode()).hexdigest() if order == "shuffle" else f"{number:010}"
 
-        jobs = sorted(self._jobs.values(), key=place)
+        jobs = sorted(self.jobs.values(), key=place)
         if token is not None:
-            after_order, *after = self.read_token(token)
+            after_order, _, after = token.partition("+")
             if after_order != order:
                 raise invalid("token: not a cursor of this list", "token")
-            jobs = [job for job in jobs if place(job) > tuple(after)]
-        more = len(jobs) > limit
-        jobs = jobs[:limit]
-        return jobs, self.make_token(order, *place(jobs[-1])) if more else None
+            jobs = [job for job in jobs if place(job) > after]
+        page = jobs[:limit]
+        return page, f"{order}+{place(page[-1])}" if len(jobs) > limit else None
 
     # Assets
 
     def asset(self, asset_id: str) -> Asset:
-        """The asset, or 404."""
+        """Return the asset, or raise 404."""
         if asset_id not in self.assets:
             raise ApiError(404, "asset_not_found", f"No asset {asset_id}.")
         return self.assets[asset_id]
 
     def file(self, name: str) -> Path | None:
-        """The file behind a link, while what it belongs to exists."""
+        """Return the file behind a presigned URL, while what it belongs to exists."""
         owner = name.partition(".")[0]
-        if owner in self._jobs:
-            return self._jobs[owner].output
+        if owner in self.jobs:
+            return self.jobs[owner].output
         return self.assets[owner].path if owner in self.assets else None
+
+    def linked_file(self, url: str) -> Path | None:
+        """Return the file behind a whole presigned URL, or None if that does not work."""
+        link = urlsplit(url)
+        query = dict(parse_qsl(link.query))
+        if not self.link_works("GET", link.path, query.get("Expires", ""), query.get("Signature", "")):
+            return None
+        return self.file(link.path.removeprefix("/files/"))
+
+    def _check_url(self, kind: str, url: str, base_url: str) -> None:
+        # The emulator's own URLs are the one exception from https, and the only ones whose size it knows.
+        if url.startswith(f"{base_url}/"):
+            path = self.linked_file(url)
+            if path is not None and path.stat().st_size > MAX_INPUT_BYTES:
+                raise invalid(too_large(mime_type_of(urlsplit(url).path)), kind)
+        elif not is_web_address(url, "https"):
+            raise invalid(f"{kind}: url must be a public https link", kind)
 
     # Faults and the log
 
     def next_fault(self, method: str, path: str) -> Fault | None:
-        """The first fault that strikes this request; it is used up by that."""
+        """Return the first fault that hits this request, and use it up by one."""
         for fault in self.faults:
             if fault.matches(method, path):
                 fault.count -= 1
@@ -396,42 +414,30 @@ class State:
                 return fault
         return None
 
-    def record(self, request: RequestRecord) -> None:
-        """Log and count a request."""
-        self.requests.append(request)
-        self.requests_by_route[f"{request.method} {request.route}"] += 1
-
     # Signatures
 
     def presign(self, method: str, url: str, path: str, seconds: float) -> str:
-        """A link to ``path`` that works for so many seconds."""
+        """Return a URL of ``path`` that works for so many seconds."""
         expires = f"{time.time() + seconds:.6f}"
         return f"{url}{path}?Expires={expires}&Signature={self._sign(method, path, expires)}"
 
     def link_works(self, method: str, path: str, expires: str, signature: str) -> bool:
-        """Whether the signature is ours and the time not over."""
+        """Check that the signature is right and the time not over."""
         good = hmac.compare_digest(signature.encode(), self._sign(method, path, expires).encode())
         return good and time.time() < float(expires)
-
-    def make_token(self, *place: Any) -> str:
-        """An opaque cursor."""
-        text = json.dumps(place)
-        return base64.urlsafe_b64encode(f"{self._sign('token', text)[:12]}{text}".encode()).decode()
-
-    def read_token(self, token: str) -> list[Any]:
-        """What is in a cursor, or 400 when it is not one of ours."""
-        try:
-            text = base64.urlsafe_b64decode(token.encode("ascii")).decode()
-        except ValueError as error:
-            raise invalid("token: not a cursor of this list", "token") from error
-        if not hmac.compare_digest(text[:12].encode(), self._sign("token", text[12:])[:12].encode()):
-            raise invalid("token: not a cursor of this list", "token")
-        return list(json.loads(text[12:]))
 
     def _sign(self, *parts: str) -> str:
         return hmac.new(self._secret, "\n".join(parts).encode(), hashlib.sha256).hexdigest()
 
 
+async def get_state(request: Request) -> State:
+    """Return the state behind a request; a dependency of routes."""
+    return cast("State", request.app.state.heygen)
+
+
+StateHere = Annotated[State, Depends(get_state)]
+
+
 def new_id(prefix: str) -> str:
-    """Unguessable, and safe in a URL and as a file name."""
+    """Return an id that is unguessable, and safe in a URL and as a file name."""
     return f"{prefix}_{secrets.token_hex(8)}"

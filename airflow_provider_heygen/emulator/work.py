@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
-import shutil
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, urlsplit
+
+import requests
+from tenacity import before_sleep_log, retry, stop_after_attempt, wait_exponential
 
 from airflow_provider_heygen.emulator import media
+from airflow_provider_heygen.emulator.contract import MAX_INPUT_BYTES, too_large
 from airflow_provider_heygen.emulator.media import MediaError
 from airflow_provider_heygen.emulator.state import new_id
 
@@ -23,22 +23,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from airflow_provider_heygen.emulator.contract import MediaInput
-    from airflow_provider_heygen.emulator.state import Batch, Job, State
+    from airflow_provider_heygen.emulator.state import Job, State
 
 log = logging.getLogger(__name__)
 
 SAMPLE_VIDEO_SECONDS = 2.0
 SAMPLE_AUDIO_SECONDS = 2.5
-CALLBACK_ATTEMPTS = 3
-CALLBACK_TIMEOUT = 5.0
 
 
 class Worker:
     """Runs the jobs. ffmpeg and downloads run in threads, so the event loop stays free to answer."""
 
-    def __init__(self, state: State, directory: Path) -> None:
+    def __init__(self, state: State) -> None:
         self._state = state
-        self._directory = directory
         self._pool = ThreadPoolExecutor(os.cpu_count() or 2, thread_name_prefix="heygen-emulator")
         # Equal inputs give equal outputs, so a thousand jobs on one pair of files cost one run of ffmpeg.
         self._made: dict[Hashable, Future[tuple[Path, float | None]]] = {}
@@ -49,14 +46,6 @@ class Worker:
     def start(self, job: Job) -> None:
         """Begin its work in the background."""
         job.work = asyncio.create_task(self._run(job))
-
-    def start_batch(self, batch: Batch, callback_url: str | None) -> None:
-        """Start its jobs, and call back when all have ended."""
-        for item in batch.items:
-            if item.job is not None:
-                self.start(item.job)
-        if callback_url is not None:
-            batch.work = asyncio.create_task(_follow(batch, callback_url))
 
     def close(self) -> None:
         """Wait for the ffmpeg that is running, and start no other."""
@@ -78,7 +67,9 @@ class Worker:
             except TimeoutError:
                 continue
         if job.request.callback_url is not None:
-            job.callback_delivered = await _call_back(job.request.callback_url, self._event(job))
+            job.callback_delivered = await asyncio.to_thread(
+                _call_back, job.request.callback_url, self._event(job)
+            )
 
     def _event(self, job: Job) -> dict[str, Any]:
         # Modelled on the documented avatar_video events; only the echo of callback_id is promised.
@@ -100,7 +91,7 @@ class Worker:
         audio = await self._source(request.audio, "audio", job.base_url)
         if not self._has_ffmpeg:
             return video, None
-        out = self._directory / f"{job.id}.mp4"
+        out = self._state.directory / f"{job.id}.mp4"
         dynamic = request.enable_dynamic_duration
         start, end = request.start_time, request.end_time
 
@@ -111,28 +102,23 @@ class Worker:
         return await self._once((video, audio, start, end, dynamic), mux)
 
     async def _source(self, source: MediaInput, kind: str, base_url: str) -> Path:
-        """The file of an input. Raises ``MediaError`` with HeyGen's text when a link cannot be fetched."""
+        """Return the file of an input. Raises ``MediaError`` with HeyGen's text when it cannot be had."""
         url = source.url
         if url is None:
-            path = self._state.asset(source.asset_id or "").path
-            assert path is not None, "create checked that it is ready"  # noqa: S101
-            return path
+            asset = self._state.assets.get(source.asset_id or "")
+            if asset is None or asset.path is None:
+                raise MediaError(f"Your {kind} is missing or corrupted")
+            return asset.path
         unavailable = MediaError(
             f"Failed to download {kind} from url, please check the url is valid or the {kind} is public"
         )
         if url.startswith(f"{base_url}/"):
-            link = urlsplit(url)
-            query = {name: values[-1] for name, values in parse_qs(link.query).items()}
-            signed = self._state.link_works(
-                "GET", link.path, query.get("Expires", ""), query.get("Signature", "")
-            )
-            own = self._state.file(link.path.removeprefix("/files/")) if signed else None
-            if own is None:
+            if (own := self._state.linked_file(url)) is None:
                 raise unavailable
             return own
         if not self._state.behaviour.fetch_urls:
             return await self._sample(kind)
-        target = self._directory / new_id("url")
+        target = self._state.directory / new_id("url")
         try:
             await asyncio.wrap_future(self._pool.submit(_download, url, target))
         except (OSError, ValueError) as error:
@@ -140,7 +126,7 @@ class Worker:
         return target
 
     async def _sample(self, kind: str) -> Path:
-        path = self._directory / ("sample.mp4" if kind == "video" else "sample.mp3")
+        path = self._state.directory / ("sample.mp4" if kind == "video" else "sample.mp3")
 
         def make() -> tuple[Path, None]:
             if not self._has_ffmpeg:
@@ -162,35 +148,20 @@ class Worker:
         return await asyncio.shield(asyncio.wrap_future(self._made[key]))
 
 
-async def _follow(batch: Batch, callback_url: str) -> None:
-    work = [item.job.work for item in batch.items if item.job is not None and item.job.work is not None]
-    await asyncio.gather(*work, return_exceptions=True)
-    data = {"batch_id": batch.id, "callback_id": None}
-    await _call_back(callback_url, {"event_type": "batch.finished", "event_data": data})
-
-
 def _download(url: str, target: Path) -> None:
-    # Validation let only https through.
-    with urllib.request.urlopen(url, timeout=30) as answer, target.open("wb") as file:  # noqa: S310
-        shutil.copyfileobj(answer, file)
+    response = requests.get(url, timeout=30)
+    response.raise_for_status()
+    if len(response.content) > MAX_INPUT_BYTES:
+        raise MediaError(too_large(response.headers.get("Content-Type")))
+    target.write_bytes(response.content)
 
 
-async def _call_back(url: str, event: dict[str, Any]) -> bool:
-    """POST it, at most three times."""
-    request = urllib.request.Request(  # noqa: S310 - validation let only http and https through
-        url, json.dumps(event).encode(), {"Content-Type": "application/json", "User-Agent": "heygen-emulator"}
-    )
-
-    def post() -> None:
-        with urllib.request.urlopen(request, timeout=CALLBACK_TIMEOUT):  # noqa: S310
-            pass
-
-    for attempt in range(CALLBACK_ATTEMPTS):
-        try:
-            await asyncio.to_thread(post)
-        except (OSError, ValueError) as error:
-            log.warning("Callback to %s failed (%d of %d): %s", url, attempt + 1, CALLBACK_ATTEMPTS, error)
-            await asyncio.sleep(0.2 * 2**attempt)
-        else:
-            return True
-    return False
+@retry(
+    stop=stop_after_attempt(3),
+    wait=wait_exponential(0.2),
+    before_sleep=before_sleep_log(log, logging.WARNING),
+    retry_error_callback=lambda _: False,
+)
+def _call_back(url: str, event: dict[str, Any]) -> bool:
+    requests.post(url, json=event, headers={"User-Agent": "heygen-emulator"}, timeout=5).raise_for_status()
+    return True
