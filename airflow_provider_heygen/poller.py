@@ -299,7 +299,7 @@ class _Poller:
         await self._ask_for_many(settings, interval)
         # One interval's worth of GETs, or a quarter of it: then others are due again, and pages may pay.
         span = min(interval, TICK_SECONDS)
-        await self._ask_for_each(gets, settings.resource, max(self._tick_at + span, self.now + span / 4))
+        await self._ask_for_each(gets, max(self._tick_at + span, self.now + span / 4))
         if self._failed >= DOWN:
             await self._all_failed(self._last_trouble)
         if self._gets_from > self.now:
@@ -350,7 +350,8 @@ class _Poller:
         due = self._due()
         self._told: list[_Job] = []
         counting = bool(self.slots.places) and self._count_at <= self._tick_at
-        bulk = settings.resource == "lipsyncs" and len(due) > PAGE_COST
+        lipsyncs = self._hook is not None and self._hook.resource == "lipsyncs"
+        bulk = lipsyncs and len(due) > PAGE_COST
         if bulk and await self._try(self._bulk, self._read_bulk(due), interval):
             due = []
         if due or counting:
@@ -403,7 +404,7 @@ class _Poller:
         ids, running = set[str](), set[str]()
         while reading or counting or doubtful:
             asked_at, left = self.now, len(wanted)
-            page = await self._ask(api.skim_overdubs(settings.resource, api.MAX_PAGE_SIZE, tokens[-1]))
+            page = await self._ask(api.skim_overdubs(api.MAX_PAGE_SIZE, tokens[-1]))
             for overdub_id, row in page.rows.items():
                 self._take_row(overdub_id, row, asked_at)
             unfinished = {name for name, row in page.rows.items() if row.get("status") not in _FINAL}
@@ -472,7 +473,7 @@ class _Poller:
 
     # --- One by one -----------------------------------------------------------------------------------
 
-    async def _ask_for_each(self, gets: asyncio.TaskGroup, resource: str, until: float) -> None:
+    async def _ask_for_each(self, gets: asyncio.TaskGroup, until: float) -> None:
         """GET what is due still."""
         for job in self._due():
             while len(self._gets) >= CONCURRENT_GETS and self.now < until:
@@ -484,16 +485,16 @@ class _Poller:
                 break
             if job.due <= self._tick_at:  # it has not been told meanwhile
                 job.due, job.asked_at = math.inf, self.now
-                get = gets.create_task(self._get(job, resource))
+                get = gets.create_task(self._get(job))
                 self._gets.add(get)
                 get.add_done_callback(self._gets.discard)
         if self._gets:  # but one that hangs holds up nobody else
             await asyncio.wait(self._gets, timeout=TICK_SECONDS)
 
-    async def _get(self, job: _Job, resource: str) -> None:
+    async def _get(self, job: _Job) -> None:
         hook = self._hook
         try:
-            overdub = await self._send(api.get_overdub(resource, job.overdub_id))
+            overdub = await self._send(api.get_overdub(job.overdub_id))
         except Exception as error:
             failure = error
             outdated = hook is not self._hook
