@@ -92,6 +92,8 @@ def everything(hook, tmp_path):
     hook.update_overdub(overdub_id, "Better")
     hook.delete_overdub(overdub_id)
     assert hook.test_connection()[0]
+    assert hook.get_asset(asset.asset_id).name == "a.wav"
+    hook.delete_asset(asset.asset_id)
 
     async def asynchronously():
         another = hook.create_overdub(REQUEST)
@@ -142,6 +144,8 @@ def test_every_request_keeps_the_contract(heygen, wire, connect, tmp_path, resou
     check_requests(wire)
     assert {(seen.method, re.sub(r"(od|ls)_\w+|\?.*", "*", seen.path)) for seen in wire.seen} == {
         ("POST", "/v3/assets"),
+        *((method, "/v3/assets/*") for method in ("GET", "DELETE")),
+        ("GET", "/v3/api_keys/self"),
         *((method, f"/v3/{resource}/*") for method in ("GET", "PATCH", "DELETE")),
         ("POST", f"/v3/{resource}"),
         ("GET", f"/v3/{resource}*"),

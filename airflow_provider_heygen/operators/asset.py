@@ -125,8 +125,9 @@ class HeyGenDeleteAssetOperator(BaseOperator):
             for asset_id in list(asset_ids(self.asset_id)):
                 try:
                     hook.delete_asset(asset_id)
-                except HeyGenNotFoundError:
-                    if not self.ignore_missing:
+                except HeyGenNotFoundError as error:
+                    # Any other code may mean that this API cannot delete assets at all.
+                    if not self.ignore_missing or error.code != "asset_not_found":
                         raise
                     self.log.info("Asset %s does not exist (any more).", asset_id)
                 else:
