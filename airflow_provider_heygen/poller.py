@@ -296,7 +296,7 @@ class _Poller:
         settings = await self._connect(session)
         self._spacing = 1 / settings.max_requests_per_second
         interval = max(min((job.interval for job in self.jobs.values()), default=0.0), self._spacing)
-        await self._ask_for_many(settings, interval)
+        await self._ask_for_many(interval)
         # One interval's worth of GETs, or a quarter of it: then others are due again, and pages may pay.
         span = min(interval, TICK_SECONDS)
         await self._ask_for_each(gets, max(self._tick_at + span, self.now + span / 4))
@@ -345,7 +345,7 @@ class _Poller:
 
     # --- Many at once: the list, the bulk call --------------------------------------------------------
 
-    async def _ask_for_many(self, settings: HeyGenConnection, interval: float) -> None:
+    async def _ask_for_many(self, interval: float) -> None:
         """Read the list or the bulk call, for the overdubs that are due and for the queue."""
         due = self._due()
         self._told: list[_Job] = []
@@ -355,7 +355,7 @@ class _Poller:
         if bulk and await self._try(self._bulk, self._read_bulk(due), interval):
             due = []
         if due or counting:
-            await self._try(self._list, self._read_list(due, interval, counting, settings), interval)
+            await self._try(self._list, self._read_list(due, interval, counting), interval)
         if counting:
             self._let_go()
         told = [job for job in self._told if self._tick_at < job.due < math.inf]
@@ -391,9 +391,7 @@ class _Poller:
             for overdub_id, row in (await self._ask(api.list_statuses(some))).rows.items():
                 self._take_row(overdub_id, row, asked_at)
 
-    async def _read_list(
-        self, due: list[_Job], interval: float, counting: bool, settings: HeyGenConnection
-    ) -> None:
+    async def _read_list(self, due: list[_Job], interval: float, counting: bool) -> None:
         """Read the list as far as it pays; while jobs run, for the queue; to its end if one may be gone."""
         began = self.now
         wanted = {job.overdub_id for job in due if not job.urgent}

@@ -205,7 +205,7 @@ def test_further_fields(heygen, wire, monkeypatch):
 
 
 def test_a_retry_asks_under_the_name_of_its_overdub(heygen, connect, monkeypatch):
-    heygen.behaviour.resources = {"lipsyncs"}
+    heygen.behaviour.resources = "lipsyncs"
     heygen.behaviour.job_seconds = 60
     connect(heygen.url, allow_private_hosts=True)
     task = Task(
@@ -215,7 +215,7 @@ def test_a_retry_asks_under_the_name_of_its_overdub(heygen, connect, monkeypatch
     with pytest.raises(HeyGenOverdubTimeoutError):
         task.start()
     assert task.store.get(STATE_KEY)["resource"] == "lipsyncs"
-    heygen.behaviour.resources = {"overdubs", "lipsyncs"}
+    heygen.behaviour.resources = "both"
     heygen.force(heygen.jobs[0].id, "completed")
     connect(heygen.url, allow_private_hosts=True, resource="overdubs")  # forgets what was found, too
     before = len(heygen.requests)
@@ -228,7 +228,7 @@ def test_a_retry_asks_under_the_name_of_its_overdub(heygen, connect, monkeypatch
 
 
 def test_delete_under_the_name_that_is_found(heygen, connect, overdub_id):
-    heygen.behaviour.resources = {"lipsyncs"}
+    heygen.behaviour.resources = "lipsyncs"
     connect(heygen.url)
     run(HeyGenDeleteOverdubOperator, overdub_id=overdub_id)
     assert heygen.jobs[0].deleted
