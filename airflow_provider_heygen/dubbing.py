@@ -30,7 +30,7 @@ from airflow_provider_heygen.waiting import (
     backstop,
     check_event,
     conclude,
-    first_deadline,
+    execution_deadline,
     seconds,
     summary,
 )
@@ -71,7 +71,7 @@ class Dubbing:
         self.context = context
         self.again = since is not None
         self.since = since or time.time()
-        self.until = until or first_deadline(task.execution_timeout, context)
+        self.until = until or execution_deadline(task.execution_timeout, context)
         self.ti: Any = context["ti"]
         self.ledger = Ledger(context, durable=task.durable, again=self.again, kept=kept)
         # A deferrable task waits in the triggerer, not on its worker.

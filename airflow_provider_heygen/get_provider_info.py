@@ -111,6 +111,12 @@ def get_provider_info() -> dict[str, Any]:
                         "description": "How often one triggerer asks HeyGen at most, for all waiting overdubs"
                         " together. Default: 5.",
                     },
+                    "max_concurrent_jobs": {
+                        "label": "Concurrent jobs",
+                        "schema": {"type": ["integer", "null"], "minimum": 1},
+                        "description": "How many jobs HeyGen runs at a time for the account."
+                        " Empty: learned from what HeyGen refuses.",
+                    },
                     "allow_http": {
                         "label": "Allow plain http",
                         "schema": {"type": ["boolean", "null"], "default": False},

@@ -25,7 +25,6 @@ from airflow_provider_heygen.exceptions import (
     HeyGenError,
     HeyGenNotFoundError,
     HeyGenPermanentError,
-    HeyGenTransientError,
     retry_delay,
 )
 from airflow_provider_heygen.hooks.heygen import MAX_LISTED_PAGES, HeyGenHook
@@ -293,13 +292,13 @@ class _Poller:
     async def _tick(self, session: AsyncExitStack, gets: asyncio.TaskGroup) -> None:
         """Poll all that is due, once; what is not reached remains due for the next tick."""
         self._tick_at, self._failed = self.now, 0
-        settings = await self._connect(session)
-        self._spacing = 1 / settings.max_requests_per_second
+        hook = await self._connect(session)
+        self._spacing = 1 / hook.settings.max_requests_per_second
         interval = max(min((job.interval for job in self.jobs.values()), default=0.0), self._spacing)
-        await self._ask_for_many(interval)
+        await self._ask_for_many(hook, interval)
         # One interval's worth of GETs, or a quarter of it: then others are due again, and pages may pay.
         span = min(interval, TICK_SECONDS)
-        await self._ask_for_each(gets, max(self._tick_at + span, self.now + span / 4))
+        await self._ask_for_each(gets, hook, max(self._tick_at + span, self.now + span / 4))
         if self._failed >= DOWN:
             await self._all_failed(self._last_trouble)
         if self._gets_from > self.now:
@@ -345,17 +344,16 @@ class _Poller:
 
     # --- Many at once: the list, the bulk call --------------------------------------------------------
 
-    async def _ask_for_many(self, interval: float) -> None:
+    async def _ask_for_many(self, hook: HeyGenHook, interval: float) -> None:
         """Read the list or the bulk call, for the overdubs that are due and for the queue."""
         due = self._due()
         self._told: list[_Job] = []
         counting = bool(self.slots.places) and self._count_at <= self._tick_at
-        lipsyncs = self._hook is not None and self._hook.resource == "lipsyncs"
-        bulk = lipsyncs and len(due) > PAGE_COST
-        if bulk and await self._try(self._bulk, self._read_bulk(due), interval):
+        bulk = hook.resource == "lipsyncs" and len(due) > PAGE_COST
+        if bulk and await self._try(self._bulk, self._read_bulk(hook, due), interval):
             due = []
         if due or counting:
-            await self._try(self._list, self._read_list(due, interval, counting), interval)
+            await self._try(self._list, self._read_list(hook, due, interval, counting), interval)
         if counting:
             self._let_go()
         told = [job for job in self._told if self._tick_at < job.due < math.inf]
@@ -369,29 +367,31 @@ class _Poller:
         if source.usable_from > self._tick_at:
             reading.close()
             return False
+        self._took = 0.0
         try:
             await reading
             if self._took > max(interval, TICK_SECONDS):
                 raise TimeoutError(f"it took {self._took:.0f} s")
-            source.pause = 0.0
+            source.pause = 0.0 if self._took else source.pause  # or no request was made
         except Exception as error:
             pause = min(max(5.0, source.pause * 2, SLOW_FACTOR * self._took), DISTRUST_SECONDS)
             # A refusal of the credential is met by the GETs as well, and may be over sooner.
             if isinstance(error, HeyGenPermanentError) and error.status_code != 401:
                 pause = DISTRUST_SECONDS
             source.leave(self.now, str(error), max(pause, retry_delay(1, error) if _asks(error) else 0.0))
-        return source.pause == 0.0
+            return False
+        return True
 
-    async def _read_bulk(self, due: list[_Job]) -> None:
+    async def _read_bulk(self, hook: HeyGenHook, due: list[_Job]) -> None:
         ended = list(self._ended)[:10]
         ids, size = [job.overdub_id for job in due if not job.urgent], api.MAX_PAGE_SIZE - len(ended)
         for first in range(0, len(ids), size):
             asked_at = self.now
             some = dict.fromkeys(ids[first : first + size] + ended)
-            for overdub_id, row in (await self._ask(api.list_statuses(some))).rows.items():
+            for overdub_id, row in (await self._ask(hook, api.list_statuses(some))).rows.items():
                 self._take_row(overdub_id, row, asked_at)
 
-    async def _read_list(self, due: list[_Job], interval: float, counting: bool) -> None:
+    async def _read_list(self, hook: HeyGenHook, due: list[_Job], interval: float, counting: bool) -> None:
         """Read the list as far as it pays; while jobs run, for the queue; to its end if one may be gone."""
         began = self.now
         wanted = {job.overdub_id for job in due if not job.urgent}
@@ -402,7 +402,7 @@ class _Poller:
         ids, running = set[str](), set[str]()
         while reading or counting or doubtful:
             asked_at, left = self.now, len(wanted)
-            page = await self._ask(api.skim_overdubs(api.MAX_PAGE_SIZE, tokens[-1]))
+            page = await self._ask(hook, api.skim_overdubs(api.MAX_PAGE_SIZE, tokens[-1]))
             for overdub_id, row in page.rows.items():
                 self._take_row(overdub_id, row, asked_at)
             unfinished = {name for name, row in page.rows.items() if row.get("status") not in _FINAL}
@@ -442,10 +442,9 @@ class _Poller:
                 del self._ended[overdub_id]
             elif asked_at - ended_at > STALE_SECONDS:
                 self._ended.clear()
-                late = (
-                    f"{asked_at - ended_at:.0f} s after a GET found overdub {overdub_id} final, it does not"
-                )
-                raise HeyGenPermanentError(late)
+                late = asked_at - ended_at
+                reason = f"overdub {overdub_id} is {overdub.status} there, {late:.0f} s after its end"
+                raise HeyGenPermanentError(reason)
         if job is None or word == api.NOT_FOUND:
             return
         self._told.append(job)
@@ -466,12 +465,13 @@ class _Poller:
         # What is awaited runs, also where the list does not have it.
         waits = {i for i, job in self.jobs.items() if not all(waiter.ended.done() for waiter in job.waiters)}
         for place in self.slots.count(self._running | waits, now):
-            place.task.set_result(None)
+            if not place.task.done():
+                place.task.set_result(None)
         self._count_at = self.slots.next_count(now)
 
     # --- One by one -----------------------------------------------------------------------------------
 
-    async def _ask_for_each(self, gets: asyncio.TaskGroup, until: float) -> None:
+    async def _ask_for_each(self, gets: asyncio.TaskGroup, hook: HeyGenHook, until: float) -> None:
         """GET what is due still."""
         for job in self._due():
             while len(self._gets) >= CONCURRENT_GETS and self.now < until:
@@ -483,16 +483,15 @@ class _Poller:
                 break
             if job.due <= self._tick_at:  # it has not been told meanwhile
                 job.due, job.asked_at = math.inf, self.now
-                get = gets.create_task(self._get(job))
+                get = gets.create_task(self._get(hook, job))
                 self._gets.add(get)
                 get.add_done_callback(self._gets.discard)
         if self._gets:  # but one that hangs holds up nobody else
             await asyncio.wait(self._gets, timeout=TICK_SECONDS)
 
-    async def _get(self, job: _Job) -> None:
-        hook = self._hook
+    async def _get(self, hook: HeyGenHook, job: _Job) -> None:
         try:
-            overdub = await self._send(api.get_overdub(job.overdub_id))
+            overdub = await self._send(hook, api.get_overdub(job.overdub_id))
         except Exception as error:
             failure = error
             outdated = hook is not self._hook
@@ -515,7 +514,7 @@ class _Poller:
 
     # --- Requests -------------------------------------------------------------------------------------
 
-    async def _connect(self, session: AsyncExitStack) -> HeyGenConnection:
+    async def _connect(self, session: AsyncExitStack) -> HeyGenHook:
         """Read the Airflow connection when it is time to, and keep an HTTP session for it."""
         now = self.now
         if self._hook is None or self._trouble or now - self._resolved_at >= REFRESH_SECONDS:
@@ -539,11 +538,11 @@ class _Poller:
                     self._forget()
                 await session.enter_async_context(hook)
                 self._hook = hook
-        return self._hook.settings
+        return self._hook
 
-    async def _ask(self, call: api.Call[T]) -> T:
+    async def _ask(self, hook: HeyGenHook, call: api.Call[T]) -> T:
         await self._my_turn()
-        return await self._send(call)
+        return await self._send(hook, call)
 
     async def _my_turn(self) -> None:
         """Keep to the connection's rate, and pause while requests fail."""
@@ -552,14 +551,12 @@ class _Poller:
                 await asyncio.sleep(pause)
             self._next_turn = self._rate_until = self.now + self._spacing
 
-    async def _send(self, call: api.Call[T]) -> T:
+    async def _send(self, hook: HeyGenHook, call: api.Call[T]) -> T:
         """Send one call; pause longer after each failure in a row."""
-        if self._hook is None:
-            raise HeyGenTransientError("The connection is being read again.")
         started_at = self.now
         metrics.polled(self.conn_id)
         try:
-            answer = await self._hook.asend(call)
+            answer = await hook.asend(call)
         except HeyGenError as error:
             if not isinstance(error, HeyGenNotFoundError) and not error.retry_after:
                 self._last_trouble, self._failed = error, self._failed + 1

@@ -44,7 +44,7 @@ class Slots(Generic[T]):
         self.places: list[Place[T]] = []
         self._running: set[str] = set()
         self._released: list[float] = []
-        self._refused = False
+        self._refused = self._learned = False
         self._go_at = self._probe_at = math.inf
         self._probe_pause, self._probe_size = PROBE_SECONDS, 1
 
@@ -57,7 +57,8 @@ class Slots(Generic[T]):
         """
         self.places.append(place)
         self.places.sort(key=lambda place: place.since)
-        self._refused = self._refused or refused_now
+        # Later, a first refusal says no more than that all slots were taken for a moment.
+        self._refused = self._refused or (refused_now and (again or not self._learned))
         if refused_now and again:
             del self._released[:1]
         return self.places.index(place)
@@ -91,7 +92,7 @@ class Slots(Generic[T]):
         self._released = [at for at in self._released[arrived:] if now - at < RELEASE_SECONDS]
         if self._refused:  # one may have ended between that and this count
             self.limit = min(self.limit, max(len(running), len(self._running)))
-            self._probe_size = 1
+            self._probe_size, self._learned = 1, True
         elif len(running) > self.limit:
             self._probe_at, self._probe_pause, self._probe_size = now, PROBE_SECONDS, self._probe_size * 2
         self.limit = min(max(self.limit, len(running)), self.ceiling)

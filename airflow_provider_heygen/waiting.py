@@ -328,7 +328,7 @@ def seconds(value: Any, name: str) -> float:
     return number
 
 
-def first_deadline(execution_timeout: timedelta | None, context: Mapping[str, Any]) -> float | None:
+def execution_deadline(execution_timeout: timedelta | None, context: Mapping[str, Any]) -> float | None:
     """
     Return the Unix seconds at which ``execution_timeout`` ends, counted from the start of this try.
 

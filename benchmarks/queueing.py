@@ -3,19 +3,19 @@ What a night of overdubs costs on an account with few slots: with the queue, wit
 
     python benchmarks/queueing.py [--plot PATH]
 
-A model on a virtual clock: the operator, the triggers, the poller and its queue are the real ones, while HeyGen,
-Airflow's scheduler and its workers are simulated. N mapped deferrable tasks start at once. HeyGen runs S jobs at a
-time, answers 429 with ``Retry-After`` above that, and lists the jobs. Some slots may be taken by jobs of other
-products, which no list shows. A start of a task takes a worker for 0.53 s (measured on Airflow 3.3.2), and a task
-whose trigger has fired starts a second later, if a worker is free.
+A model on a virtual clock: the operator, the triggers, the poller and its queue are the real ones, while
+HeyGen, Airflow's scheduler and its workers are simulated. N mapped deferrable tasks start at once. HeyGen
+runs S jobs at a time, answers 429 with ``Retry-After`` above that, and lists them. Some slots may be taken
+by jobs of other products, which no list shows. A start of a task takes a worker for 0.53 s (on Airflow
+3.3.2), and a task whose trigger has fired starts a second later, if a worker is free.
 
 - **creates**: create requests per overdub; 1 is ideal.
 - **starts**: starts of a worker per overdub; 2 is ideal.
-- **makespan**: until the last overdub is saved, over N / S x the length of a job.
+- **makespan**: until the last overdub has ended, over N / S x the length of a job.
 - **order**: by how many places a task was overtaken, at most.
 
-*A pool* is Airflow's: S slots, ``include_deferred``. *No queue* is the same provider whose tasks only wait for
-``Retry-After`` (at least 15 s).
+*Pool* is Airflow's, with S slots and ``include_deferred``. *No queue* is the same provider whose tasks only
+wait for ``Retry-After`` (at least 15 s).
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         super().__init__(selector)
 
     def time(self) -> float:
+        """Return the virtual time."""
         return self.now
 
 
@@ -88,6 +89,7 @@ class Account:
     requests: int = 0
 
     def create(self) -> str | None:
+        """Create a job if there is a free slot."""
         now = self.loop.now
         while self.ends and self.ends[0][0] <= now:
             heapq.heappop(self.ends)
@@ -100,17 +102,23 @@ class Account:
         return overdub_id
 
     def row(self, overdub_id: str) -> dict[str, Any]:
+        """Return a job as HeyGen shows it."""
         done = self.jobs[overdub_id] <= self.loop.now
         row = {"id": overdub_id, "status": "completed" if done else "running", "title": None}
         return row | {"duration": 1.0, "callback_id": None, "created_at": 1, "failure_message": None}
 
     def answer(self, path: str, params: Any) -> Any:
+        """Answer a GET of a job, or of a page of the list, newest first."""
         self.requests += 1
         if path.count("/") > 2:
             return {"data": self.row(path.rpartition("/")[2])}
         first = int(params.get("token", 0))
         ids = list(self.jobs)[::-1]
-        more = {"has_more": True, "next_token": str(first + 100)} if first + 100 < len(ids) else {"has_more": False}
+        more = (
+            {"has_more": True, "next_token": str(first + 100)}
+            if first + 100 < len(ids)
+            else {"has_more": False}
+        )
         return {"data": [self.row(overdub_id) for overdub_id in ids[first : first + 100]]} | more
 
 
@@ -118,7 +126,7 @@ def simulate(case: Case, seed: int = 1) -> dict[str, float]:
     """Run one case; return the figures of its line."""
     from airflow.providers.common.compat.sdk import TaskDeferred
 
-    from airflow_provider_heygen import api, dubbing, poller, submitter, waiting
+    from airflow_provider_heygen import dubbing, poller, submitter, waiting
     from airflow_provider_heygen.connection import HeyGenConnection
     from airflow_provider_heygen.exceptions import HeyGenTransientError
     from airflow_provider_heygen.hooks import heygen
@@ -130,13 +138,15 @@ def simulate(case: Case, seed: int = 1) -> dict[str, float]:
     account = Account(case, loop)
     clock = SimpleNamespace(time=lambda: EPOCH + loop.now, monotonic=lambda: loop.now, sleep=None)
 
-    def send(hook: Any, call: Any, form: Any = None) -> str:
+    def send(*_: Any, **__: Any) -> str:
         if (overdub_id := account.create()) is None:
             raise HeyGenTransientError("429", status_code=429, retry_after=float(case.retry_after))
         return overdub_id
 
     class Hook:
-        def __init__(self, conn_id: str, max_attempts: int) -> None:
+        resource = "overdubs"
+
+        def __init__(self, conn_id: str, **_: Any) -> None:
             self.settings = HeyGenConnection(
                 conn_id=conn_id,
                 base_url="https://x.y",
@@ -179,6 +189,7 @@ def simulate(case: Case, seed: int = 1) -> dict[str, float]:
         arguments["heygen_conn_id"] = f"heygen_{random.randrange(case.triggerers)}"  # a poller each
         async for event in getattr(triggers, path.rpartition(".")[2])(**arguments).run():
             return event.payload
+        return None
 
     async def task(number: int) -> None:
         await asyncio.sleep(number * 0.01)
@@ -187,7 +198,11 @@ def simulate(case: Case, seed: int = 1) -> dict[str, float]:
             dag_id="d", run_id="r", task_id="dub", map_index=number, try_number=1, max_tries=3,
             start_date=None, xcom_push=lambda **_: None,
         )  # fmt: skip
-        context = {"ti": ti, "dag_run": SimpleNamespace(start_date=datetime.now(UTC)), "task_state_store": store}
+        context = {
+            "ti": ti,
+            "dag_run": SimpleNamespace(start_date=datetime.now(UTC)),
+            "task_state_store": store,
+        }
         async with pool:
             while True:
                 async with workers:
@@ -198,7 +213,8 @@ def simulate(case: Case, seed: int = 1) -> dict[str, float]:
                         getattr(operator, method)(context, **kwargs)
                         return
                     except TaskDeferred as deferred:
-                        trigger, method, kwargs = deferred.trigger, deferred.method_name, deferred.kwargs or {}
+                        trigger, method = deferred.trigger, deferred.method_name
+                        kwargs = deferred.kwargs or {}
                     except Exception as error:
                         figures["failed"] += 1
                         print(f"failed: {error}", file=sys.stderr)
@@ -209,7 +225,7 @@ def simulate(case: Case, seed: int = 1) -> dict[str, float]:
                 kwargs = {**kwargs, "event": event}
                 await asyncio.sleep(SCHEDULING)
 
-    async def no_queue(conn_id: str, since: float, pause: float, **_: Any) -> None:
+    async def no_queue(_: str, __: float, pause: float, **___: Any) -> None:
         await asyncio.sleep(max(0.0, pause))
 
     async def main() -> None:
@@ -251,15 +267,20 @@ CASES = [
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="creates per overdub over N (needs matplotlib)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PATH", help="creates per overdub over N (needs matplotlib)"
+    )
     parser.parse_args()
     print(f"{'':44} {'creates':>8} {'starts':>7} {'makespan':>9} {'order':>6} {'req/min':>8} {'failed':>7}")
     for case in CASES:
-        said = ", ".join(f"{name} {value}" for name, value in vars(case).items() if value != getattr(Case, name))
+        said = ", ".join(
+            f"{name} {value}" for name, value in vars(case).items() if value != getattr(Case, name)
+        )
         figures = simulate(case)
         print(
             f"{said or 'N 500, S 10, jobs of 600 s':44} {figures['creates']:8.2f} {figures['starts']:7.2f}"
-            f" {figures['makespan']:9.3f} {figures['order']:6} {figures['requests']:8.1f} {figures['failed']:7}",
+            f" {figures['makespan']:9.3f} {figures['order']:6} {figures['requests']:8.1f}"
+            f" {figures['failed']:7}",
             flush=True,
         )
 

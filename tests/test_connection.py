@@ -70,6 +70,7 @@ def test_defaults(connect):
         "write_timeout": 120,
         "upload_timeout": 600,
         "max_requests_per_second": 5,
+        "max_concurrent_jobs": None,
         "proxies": {},
         "verify": True,
         "cert": None,

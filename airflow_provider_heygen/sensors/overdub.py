@@ -66,10 +66,10 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.metrics import Wait
         from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
-        from airflow_provider_heygen.waiting import Watch, backstop, conclude, first_deadline
+        from airflow_provider_heygen.waiting import Watch, backstop, conclude, execution_deadline
 
         since = self._began(context)
-        deadline = first_deadline(self.execution_timeout, context)
+        deadline = execution_deadline(self.execution_timeout, context)
         # Airflow's sensors take a timeout of 0 for one poll, and count it from the first reschedule.
         deadline = min(deadline or math.inf, since + (self.timeout or 1e-3))
         poke_interval = self.poke_interval or 1.0

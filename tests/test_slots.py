@@ -1,0 +1,198 @@
+"""The queue for HeyGen's slots, against an account on a virtual clock."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
+
+from airflow_provider_heygen import slots
+from airflow_provider_heygen.slots import COUNT_SECONDS, SPREAD_SECONDS, Place, Slots
+
+JOB = 120.0
+START = 4.0
+"""How long Airflow takes at most until a released task sends its request, in seconds."""
+REFUSED = 15.0
+
+
+@dataclass
+class World:
+    """An account, its tasks, and the queues of some triggerers, second by second."""
+
+    ceiling: int
+    hidden: int = 0
+    queues: list[Slots[int]] = field(default_factory=lambda: [Slots()])
+    seed: int = 0
+    now: float = 0.0
+    jobs: dict[int, float] = field(default_factory=dict)
+    starting: dict[int, float] = field(default_factory=dict)
+    attempts: dict[int, int] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
+    lost: set[int] = field(default_factory=set)
+    idle: float = 0.0
+    longest_idle: float = 0.0
+
+    def __post_init__(self):
+        self.dice = random.Random(self.seed)
+        self.counts = [math.inf for _ in self.queues]
+
+    @property
+    def running(self):
+        return {task for task, end in self.jobs.items() if end > self.now}
+
+    def submit(self, task):
+        self.attempts[task] = self.attempts.get(task, 0) + 1
+        if len(self.running) + self.hidden < self.ceiling:
+            assert task not in self.jobs, "it went out twice"
+            self.jobs[task] = self.now + JOB
+            self.order.append(task)
+            return
+        self.join(task, refused_now=True)
+
+    def join(self, task, *, refused_now, since=None):
+        number = self.dice.randrange(len(self.queues))
+        place = Place(task if since is None else since, self.now + REFUSED if refused_now else self.now, task)
+        self.queues[number].join(place, refused_now=refused_now, again=self.attempts[task] > 1)
+        self.counts[number] = min(self.counts[number], self.now + 1)
+
+    def restart(self, number):
+        """Another process takes over; what was learned is lost, the places are not."""
+        places, self.queues[number] = self.queues[number].places, Slots()
+        for place in places:
+            self.queues[number].join(place, refused_now=False, again=self.attempts[place.task] > 1)
+        self.counts[number] = self.now + 1
+
+    def second(self):
+        self.now += 1
+        for task in [task for task, at in self.starting.items() if at <= self.now]:
+            del self.starting[task]
+            self.submit(task)
+        for number, queue in enumerate(self.queues):
+            if self.counts[number] <= self.now and queue.places:
+                for place in queue.count({str(task) for task in self.running}, self.now):
+                    assert place.task not in self.starting, "it went out twice"
+                    if place.task in self.lost:
+                        self.lost.remove(place.task)
+                        self.attempts[place.task] = math.inf
+                    else:
+                        self.starting[place.task] = self.now + self.dice.uniform(1, START)
+                self.counts[number] = queue.next_count(self.now)
+        ready = [place for queue in self.queues for place in queue.places if place.not_before <= self.now]
+        taken = len(self.running) + self.hidden + len(self.starting)
+        self.idle = self.idle + 1 if ready and taken < self.ceiling else 0.0
+        self.longest_idle = max(self.longest_idle, self.idle)
+
+    def finish(self, tasks):
+        limit = self.now + 20 * slots.LONGEST_PROBE_SECONDS + len(tasks) * (JOB + 30)
+        while any(task not in self.jobs and self.attempts[task] != math.inf for task in tasks):
+            self.second()
+            assert self.now < limit, "somebody starves"
+
+
+seeds = st.integers(0, 2**16)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ceiling=st.integers(1, 12), tasks=st.integers(1, 60), seed=seeds)
+def test_no_slot_is_free_for_long_and_the_order_is_kept(ceiling, tasks, seed):
+    world = World(ceiling, seed=seed)
+    for task in range(tasks):
+        world.submit(task)
+    world.finish(range(tasks))
+    assert world.longest_idle <= 2 * COUNT_SECONDS + SPREAD_SECONDS
+    assert all(abs(place - task) <= 10 for place, task in enumerate(world.order))
+    assert sum(world.attempts.values()) <= 2.5 * tasks + 5
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ceiling=st.integers(1, 12),
+    triggerers=st.integers(1, 3),
+    tasks=st.integers(1, 40),
+    blows=st.lists(
+        st.tuples(
+            st.integers(1, 900),
+            st.sampled_from(["restart", "hide", "show", "raise", "lower", "lose", "join"]),
+        ),
+        max_size=12,
+    ),
+    seed=seeds,
+)
+def test_nobody_starves_or_goes_out_twice(ceiling, triggerers, tasks, blows, seed):
+    note(f"seed {seed}")
+    world = World(ceiling, queues=[Slots() for _ in range(triggerers)], seed=seed)
+    everybody = list(range(tasks))
+    for task in everybody:
+        world.submit(task)
+    for moment, blow in sorted(blows):
+        while world.now < moment:
+            world.second()
+        if blow == "restart":
+            world.restart(world.dice.randrange(triggerers))
+        elif blow == "hide":
+            world.hidden = min(world.hidden + 2, world.ceiling - 1)
+        elif blow == "show":
+            world.hidden = 0
+        elif blow == "raise":
+            world.ceiling += 5
+        elif blow == "lower":
+            world.ceiling = max(world.hidden + 1, world.ceiling - 3)
+        elif blow == "lose":
+            world.lost |= {world.dice.choice(everybody)} - set(world.jobs)
+        else:
+            everybody.append(len(everybody))
+            world.submit(everybody[-1])
+    world.finish(everybody)
+
+
+def test_a_ceiling_that_the_user_knows_is_never_exceeded():
+    world = World(20, queues=[Slots(ceiling=4)])
+    for task in range(4):
+        world.submit(task)
+    for task in range(4, 30):
+        world.attempts[task] = 1
+        world.join(task, refused_now=True)
+    most = 0
+    while len(world.jobs) < 30:
+        world.second()
+        most = max(most, len(world.running))
+        assert world.now < 3000
+    assert most == 4
+
+
+def test_room_that_others_hide_is_found_by_probes_that_get_rarer():
+    world = World(10, hidden=3)
+    for task in range(100):
+        world.submit(task)
+    while world.now < 600:
+        world.second()
+    assert world.queues[0].limit == 7
+    released = sum(world.attempts.values()) - 100
+    assert released - (len(world.jobs) - 7) <= 8, "refused again"
+    world.hidden = 0
+    while world.queues[0].limit < 10:
+        world.second()
+        assert world.now < 600 + 2 * slots.LONGEST_PROBE_SECONDS
+
+
+def test_places_are_kept_over_a_restart():
+    world = World(2)
+    for task in range(20):
+        world.submit(task)
+    while len(world.jobs) < 6:
+        world.second()
+    world.restart(0)
+    world.finish(range(20))
+    assert all(abs(place - task) <= 4 for place, task in enumerate(world.order))
+
+
+def test_a_task_says_how_many_wait_before_it():
+    queue = Slots()
+    assert [queue.join(Place(since, 0.0, since), refused_now=True, again=False) for since in (5, 7, 6)] == [
+        0,
+        1,
+        1,
+    ]
