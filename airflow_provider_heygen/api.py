@@ -1,26 +1,24 @@
 """
 HeyGen's overdub protocol without I/O.
 
-Each function at the end builds one :class:`Call`: what to send, and how to read what comes back. The
-worker's transport and the triggerer's (:mod:`.hooks.heygen`) use these and only these, so they cannot drift.
+Each function at the end builds one :class:`Call`: what to send, and how to read the response. Both transports
+use these and only these, so they agree. Requests are validated strictly before anything is sent. Responses
+are read leniently: members may be missing, null, renamed (``lipsync_id``) or unknown.
 
-Requests are checked strictly, before anything is sent. Answers are read leniently: members may be missing,
-null, renamed (``lipsync_id``) or unknown, and only what no client can work without is an error.
-
-Facts come from the vendor's Overdub page and HeyGen's published OpenAPI; ``overdubs`` and ``lipsyncs`` are
-the same resource before and after HeyGen's rename of April 2026.
+``overdubs`` and ``lipsyncs`` are the same resource before and after HeyGen's rename of April 2026.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -34,6 +32,7 @@ from pydantic import (
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    field_validator,
     model_validator,
 )
 
@@ -53,25 +52,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_PAGE_SIZE = 100
-"""The longest page HeyGen lists (vendor's page)."""
+"""The longest page of the list endpoint (HeyGen's page "Create Overdub")."""
 
 MAX_MULTIPART_BYTES = 32 * 1024 * 1024
-"""The largest file ``POST /v3/assets`` takes: "32 MB", read generously (contract, x-limits)."""
+"""The largest file that ``POST /v3/assets`` accepts: "32 MB", read generously (contract, ``x-limits``)."""
 
 DEFAULT_FAILURE_MESSAGE = "HeyGen gave no reason"
-"""``failure_message`` may be null on a failed job (contract notes, section 11)."""
-
+"""``failure_message`` may be null on a failed overdub (contract, ``Overdub.failure_message``)."""
 
 ID_NAMES = ("overdub_id", "lipsync_id", "id")
-"""What an overdub's id is called in answers; which one depends on route and year (contract notes)."""
+"""Members that may hold an overdub's id; which one depends on endpoint and year (contract, ``x-rename``)."""
 
 
 def redact_links(text: str) -> str:
-    """
-    Cut the query out of every link in a text.
-
-    A presigned link is a bearer secret while it lives, and HeyGen quotes the links it was given.
-    """
+    """Cut the query out of every URL in a text: a presigned URL is a secret, and HeyGen quotes URLs."""
     text = re.sub(r"(?i)(https?://)[^\s/@\"'<>]*@", r"\1", text)
     # A link without a query matches, too: starting again inside of it would take quadratic time.
     text = re.sub(
@@ -84,9 +78,10 @@ def redact_links(text: str) -> str:
     return re.sub(r"(?i)%3f(?:(?!%3[fd])[^\s\"<>])*%3d[^\s\"<>]*", "%3F***", text)
 
 
-def _text(value: Any) -> Any:
-    # A native template renders "2026" to a number, and an id of digits may come as one.
-    value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+def _text(value: Any, numbers: tuple[type, ...] = (int,)) -> Any:
+    # A native template renders "2026" to a number, and an id of digits may come as one. A float is no id:
+    # it is what a native template makes of "12e4", which cannot be restored.
+    value = str(value) if isinstance(value, numbers) and not isinstance(value, bool) else value
     # Half an emoji, where a text was cut, is valid JSON but can be neither stored nor logged.
     return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
@@ -94,33 +89,29 @@ def _text(value: Any) -> Any:
 # --- What is sent -------------------------------------------------------------------------------------
 
 
-def _https(url: str) -> str:
-    return _url(url, schemes=("https",))
+def _url(*schemes: str) -> AfterValidator:
+    def check(url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            usable = parts.scheme in schemes and bool(parts.hostname) and url.isprintable() and " " not in url
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError(f"must be a public {' or '.join(schemes)} URL")
+        return url
+
+    return AfterValidator(check)
 
 
-def _http_or_https(url: str) -> str:
-    # That callbacks must be https is inferred, not documented: HeyGen decides, not we.
-    return _url(url, schemes=("https", "http"))
-
-
-def _url(url: str, *, schemes: tuple[str, ...]) -> str:
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in schemes and bool(parts.hostname) and url.isprintable() and " " not in url
-    except ValueError:
-        usable = False
-    if not usable:
-        raise ValueError(f"must be a public {' or '.join(schemes)} URL")
-    return url
-
-
-class MediaUrl(BaseModel):
-    """A file HeyGen downloads: public https, straight to the file, no login page in between."""
-
+class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
+
+class MediaUrl(_Request):
+    """A file that HeyGen downloads: public https, straight to the file, at most 32 MB."""
+
     type: Literal["url"]
-    url: Annotated[str, AfterValidator(_https)] = Field(repr=False)
+    url: Annotated[str, _url("https")] = Field(repr=False)
 
 
 def _not_none(text: str) -> str:
@@ -131,13 +122,11 @@ def _not_none(text: str) -> str:
 
 def _unwrap_asset(value: Any) -> Any:
     # {"type": "asset_id", "asset_id": upload.output}: the upload operator returns a whole media input.
-    return value.get("asset_id") if isinstance(value, Mapping) else value
+    return _text(value.get("asset_id") if isinstance(value, Mapping) else value)
 
 
-class MediaAsset(BaseModel):
-    """A file uploaded to HeyGen before."""
-
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+class MediaAsset(_Request):
+    """A file that was uploaded to HeyGen."""
 
     type: Literal["asset_id"]
     asset_id: Annotated[
@@ -157,44 +146,58 @@ def _as_media(value: Any) -> Any:
     return value
 
 
-MediaInput = Annotated[
-    MediaUrl | MediaAsset,
-    Field(discriminator="type"),
-    BeforeValidator(_as_media),
-]
+MediaInput = Annotated[MediaUrl | MediaAsset, Field(discriminator="type"), BeforeValidator(_as_media)]
 """An https URL, or ``{"type": "url", "url": ...}``, or ``{"type": "asset_id", "asset_id": ...}``."""
 
 
-Text = Annotated[str, Field(min_length=1, pattern=r"\S"), BeforeValidator(_text), AfterValidator(_not_none)]
+Text = Annotated[
+    str,
+    Field(min_length=1, pattern=r"\S"),
+    BeforeValidator(lambda value: _text(value, (int, float))),
+    AfterValidator(_not_none),
+]
+Flag = Annotated[bool, BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class CreateOverdubRequest(BaseModel):
+class CreateOverdubRequest(_Request):
     """
-    The body of a create: the 16 fields of the vendor's page, under their own names.
+    The body of a create request: HeyGen's 16 fields, and others in ``extra_body``.
 
-    ``None`` means "not given" and is left out, so that HeyGen's own default applies. What each is for is said
-    at :class:`~airflow_provider_heygen.operators.overdub.HeyGenCreateOverdubOperator`.
+    A field that is ``None`` is not sent, so HeyGen's own default applies. The fields are described at
+    :class:`~airflow_provider_heygen.operators.overdub.HeyGenCreateOverdubOperator`.
     """
-
-    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     video: MediaInput
     audio: MediaInput
     title: Text | None = None
     mode: Literal["speed", "precision"] | None = None
-    enable_caption: bool | None = None
-    enable_dynamic_duration: bool | None = None
-    disable_music_track: bool | None = None
-    enable_speech_enhancement: bool | None = None
-    enable_watermark: bool | None = None
+    enable_caption: Flag | None = None
+    enable_dynamic_duration: Flag | None = None
+    disable_music_track: Flag | None = None
+    enable_speech_enhancement: Flag | None = None
+    enable_watermark: Flag | None = None
     start_time: Seconds | None = None
     end_time: Seconds | None = None
-    keep_the_same_format: bool | None = None
+    keep_the_same_format: Flag | None = None
     fps_mode: Literal["vfr", "cfr", "passthrough"] | None = None
-    callback_url: Annotated[str, AfterValidator(_http_or_https)] | None = Field(default=None, repr=False)
+    # That callbacks must be https is inferred, not documented: HeyGen decides.
+    callback_url: Annotated[str, _url("https", "http")] | None = Field(default=None, repr=False)
     callback_id: Text | None = None
     folder_id: Text | None = None
+    extra_body: dict[str, Any] | None = Field(default=None, repr=False)
+
+    @field_validator("extra_body")
+    @classmethod
+    def _only_unknown_fields(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        known = [name for name in value or () if name in cls.model_fields]
+        if known:
+            raise ValueError(f"repeats {', '.join(map(repr, known))}; use the arguments of these names")
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError("must consist of values that JSON has") from None
+        return value
 
     @model_validator(mode="after")
     def _end_after_start(self) -> CreateOverdubRequest:
@@ -205,9 +208,9 @@ class CreateOverdubRequest(BaseModel):
     @classmethod
     def of(cls, request: CreateOverdubRequest | Mapping[str, Any]) -> CreateOverdubRequest:
         """
-        Check a mapping, or pass a checked request through.
+        Validate a mapping; return a request as it is.
 
-        :raises HeyGenBadInputError: a field is wrong; the message names it and shows no value.
+        :raises HeyGenBadInputError: if a field is wrong. The message names the field and shows no value.
         """
         if isinstance(request, cls):
             return request
@@ -224,8 +227,9 @@ class CreateOverdubRequest(BaseModel):
             ) from None
 
     def body(self) -> dict[str, Any]:
-        """Give the JSON body: given fields only."""
-        return self.model_dump(mode="json", exclude_none=True)
+        """Return the JSON body: given fields only."""
+        fields: dict[str, Any] = self.model_dump(mode="json", exclude_none=True, exclude={"extra_body"})
+        return fields | (self.extra_body or {})
 
 
 # --- What comes back ----------------------------------------------------------------------------------
@@ -250,7 +254,7 @@ Id = Annotated[str, Field(min_length=1), BeforeValidator(_text)]
 
 
 class OverdubStatus(StrEnum):
-    """HeyGen's status words for this resource; the last two are final."""
+    """HeyGen's statuses of this resource; the last two are final."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -261,22 +265,24 @@ class OverdubStatus(StrEnum):
 Status = Annotated[OverdubStatus | str, Field(union_mode="left_to_right"), BeforeValidator(_status_word)]
 
 
-class Overdub(BaseModel):
+class _Response(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+
+class Overdub(_Response):
     """
     One overdub as HeyGen reports it.
 
-    :param overdub_id: its id; also as ``id``, the vendor's word here.
-    :param status: an :class:`OverdubStatus`, or HeyGen's word where that is not one of the four.
+    :param overdub_id: id; also as ``id``, HeyGen's name.
+    :param status: an :class:`OverdubStatus`, or HeyGen's text if it is none of the four.
     :param title: display name.
-    :param duration: length of the output in seconds, when completed; what HeyGen bills.
-    :param video_url: presigned link to the output, when completed; a secret that expires.
-    :param caption_url: presigned link to the captions (``lipsyncs`` only).
+    :param duration: length of a completed output in seconds, which HeyGen bills.
+    :param video_url: presigned URL of a completed output; a secret that expires.
+    :param caption_url: presigned URL of the captions (``lipsyncs`` only).
     :param callback_id: the id given at creation.
     :param created_at: Unix seconds.
-    :param failure_message: why it failed, when it failed and HeyGen says.
+    :param failure_message: HeyGen's reason for a failure, if it states one.
     """
-
-    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
 
     overdub_id: Id = Field(validation_alias=AliasChoices("id", "overdub_id", "lipsync_id"))
     status: Status = "unknown"
@@ -290,17 +296,17 @@ class Overdub(BaseModel):
 
     @property
     def id(self) -> str:
-        """The vendor's word for :attr:`overdub_id`."""
+        """HeyGen's name for :attr:`overdub_id`."""
         return self.overdub_id
 
     @property
     def is_final(self) -> bool:
-        """Whether the status will not change any more. A word we do not know is not final."""
+        """Whether the status will not change any more. An unknown status is not final."""
         return self.status in (OverdubStatus.COMPLETED, OverdubStatus.FAILED)
 
     @property
     def is_completed(self) -> bool:
-        """Whether the result is there."""
+        """Whether there is a result."""
         return self.status == OverdubStatus.COMPLETED
 
     def raise_for_failure(self) -> Overdub:
@@ -317,21 +323,19 @@ class Overdub(BaseModel):
         return self
 
     def details(self) -> dict[str, Any]:
-        """Give what may be stored and shown: everything but the presigned links."""
+        """Return what may be stored and shown: everything except the presigned URLs."""
         shown = self.model_dump(mode="json", exclude={"video_url", "caption_url"})
         return {
             name: redact_links(value) if isinstance(value, str) else value for name, value in shown.items()
         }
 
 
-class OverdubPage(BaseModel):
+class OverdubPage(_Response):
     """
-    One page of the list; ``next_token`` is ``None`` on the last one.
+    One page of the list endpoint; ``next_token`` is ``None`` on the last one.
 
-    :param server_time: HeyGen's clock when it answered, in Unix seconds (its ``Date`` header), if known.
+    :param server_time: HeyGen's clock in Unix seconds (its ``Date`` header), if known.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     data: list[Overdub]
     has_more: bool
@@ -339,16 +343,16 @@ class OverdubPage(BaseModel):
     server_time: float | None = None
 
 
-# The bulk call speaks the language of batches, or of HeyGen's older videos (contract notes, section 11).
+# Batches and HeyGen's older videos have these statuses (contract, ``LipsyncStatusEntry.status``).
 _BULK_WORDS = {"queued": "pending", "waiting": "pending", "processing": "running"}
 
 NOT_FOUND = "not_found"
-"""The status that the bulk call gives to ids it does not know."""
+"""The status of an id that the bulk status endpoint does not know."""
 
 
 class Statuses(NamedTuple):
     """
-    What is known of many overdubs at once, for a poller that reads thousands and needs few.
+    The statuses of many overdubs at once, for a poller that reads thousands and needs few.
 
     :param rows: the raw rows by overdub id, for :func:`overdub_of`.
     :param next_token: the next page, ``None`` on the last one.
@@ -358,29 +362,57 @@ class Statuses(NamedTuple):
     next_token: str | None
 
 
-class Asset(BaseModel):
-    """An uploaded file: ``asset_id`` is what a create takes, ``size_bytes`` is in bytes."""
+class Asset(_Response):
+    """
+    An uploaded file; a create request accepts its ``asset_id``.
 
-    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+    HeyGen returns ``mime_type`` and ``size_bytes`` after an upload, ``name``, ``type`` and ``uploaded_at``
+    (Unix seconds) later.
+    """
 
     asset_id: Id = Field(validation_alias=AliasChoices("asset_id", "id"))
     url: Annotated[str | None, Lenient] = Field(default=None, repr=False)
     mime_type: OptionalText = None
     size_bytes: Annotated[int | None, Lenient] = None
+    name: OptionalText = None
+    type: OptionalText = None
+    uploaded_at: Annotated[int | None, Lenient] = None
 
 
-class DirectUpload(BaseModel):
+_SCOPES = {"lipsync:write": "create, rename or delete overdubs", "assets:write": "upload or delete files"}
+
+
+class ApiKey(_Response):
+    """The API key of the connection: what it may do, and until when in Unix seconds (``None``: for ever)."""
+
+    scope_mode: OptionalText = None
+    scopes: Annotated[list[str] | None, Lenient] = None
+    expires_at: Annotated[int | None, Lenient] = None
+
+    def limits(self) -> list[str]:
+        """Return what the key may not do, and when it expires if that is within 14 days, in sentences."""
+        granted = self.scopes or (["*:read"] if self.scope_mode == "read_only" else ["*:*"])
+        said = [
+            f"It may not {what}: for that, add the scope '{scope}' to it."
+            for scope, what in _SCOPES.items()
+            if not any(fnmatchcase(scope, pattern) for pattern in granted)
+        ]
+        now = datetime.now(UTC).timestamp()
+        if self.expires_at is not None and self.expires_at < now + 14 * 24 * 3600:
+            said.append(f"It expires at {datetime.fromtimestamp(self.expires_at, UTC):%Y-%m-%d %H:%M} UTC.")
+        return said
+
+
+class DirectUpload(_Response):
     """
-    Where a file above 32 MB goes.
+    The place for a file above 32 MB.
 
-    :param asset_id: what it will be called; not usable before the upload is complete.
+    :param asset_id: id of the future asset; not usable before the upload is complete.
     :param upload_url: presigned storage URL for one PUT of the whole file; a secret that expires.
-    :param upload_headers: to be sent with it as they are; signed.
-    :param expires_in_seconds: life of the URL.
-    :param max_bytes: the largest file.
+    :param upload_headers: headers to send with it unchanged; signed.
+    :param expires_in_seconds: lifetime of the URL.
+    :param max_bytes: size of the largest file.
     """
-
-    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
 
     asset_id: Id
     upload_url: str = Field(min_length=1, repr=False)
@@ -417,7 +449,7 @@ def _id_of(row: Any, names: tuple[str, ...] = ID_NAMES) -> str:
 def _statuses(answer: Any, id_names: tuple[str, ...] = ID_NAMES) -> Statuses:
     rows = {}
     for row in _data(answer, list):
-        with suppress(ValueError):  # one row we cannot read must not hide the others
+        with suppress(ValueError):  # one unreadable row must not hide the others
             rows[_id_of(row, id_names)] = row
     token = answer.get("next_token")
     token = token if isinstance(token, str) and token else None
@@ -434,11 +466,7 @@ def _bulk_statuses(answer: Any) -> Statuses:
 
 
 def overdub_of(overdub_id: str, row: Mapping[str, Any]) -> Overdub:
-    """
-    Read one raw row.
-
-    :raises ValueError: it cannot be read.
-    """
+    """Return the overdub of one raw row; raise ``ValueError`` if it cannot be read."""
     return Overdub.model_validate({**row, "id": overdub_id})
 
 
@@ -453,16 +481,20 @@ def _page(answer: Any) -> OverdubPage:
 
 # --- Calls --------------------------------------------------------------------------------------------
 
+_COLLECTIONS = ("/v3/overdubs", "/v3/lipsyncs")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Call(Generic[T]):
     """
-    One HTTP request, and how to read its answer.
+    One HTTP request, and how to read its response.
 
     :param what: the call in words, for messages.
+    :param path: path of the URL; under ``overdubs`` if the call is ``renamed``.
     :param read: turns the decoded JSON into the result, or raises ``ValueError``.
-    :param body_matters: whether a 2xx answer with an empty body is an error, as one that is not JSON is.
-    :param not_yet: an error status that calls for patience here, and nowhere else.
+    :param renamed: whether the path depends on HeyGen's name for the resource, which :meth:`under` sets.
+    :param body_matters: whether a 2xx response with an empty body is an error, as one that is not JSON is.
+    :param not_yet: an error status that is transient for this call only.
     :param read_headers: adds to the result what the headers say.
     """
 
@@ -470,6 +502,7 @@ class Call(Generic[T]):
     method: Literal["GET", "POST", "PATCH", "DELETE"]
     path: str
     read: Callable[[Any], T]
+    renamed: bool = False
     params: Mapping[str, str | int] = field(default_factory=dict)
     json: Mapping[str, Any] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -477,13 +510,29 @@ class Call(Generic[T]):
     not_yet: int | None = None
     read_headers: Callable[[T, Mapping[str, str]], T] = lambda result, _: result
 
+    def under(self, resource: str) -> Call[T]:
+        """Return the call as it is sent under a name of the resource."""
+        path = self.path.replace("overdubs", resource, 1) if self.renamed else self.path
+        return replace(self, path=path, renamed=False)
+
+    @property
+    def is_collection(self) -> bool:
+        """Whether the call concerns the resource as a whole: a list or a create request."""
+        return self.path in _COLLECTIONS
+
+    @property
+    def scope(self) -> str:
+        """The scope that a restricted API key needs for the call."""
+        kind = {"assets": "assets", "api_keys": "account"}.get(self.path.split("/")[2], "lipsync")
+        return f"{kind}:{'read' if self.method == 'GET' else 'write'}"
+
     def answer(self, status: int, headers: Mapping[str, str], body: bytes, connection: HeyGenConnection) -> T:
         """
-        Turn an HTTP answer into the result.
+        Turn an HTTP response into the result.
 
-        :param headers: the answer's headers, looked up case-insensitively.
+        :param headers: the response's headers, looked up case-insensitively.
         :raises HeyGenTransientError: if a repeat may succeed (429, 5xx, 409 in progress, unreadable).
-        :raises HeyGenGatewayError: if something in between answered: nobody knows what HeyGen did.
+        :raises HeyGenGatewayError: if something in between responded: what HeyGen did is not known.
         :raises HeyGenPermanentError: if HeyGen rejected the request; the message says what to change.
         """
         try:
@@ -493,17 +542,17 @@ class Call(Generic[T]):
         if not 200 <= status < 300:
             raise _error(self, status, headers, decoded, connection)
         if _envelope(decoded) and not decoded.get("data"):
-            # HeyGen's older routes report errors with status 200; the code says which status is meant.
-            raise _error(
-                self, _STATUS_BY_CODE.get(decoded["error"].get("code"), 400), headers, decoded, connection
-            )
+            # HeyGen's older endpoints report errors with status 200; the code says which status is meant.
+            status = _STATUS_BY_CODE.get(decoded["error"].get("code"), 400)
+            raise _error(self, status, headers, decoded, connection)
+        in_doubt = self.method != "GET"
         if decoded is None and (self.body_matters or body):
-            kind = _shown(headers.get("Content-Type"), connection) or "no content type"
             raise HeyGenGatewayError(
-                f"HeyGen answered {status} to {self.what} without JSON ({kind}, {len(body)} bytes)."
-                f" If this goes on, check the host of Airflow connection '{connection.conn_id}'.",
+                f"HeyGen answered {status} to {self.what} without JSON ({_content_type(headers, connection)},"
+                f" {len(body)} bytes). If this goes on, check the host of Airflow connection"
+                f" '{connection.conn_id}'.",
                 status_code=status,
-                outcome_unknown=self.method != "GET",
+                outcome_unknown=in_doubt,
             )
         try:
             return self.read_headers(self.read(decoded), headers)
@@ -512,22 +561,26 @@ class Call(Generic[T]):
             raise HeyGenTransientError(
                 f"HeyGen's answer to {self.what} cannot be used: {reason}.",
                 status_code=status,
-                outcome_unknown=self.method != "GET",
+                outcome_unknown=in_doubt,
             ) from None
 
 
 def _envelope(decoded: Any) -> Mapping[str, Any]:
-    """Return HeyGen's ``error`` envelope, or an empty mapping if this is not HeyGen's word."""
+    """Return HeyGen's ``error`` envelope, or an empty mapping if the response has none."""
     envelope = decoded.get("error") if isinstance(decoded, dict) else None
     envelope = envelope if isinstance(envelope, dict) else {}
-    return (
-        envelope if any(isinstance(envelope.get(n), str) and envelope[n] for n in ("code", "message")) else {}
-    )
+    said = (envelope.get(name) for name in ("code", "message"))
+    return envelope if any(isinstance(text, str) and text for text in said) else {}
 
 
-_COLLECTION_404 = (
-    "The whole route is missing there. HeyGen renamed overdubs to lipsyncs in 2026: set the extra 'resource'"
-    " of Airflow connection '{conn_id}' to '{other}' (it is '{resource}'), or check its host"
+_REDIRECT = (
+    "Redirects are not followed, the credential would travel along:"
+    " put the final base URL into the host of Airflow connection '{conn_id}'"
+)
+
+_NO_ROUTE = (
+    "The whole route is missing there. Remove the extra 'resource' ('{resource}') of Airflow connection"
+    " '{conn_id}', and the provider finds HeyGen's name for it, or check its host"
 )
 
 _NEXT_STEP = {
@@ -535,8 +588,7 @@ _NEXT_STEP = {
     401: "Check the password of Airflow connection '{conn_id}' and its extra 'auth_type' ('{auth_type}')",
     402: "Top up: API keys draw on the API wallet, OAuth tokens on the web plan",
     403: "The credential of Airflow connection '{conn_id}' is valid but may not do this",
-    404: "It was deleted, never existed or belongs to another account than Airflow connection '{conn_id}';"
-    " or the connection's extra 'resource' ('{resource}') is the wrong name",
+    404: "It was deleted, never existed or belongs to another account than Airflow connection '{conn_id}'",
     409: "It is in a state that does not allow this",
     413: "HeyGen takes files up to 32 MB here",
     422: "Correct the request",
@@ -547,86 +599,76 @@ _DIRECT_UPLOADS = "/v3/assets/direct-uploads"
 
 _NEXT_STEP_BY_CODE = {
     "download_failed": "HeyGen could not fetch an input: the URL must be public https straight to the file,"
-    " or upload the file and pass its asset_id",
+    " which may have 32 MB; or upload the file and pass its asset_id",
     "asset_not_found": "Upload the file with the same credential and pass the new asset_id",
+    "insufficient_api_key_scope": "Add the scope '{scope}' to the API key of Airflow connection '{conn_id}'",
 }
 
 # Which status a code has (contract, x-error-catalog), for an error that comes with status 200.
 _STATUS_BY_CODE = {
-    "authentication_failed": 401,
-    "unauthorized": 401,
-    "insufficient_credit": 402,
-    "trial_limit_exceeded": 402,
-    "plan_upgrade_required": 402,
-    "subscription_required": 402,
-    "forbidden": 403,
-    "resource_access_denied": 403,
-    "insufficient_api_key_scope": 403,
-    "not_found": 404,
-    "resource_not_found": 404,
-    "asset_not_found": 404,
-    "conflict": 409,
-    "rate_limit_exceeded": 429,
-    "quota_exceeded": 429,
-    "internal_error": 500,
-    "service_unavailable": 503,
-    "gateway_timeout": 504,
+    code: status
+    for status, codes in {
+        401: "authentication_failed unauthorized",
+        402: "insufficient_credit trial_limit_exceeded plan_upgrade_required subscription_required",
+        403: "forbidden resource_access_denied insufficient_api_key_scope",
+        404: "not_found resource_not_found asset_not_found",
+        409: "conflict",
+        429: "rate_limit_exceeded quota_exceeded",
+        500: "internal_error",
+        503: "service_unavailable",
+        504: "gateway_timeout",
+    }.items()
+    for code in codes.split()
 }
 
-# Codes that call for patience although their status does not (contract, x-error-catalog).
+# Codes of transient errors whose status is not transient (contract, x-error-catalog).
 _WAITING_CODES = {"request_in_progress", "resource_not_ready", "asset_not_available"}
 
 
 def _shown(value: Any, connection: HeyGenConnection) -> str | None:
-    """Give what came back from the network without secrets and not endless, for a message."""
+    """Return a text from the network as a message may show it: without secrets, and not endless."""
     return connection.redact(redact_links(_text(value)))[:1000] if isinstance(value, str) and value else None
+
+
+def _content_type(headers: Mapping[str, str], connection: HeyGenConnection) -> str:
+    return _shown(headers.get("Content-Type"), connection) or "no content type"
 
 
 def _error(
     call: Call[Any], status: int, headers: Mapping[str, str], decoded: Any, connection: HeyGenConnection
 ) -> HeyGenError:
     envelope = _envelope(decoded)
-    code, said, param, doc_url = (
-        _shown(envelope.get(name), connection) for name in ("code", "message", "param", "doc_url")
-    )
-    request_id = _shown(headers.get("X-Request-Id"), connection)
-    details: dict[str, Any] = {
-        "status_code": status,
-        "code": code,
-        "param": param,
-        "doc_url": doc_url,
-        "request_id": request_id,
-        "retry_after": _retry_after(headers.get("Retry-After")),
+    facts: dict[str, Any] = {
+        name: _shown(envelope.get(name), connection) for name in ("code", "message", "param", "doc_url")
     }
-    message = f"HeyGen answered {status}{f' {code}' if code else ''} to {call.what}"
+    said = facts.pop("message")
+    facts["status_code"] = status
+    facts["request_id"] = _shown(headers.get("X-Request-Id"), connection)
+    facts["retry_after"] = _retry_after(headers.get("Retry-After"))
+    code = facts["code"]
+    message = " ".join(filter(None, ("HeyGen answered", str(status), code, "to", call.what)))
     message += f": {said}" if said else "."
     message = message if message.endswith((".", "!", "?")) else f"{message}."
-    trace = f" (request {request_id})" if request_id else ""
-
+    trace = f" (request {facts['request_id']})" if facts["request_id"] else ""
     in_doubt = call.method != "GET"
+    step = _next_step(call, status, code, connection)
     if not envelope or status < 200:
         # A page of something in between. It may also stand for a response that HeyGen did give.
-        kind = _shown(headers.get("Content-Type"), connection) or "no content type"
-        step = (
-            f" {_next_step(call, status, None, connection)}." if status // 100 == 3 or status == 404 else ""
-        )
         message += (
-            f" The response ({kind}) does not have the form of HeyGen's errors, so it came from a"
-            " gateway, proxy or firewall in between. If this goes on, check these and the host of"
-            f" Airflow connection '{connection.conn_id}'.{step}{trace}"
+            f" The response ({_content_type(headers, connection)}) does not have the form of HeyGen's errors,"
+            " so it came from a gateway, proxy or firewall in between. If this goes on, check these and the"
+            f" host of Airflow connection '{connection.conn_id}'."
         )
-        return HeyGenGatewayError(message, outcome_unknown=in_doubt, **details)
+        message += f" {step}." if status // 100 == 3 or status == 404 else ""
+        return HeyGenGatewayError(message + trace, outcome_unknown=in_doubt, **facts)
     if _is_transient(call, status, code):
         # 429 and the waiting codes say that nothing was done, 408 and 5xx say nothing at all.
         in_doubt = in_doubt and (status >= 500 or status == 408)
-        return HeyGenTransientError(message + trace, outcome_unknown=in_doubt, **details)
-    step = _next_step(call, status, code, connection)
-    if param:
-        step += f" (field '{param}')"
-    if doc_url:
-        step += f"; see {doc_url}"
-    message = f"{message} {step}.{trace}"
-    return (HeyGenNotFoundError if status == 404 else HeyGenPermanentError)(message, **details)
+        return HeyGenTransientError(message + trace, outcome_unknown=in_doubt, **facts)
+    step += f" (field '{facts['param']}')" if facts["param"] else ""
+    step += f"; see {facts['doc_url']}" if facts["doc_url"] else ""
+    kind = HeyGenNotFoundError if status == 404 else HeyGenPermanentError
+    return kind(f"{message} {step}.{trace}", **facts)
 
 
 def _is_transient(call: Call[Any], status: int, code: str | None) -> bool:
@@ -641,25 +683,21 @@ def _is_transient(call: Call[Any], status: int, code: str | None) -> bool:
 def _next_step(call: Call[Any], status: int, code: str | None, connection: HeyGenConnection) -> str:
     """Return what to do about an error, without a full stop."""
     if 300 <= status < 400:
-        step = (
-            "Redirects are not followed, the credential would travel along:"
-            " put the final base URL into the host of Airflow connection '{conn_id}'"
-        )
-    elif status == 404 and code != "asset_not_found" and call.path == f"/v3/{connection.resource}":
-        step = _COLLECTION_404
+        step = _REDIRECT
+    elif status == 404 and code != "asset_not_found" and call.is_collection and connection.resource:
+        step = _NO_ROUTE
     elif status == 404 and call.path == _DIRECT_UPLOADS:
-        step = "This API has no direct uploads: make the file smaller than 32 MB, or pass a public https URL"
+        step = "This API has no direct uploads: make the file smaller than 32 MB"
     else:
         step = _NEXT_STEP_BY_CODE.get(code or "", _NEXT_STEP.get(status, "Correct the request"))
-    other = "lipsyncs" if connection.resource == "overdubs" else "overdubs"
-    for name, value in {
-        "conn_id": connection.conn_id,
-        "auth_type": connection.auth_type,
-        "resource": connection.resource,
-        "other": other,
-    }.items():
-        step = step.replace(f"{{{name}}}", value)
-    return step
+        if status == 404 and connection.resource and call.scope.startswith("lipsync"):
+            step += "; or the connection's extra 'resource' ('{resource}') is the wrong name"
+    return step.format(
+        conn_id=connection.conn_id,
+        auth_type=connection.auth_type,
+        resource=connection.resource,
+        scope=call.scope,
+    )
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -680,78 +718,91 @@ def _http_date(value: str | None) -> float | None:
         return None
 
 
-def check_id(overdub_id: Any, name: str = "overdub_id") -> str:
+def check_id(value: Any, name: str = "overdub_id") -> str:
     """
-    Give an id that is safe as one segment of a path.
+    Return an id that is safe as one segment of a path.
 
-    :raises HeyGenBadInputError: empty, not text, or with a character that would lead to another path.
+    :raises HeyGenBadInputError: if it is empty, not text, or has a character that no id has.
     """
-    overdub_id = _text(overdub_id)
-    if not isinstance(overdub_id, str) or not overdub_id.strip():
+    value = _text(value)
+    if not isinstance(value, str) or not value.strip():
         raise HeyGenBadInputError(f"{name} is empty or not text; pass the id that a create returned.")
-    if overdub_id == "None":
+    if value == "None":
         # What a template makes of an XCom that is not there.
         raise HeyGenBadInputError(
             f"{name} is the text 'None'; the task it should come from returned nothing."
         )
-    if overdub_id in (".", "..") or re.search(r"[\s/\\?#%]", overdub_id) or not overdub_id.isprintable():
+    if value in (".", "..") or re.search(r"[\s/\\?#%\[\]{}]", value) or not value.isprintable():
         raise HeyGenBadInputError(
-            f"{name} {redact_links(overdub_id)!r} is not an id: it has characters of a path or query."
+            f"{name} {redact_links(value)!r} is not an id: it has characters of a path, a query or a list."
         )
-    return overdub_id
+    return value
 
 
-def _item_path(resource: str, overdub_id: str) -> str:
-    return f"/v3/{resource}/{quote(check_id(overdub_id), safe='')}"
+def asset_ids(value: Any) -> Iterator[str]:
+    """
+    Return the ids in what may be an id, a media input, or a list of them.
+
+    :raises HeyGenBadInputError: if one of them is no id.
+    """
+    value = value.get("asset_id") if isinstance(value, Mapping) else value
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        for each in value:
+            yield from asset_ids(each)
+    else:
+        yield check_id(value, "asset_id")
 
 
-def _read_overdub(overdub_id: str) -> Callable[[Any], Overdub]:
-    # We know which one we asked for, so its id may be missing from the answer.
-    return lambda answer: Overdub.model_validate({**_data(answer, dict), "id": overdub_id})
+def _on_resource(what: str, method: Any, read: Callable[[Any], T], item: str = "", **rest: Any) -> Call[T]:
+    return Call(what=what, method=method, read=read, path=_COLLECTIONS[0] + item, renamed=True, **rest)
 
 
-def create_overdub(resource: str, request: CreateOverdubRequest, idempotency_key: str) -> Call[str]:
-    """Start an overdub; the result is its id. The key makes a repetition harmless for 24 hours."""
-    return Call(
-        what="the create",
-        method="POST",
-        path=f"/v3/{resource}",
-        headers={"Idempotency-Key": _check_key(idempotency_key)},
-        json=request.body(),
-        read=lambda answer: _id_of(_data(answer, dict)),
+def _on_overdub(what: str, method: str, overdub_id: str, read: Any = None, **rest: Any) -> Call[Any]:
+    def overdub(answer: Any) -> Overdub:
+        # The id that was asked for may be missing from the response.
+        return Overdub.model_validate({**_data(answer, dict), "id": overdub_id})
+
+    item = f"/{quote(check_id(overdub_id), safe='')}"
+    return _on_resource(f"the {what} overdub '{overdub_id}'", method, read or overdub, item, **rest)
+
+
+def _asset_path(asset_id: str) -> str:
+    return f"/v3/assets/{quote(check_id(asset_id, 'asset_id'), safe='')}"
+
+
+def create_overdub(request: CreateOverdubRequest, idempotency_key: str) -> Call[str]:
+    """Start an overdub; the result is its id. The key makes a repeat harmless for 24 hours."""
+    headers = {"Idempotency-Key": _check_key(idempotency_key)}
+    return _on_resource(
+        "the create", "POST", lambda answer: _id_of(_data(answer, dict)), json=request.body(), headers=headers
     )
 
 
-def get_overdub(resource: str, overdub_id: str) -> Call[Overdub]:
+def get_overdub(overdub_id: str) -> Call[Overdub]:
     """Read one overdub."""
-    return Call(
-        what=f"the look at overdub '{overdub_id}'",
-        method="GET",
-        path=_item_path(resource, overdub_id),
-        read=_read_overdub(overdub_id),
-    )
+    return _on_overdub("look at", "GET", overdub_id)
 
 
-def list_overdubs(resource: str, limit: int, token: str | None) -> Call[OverdubPage]:
+def list_overdubs(limit: int, token: str | None) -> Call[OverdubPage]:
     """List one page of overdubs; ``limit`` is 1 to 100, ``token`` the ``next_token`` of the page before."""
-    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_PAGE_SIZE:
-        raise HeyGenBadInputError(f"limit must be a whole number from 1 to {MAX_PAGE_SIZE}, not {limit!r}.")
-    return Call(
-        what="the list of overdubs",
-        method="GET",
-        path=f"/v3/{resource}",
-        params={"limit": limit, **({"token": token} if token else {})},
-        read=_page,
+    return replace(
+        _list(_page, limit, token),
         read_headers=lambda page, headers: page.model_copy(
             update={"server_time": _http_date(headers.get("Date"))}
         ),
     )
 
 
-def skim_overdubs(resource: str, limit: int, token: str | None) -> Call[Statuses]:
+def skim_overdubs(limit: int, token: str | None) -> Call[Statuses]:
     """:func:`list_overdubs`, with the rows left as they are."""
-    call = list_overdubs(resource, limit, token)
-    return Call(what=call.what, method="GET", path=call.path, params=call.params, read=_statuses)
+    return _list(_statuses, limit, token)
+
+
+def _list(read: Callable[[Any], T], limit: int, token: str | None) -> Call[T]:
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_PAGE_SIZE:
+        raise HeyGenBadInputError(f"limit must be a whole number from 1 to {MAX_PAGE_SIZE}, not {limit!r}.")
+    params = {"limit": limit, **({"token": token} if token else {})}
+    return _on_resource("the list of overdubs", "GET", read, params=params)
 
 
 def list_statuses(overdub_ids: Iterable[str]) -> Call[Statuses]:
@@ -769,33 +820,21 @@ def list_statuses(overdub_ids: Iterable[str]) -> Call[Statuses]:
     )
 
 
-def update_overdub(resource: str, overdub_id: str, title: str) -> Call[Overdub]:
-    """Rename an overdub: ``title`` is all that HeyGen lets us change."""
-    title = _text(title)
+def update_overdub(overdub_id: str, title: Any) -> Call[Overdub]:
+    """Rename an overdub: HeyGen can change nothing but the title."""
+    title = _text(title, (int, float))
     if not isinstance(title, str) or not title.strip():
         raise HeyGenBadInputError("title is empty; an overdub cannot be renamed to nothing.")
-    if title == "None":
-        raise HeyGenBadInputError(
-            "title is the text 'None', which is what a template makes of a missing value."
-        )
-    return Call(
-        what=f"the renaming of overdub '{overdub_id}'",
-        method="PATCH",
-        path=_item_path(resource, overdub_id),
-        json={"title": title},
-        read=_read_overdub(overdub_id),
-    )
+    try:
+        _not_none(title)
+    except ValueError as error:
+        raise HeyGenBadInputError(f"title {error}.") from None
+    return _on_overdub("renaming of", "PATCH", overdub_id, json={"title": title})
 
 
-def delete_overdub(resource: str, overdub_id: str) -> Call[None]:
+def delete_overdub(overdub_id: str) -> Call[None]:
     """Delete an overdub and its files for good. Whether this cancels a running one is not documented."""
-    return Call(
-        what=f"the deletion of overdub '{overdub_id}'",
-        method="DELETE",
-        path=_item_path(resource, overdub_id),
-        read=lambda _: None,
-        body_matters=False,
-    )
+    return _on_overdub("deletion of", "DELETE", overdub_id, lambda _: None, body_matters=False)
 
 
 def upload_asset(idempotency_key: str) -> Call[Asset]:
@@ -806,6 +845,37 @@ def upload_asset(idempotency_key: str) -> Call[Asset]:
         path="/v3/assets",
         headers={"Idempotency-Key": _check_key(idempotency_key)},
         read=lambda answer: Asset.model_validate(_data(answer, dict)),
+    )
+
+
+def get_asset(asset_id: str) -> Call[Asset]:
+    """Read what HeyGen holds of one asset."""
+    return Call(
+        what=f"the GET of asset '{asset_id}'",
+        method="GET",
+        path=_asset_path(asset_id),
+        read=lambda answer: Asset.model_validate({**_data(answer, dict), "asset_id": asset_id}),
+    )
+
+
+def delete_asset(asset_id: str) -> Call[None]:
+    """Delete one asset for good."""
+    return Call(
+        what=f"the deletion of asset '{asset_id}'",
+        method="DELETE",
+        path=_asset_path(asset_id),
+        read=lambda _: None,
+        body_matters=False,
+    )
+
+
+def get_api_key() -> Call[ApiKey]:
+    """Read what the API key of the connection may do, and until when; free."""
+    return Call(
+        what="the GET of the API key",
+        method="GET",
+        path="/v3/api_keys/self",
+        read=lambda answer: ApiKey.model_validate(_data(answer, dict)),
     )
 
 
@@ -832,12 +902,12 @@ def complete_direct_upload(asset_id: str) -> Call[Asset]:
     """
     Make an asset of what was uploaded, step 3 of 3. May be repeated.
 
-    HeyGen answers 409 as long as it does not see the file, which may last a little after the upload.
+    HeyGen returns 409 until it finds the file, which may take a moment after the upload.
     """
     return Call(
         what=f"the completion of asset '{asset_id}'",
         method="POST",
-        path=f"/v3/assets/{quote(check_id(asset_id, 'asset_id'), safe='')}/complete",
+        path=f"{_asset_path(asset_id)}/complete",
         json={},
         read=lambda answer: Asset.model_validate({**_data(answer, dict), "asset_id": asset_id}),
         not_yet=409,

@@ -1,9 +1,13 @@
-"""What an Airflow connection of type ``heygen`` says, checked once and read by both transports."""
+"""The settings of an Airflow connection of type ``heygen``, validated once for both transports."""
 
 from __future__ import annotations
 
 import ipaddress
 import json
+import logging
+from contextlib import suppress
+from difflib import get_close_matches
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -16,7 +20,11 @@ if TYPE_CHECKING:
 
     from airflow.providers.common.compat.sdk import Connection
 
+log = logging.getLogger(__name__)
+
 DEFAULT_HOST = "https://api.heygen.com"
+
+_ALIASES = {"proxy": "proxies", "verify_ssl": "verify"}
 
 
 def _proxies(value: Any) -> Any:
@@ -34,7 +42,7 @@ def _bool_word(value: Any) -> Any:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host name or address is this very machine."""
+    """Return whether a host name or address is that of this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -46,9 +54,11 @@ class HeyGenConnection(BaseModel):
     The settings of one connection, resolved.
 
     ``password`` holds the API key or the OAuth access token, ``host`` the base URL. Everything else is an
-    extra; extras this class does not know are ignored, and none of them ever becomes a request header.
-    Timeouts are in seconds and are the longest silence on the socket, not the length of the call. Their
-    defaults follow HeyGen's own command line client (contract notes, section 4).
+    extra; an unknown extra is ignored with a warning, and none becomes a request header. Timeouts are in
+    seconds and limit the silence on the socket, not the length of the call. Their defaults follow HeyGen's
+    own command line client (contract, ``x-timing``).
+
+    :param resource: ``overdubs`` or ``lipsyncs``; ``None`` if the hook is to find out.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
@@ -57,15 +67,15 @@ class HeyGenConnection(BaseModel):
     base_url: str
     credential: SecretStr
     auth_type: Literal["api_key", "oauth"] = "api_key"
-    resource: Literal["overdubs", "lipsyncs"] = "overdubs"
+    resource: Literal["overdubs", "lipsyncs"] | None = None
     allow_http: bool = False
     allow_private_hosts: bool = False
     connect_timeout: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     read_timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
-    # A create may take 30 s to answer; giving up early makes jobs nobody knows the id of.
+    # HeyGen may take 30 s for a create request; without its response, the overdub has to be searched for.
     write_timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     upload_timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
-    # HeyGen publishes no limit (contract notes, section 4). One triggerer keeps to this, for all its waits.
+    # HeyGen publishes no limit (contract, ``x-limits``). One triggerer keeps to this, for all its waits.
     max_requests_per_second: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     # Of the account, at a time, of all products; the triggerer's queue learns it where it is not set.
     max_concurrent_jobs: int | None = Field(default=None, gt=0)
@@ -114,7 +124,10 @@ class HeyGenConnection(BaseModel):
         conn_id = str(connection.conn_id)
         # Forms and secrets backends store "" or null for "not set".
         values = {name: value for name, value in extra.items() if value not in (None, "")}
-        for alias, name in (("proxy", "proxies"), ("verify_ssl", "verify")):
+        settings = cls.model_fields.keys() - {"conn_id", "base_url", "credential"}
+        for unknown in values.keys() - settings - _ALIASES.keys():
+            _warn_of(unknown, conn_id, *get_close_matches(unknown, sorted(settings), 1))
+        for alias, name in _ALIASES.items():
             if alias in values:
                 values.setdefault(name, values[alias])
         # What was given by place wins over an extra of the same name.
@@ -124,7 +137,7 @@ class HeyGenConnection(BaseModel):
             "credential": (connection.password or "").strip(),
         }
         try:
-            settings = cls.model_validate(values)
+            resolved = cls.model_validate(values)
         except ValidationError as error:
             problems = "; ".join(
                 f"extra '{'.'.join(map(str, problem['loc'][:1]))}':"
@@ -132,46 +145,55 @@ class HeyGenConnection(BaseModel):
                 for problem in error.errors(include_input=False, include_url=False)
             )
             raise HeyGenBadInputError(f"Airflow connection '{conn_id}' is wrong: {problems}.") from None
-        settings._check()
-        return settings
+        problem = _problem_of_password(resolved.credential.get_secret_value()) or resolved._problem_of_host()
+        if problem:
+            raise HeyGenBadInputError(f"Airflow connection '{conn_id}' is wrong: {problem}")
+        return resolved
 
-    def _check(self) -> None:
-        def refuse(problem: str) -> HeyGenBadInputError:
-            return HeyGenBadInputError(f"Airflow connection '{self.conn_id}' is wrong: {problem}")
-
-        secret = self.credential.get_secret_value()
-        if not secret:
-            raise refuse(
-                "the password is empty; it must hold the HeyGen API key (or the OAuth access token)."
-            )
-        if not (secret.isascii() and secret.isprintable() and " " not in secret):
-            raise refuse("the password has characters that no API key or token has; was it pasted whole?")
+    def _problem_of_host(self) -> str | None:
         try:
             url = urlsplit(self.base_url)
             host, _ = url.hostname, url.port
             (host or "").encode("idna")  # as the look-up of its address does
         except ValueError:
-            raise refuse("host and port do not make a URL; leave both empty for HeyGen's own API.") from None
+            return "host and port do not make a URL; leave both empty for HeyGen's own API."
         usable = self.base_url.isprintable() and " " not in self.base_url
         if url.scheme not in ("http", "https") or not host or not usable:
-            raise refuse(f"host must be an https URL such as {DEFAULT_HOST}, or empty.")
+            return f"host must be an https URL such as {DEFAULT_HOST}, or empty."
         if url.username is not None or url.query or url.fragment:
-            raise refuse("host must be a plain base URL; the credential belongs in the password.")
+            return "host must be a plain base URL; the credential belongs in the password."
         if url.scheme == "http" and not (self.allow_http or is_loopback(host)):
-            raise refuse(
+            return (
                 "plain http would send the credential in the clear; use https, "
                 "or set the extra 'allow_http' to true where the network is trusted."
             )
+        return None
 
     @property
     def auth_header(self) -> tuple[str, str]:
-        """Name and value of the one credential header (vendor's page, "Authentication")."""
+        """Name and value of the credential header (HeyGen's page "Create Overdub")."""
         secret = self.credential.get_secret_value()
         return ("Authorization", f"Bearer {secret}") if self.auth_type == "oauth" else ("X-Api-Key", secret)
 
     def redact(self, text: str) -> str:
-        """Take the credential out of a text that came back from the network."""
+        """Remove the credential from a text that came from the network."""
         return text.replace(self.credential.get_secret_value(), "***")
+
+
+def _problem_of_password(secret: str) -> str | None:
+    if not secret:
+        return "the password is empty; it must hold the HeyGen API key (or the OAuth access token)."
+    if not (secret.isascii() and secret.isprintable() and " " not in secret):
+        return "the password has characters that no API key or token has; was it pasted whole?"
+    return None
+
+
+@cache  # a triggerer reads its connections again every minute
+def _warn_of(unknown: str, conn_id: str, nearest: str | None = None) -> None:
+    hint = f" Did you mean '{nearest}'?" if nearest else ""
+    log.warning(
+        "Airflow connection '%s' has an unknown extra %.100r, which is ignored.%s", conn_id, unknown, hint
+    )
 
 
 def _check_extra(connection: Connection) -> None:
@@ -195,11 +217,15 @@ def _check_extra(connection: Connection) -> None:
 
 
 def _base_url(connection: Connection) -> str:
+    """Return the base URL of a connection from a form, JSON or a URI, which stores a path as ``schema``."""
+    schema = (connection.schema or "").strip("/ ")
+    default, path = (schema.lower(), "") if schema.lower() in ("http", "https") else ("https", schema)
     host = (connection.host or "").strip() or DEFAULT_HOST
-    if "://" not in host:
-        # Unlike Airflow's HTTP connection, whose default is http: there is a key on board.
-        host = f"{connection.schema or 'https'}://{host}"
-    scheme, _, rest = host.partition("://")
-    authority, slash, path = rest.partition("/")
+    # Unlike in Airflow's HTTP connection, the default is https: a credential is sent.
+    scheme, _, rest = host.partition("://") if "://" in host else (default, "", host)
+    authority, _, own_path = rest.partition("/")
+    with suppress(ValueError):
+        authority = f"[{ipaddress.IPv6Address(authority)}]"  # a URI loses the brackets
     port = f":{connection.port}" if connection.port else ""
-    return f"{scheme}://{authority}{port}{slash}{path}".rstrip("/")
+    authority += "" if authority.endswith(port) else port
+    return "/".join(filter(None, (f"{scheme}://{authority}", own_path.strip("/"), path)))

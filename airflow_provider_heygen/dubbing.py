@@ -87,6 +87,7 @@ class Dubbing:
             files = inputs(uris, self.hook.settings)
             overdub_id = self._submit(request, files)
             self.ti.xcom_push(key="overdub_id", value=overdub_id)
+            self.ti.xcom_push(key="asset_ids", value=self.ledger.asset_ids)
             if self.task.wait_for_completion:
                 return self._wait(overdub_id, time.time())
             self._until_readable(overdub_id)
@@ -191,6 +192,7 @@ class Dubbing:
             )
         # A hook of its own: it reads the connection as it is now, and the wait repeats what fails.
         with HeyGenHook(self.task.heygen_conn_id, max_attempts=1) as hook:
+            hook.created_under = self.hook.created_under
             end = Watch(overdub_id, log=self.task.log, **rules).follow(hook)
         return self._deliver(conclude(end, Wait(self.ti, since)))
 

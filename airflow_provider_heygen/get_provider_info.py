@@ -21,27 +21,23 @@ def _seconds(label: str, default: int, description: str) -> dict[str, Any]:
     }
 
 
-def _choice(label: str, words: dict[str, str], description: str) -> dict[str, Any]:
+def _choice(label: str, words: dict[str, str], description: str, default: str | None) -> dict[str, Any]:
     """
-    Describe a select; the first word is the default, which an emptied select means as well.
+    Describe a select.
 
-    :param words: what is stored, and how the form calls it. ``None`` is not among them, though the form
+    :param words: what is stored, and how the form names it. ``None`` is not among them, although the form
         stores it when the select is emptied: it would be a choice of its own beside the default.
     """
+    schema = {"type": ["string", "null"], "enum": list(words), "values_display": words}
     return {
         "label": label,
-        "schema": {
-            "type": ["string", "null"],
-            "enum": list(words),
-            "values_display": words,
-            "default": next(iter(words)),
-        },
+        "schema": schema if default is None else {**schema, "default": default},
         "description": description,
     }
 
 
 def get_provider_info() -> dict[str, Any]:
-    """Give the metadata in the form of Airflow's ``provider_info`` schema."""
+    """Return the metadata in the form of Airflow's ``provider_info`` schema."""
     return {
         "package-name": "airflow-provider-heygen",
         "name": _NAME,
@@ -87,12 +83,14 @@ def get_provider_info() -> dict[str, Any]:
                         {"api_key": "API key", "oauth": "OAuth access token"},
                         "Which of the two is among the standard fields. An API key is billed to the API"
                         " wallet, an OAuth access token to the web plan.",
+                        "api_key",
                     ),
                     "resource": _choice(
                         "Resource",
                         {"overdubs": "overdubs", "lipsyncs": "lipsyncs"},
                         "The name of the resource in HeyGen's API: overdubs became lipsyncs"
-                        " in 2026. Change it when HeyGen answers 404 to everything.",
+                        " in 2026. If empty, the provider finds out.",
+                        None,
                     ),
                     "connect_timeout": _seconds("Connect timeout", 10, "Seconds to reach HeyGen."),
                     "read_timeout": _seconds(

@@ -345,7 +345,7 @@ class _Poller:
         due = self._due()
         self._told: list[_Job] = []
         counting = bool(self.slots.places) and self._count_at <= self._tick_at
-        bulk = hook.settings.resource == "lipsyncs" and len(due) > PAGE_COST
+        bulk = hook.resource == "lipsyncs" and len(due) > PAGE_COST
         if bulk and await self._try(self._bulk, self._read_bulk(hook, due), interval):
             due = []
         if due or counting:
@@ -400,9 +400,7 @@ class _Poller:
         ids, running = set[str](), set[str]()
         while reading or counting or doubtful:
             asked_at, left = self.now, len(wanted)
-            page = await self._ask(
-                hook, api.skim_overdubs(hook.settings.resource, api.MAX_PAGE_SIZE, tokens[-1])
-            )
+            page = await self._ask(hook, api.skim_overdubs(api.MAX_PAGE_SIZE, tokens[-1]))
             for overdub_id, row in page.rows.items():
                 self._take_row(overdub_id, row, asked_at)
             unfinished = {name for name, row in page.rows.items() if row.get("status") not in _FINAL}
@@ -490,7 +488,7 @@ class _Poller:
 
     async def _get(self, hook: HeyGenHook, job: _Job) -> None:
         try:
-            overdub = await self._send(hook, api.get_overdub(hook.settings.resource, job.overdub_id))
+            overdub = await self._send(hook, api.get_overdub(job.overdub_id))
         except Exception as error:
             failure = error
             outdated = hook is not self._hook

@@ -45,6 +45,7 @@ class Submission(BaseModel):
     :param title: the title that it was sent with.
     :param callback_id: the author's ``callback_id`` that it was sent with.
     :param labels: a digest of the other labels, to notice a change.
+    :param resource: HeyGen's name for the resource, under which it was sent, if it was known then.
     :param assets: what was uploaded for it: the SHA-256 of each file, and the asset it has become.
     """
 
@@ -63,6 +64,7 @@ class Submission(BaseModel):
     title: str | None = None
     callback_id: str | None = None
     labels: str = ""
+    resource: str | None = None
     assets: dict[str, str] = Field(default_factory=dict)
 
     @classmethod

@@ -101,10 +101,20 @@ class Ledger:
             self.kept = submission
 
     @property
+    def current(self) -> Submission | None:
+        """The submission record as it is now."""
+        return self.kept if self.store is None else Submission.load(self.store.get(STATE_KEY))
+
+    @property
     def in_doubt(self) -> bool:
-        """Whether a create was sent of which nobody knows what came of it."""
-        submission = self.kept if self.store is None else Submission.load(self.store.get(STATE_KEY))
+        """Whether a create request was sent whose outcome is unknown."""
+        submission = self.current
         return submission is not None and submission.sent and submission.overdub_id is None
+
+    @property
+    def asset_ids(self) -> list[str]:
+        """The assets that were uploaded for the overdub."""
+        return list(self.current.assets.values()) if self.current else []
 
     def delivered(self) -> None:
         """Note that the task hands on its result: a clear after this wants another overdub."""
@@ -163,7 +173,8 @@ def _reattach(
 ) -> None:
     log.info("Reattached to overdub %s, which an earlier try of this task started.", overdub_id)
     answered = submission.answered or time.time()
-    submission = submission.model_copy(update={"overdub_id": overdub_id, "answered": answered})
+    found = {"overdub_id": overdub_id, "answered": answered, "resource": hook.known_resource}
+    submission = submission.model_copy(update=found)
     ledger.write(_relabel(submission, overdub_id, request, hook))
     metrics.reattached(ledger.ti)
 
@@ -181,22 +192,26 @@ def _create(
     if submission.sent and submission.labels:
         # An earlier attempt may yet take effect, and is found by what it was sent with.
         request = request.model_copy(update={"callback_id": submission.callback_id})
-    submission = submission.model_copy(update=labels(request))
+    submission = before = submission.model_copy(update=labels(request))
+    hook.created_under = submission.resource
 
     def note() -> None:
-        # Whoever comes after us must know that it may have been sent, and when.
-        ledger.write(submission, sent=True, sent_at=time.time())
+        # The next try must know that it may have been sent, when, and under which name of the resource.
+        nonlocal submission
+        submission = submission.model_copy(update={"sent": True, "resource": hook.known_resource})
+        ledger.write(submission, sent_at=time.time())
 
     try:
         overdub_id = hook.create_overdub(request, idempotency_key=submission.key, before_sending=note)
     except HeyGenError as error:
         # This run may be sure that it started nothing; it does not speak for an earlier one.
         if error.outcome_unknown:
-            note()
+            ledger.write(submission, sent=True, sent_at=time.time())
         else:
-            ledger.write(submission)
+            ledger.write(before)
         raise
-    ledger.write(submission, sent=True, overdub_id=overdub_id, answered=time.time())
+    found = {"resource": hook.known_resource, "overdub_id": overdub_id, "answered": time.time()}
+    ledger.write(submission, sent=True, **found)
     metrics.submitted(ledger.ti)  # when it is written: whoever finds it does not count it again
     log.info("Started overdub %s (mode %s, key %s).", overdub_id, request.mode or "default", submission.key)
     return overdub_id
@@ -236,6 +251,7 @@ def _with_assets(request: CreateOverdubRequest, asset_ids: Mapping[str, str]) ->
 
 def _see(submission: Submission, request: CreateOverdubRequest, hook: HeyGenHook) -> tuple[str, Seen]:
     """Find out what HeyGen has of an earlier submission; return its id, if there is one."""
+    hook.created_under = submission.resource
     overdub: Overdub | None
     if submission.overdub_id is None:
         if submission.labels:  # without a store, it is not known what an earlier try has sent

@@ -144,6 +144,8 @@ def simulate(case: Case, seed: int = 1) -> dict[str, float]:
         return overdub_id
 
     class Hook:
+        resource = "overdubs"
+
         def __init__(self, conn_id: str, **_: Any) -> None:
             self.settings = HeyGenConnection(
                 conn_id=conn_id,

@@ -90,7 +90,6 @@ BAD_FIELDS = [
     ("title", True),
     ("title", "None"),
     ("callback_id", "None"),
-    ("title", 5.5),
     ("mode", "fast"),
     ("mode", "Speed"),
     ("mode", ""),
@@ -113,6 +112,12 @@ BAD_FIELDS = [
     ("callback_id", ""),
     ("folder_id", ""),
     ("language", "de"),
+    ("extra_body", ["language"]),
+    ("extra_body", {"title": "x"}),
+    ("extra_body", {"video": VIDEO, "language": "de"}),
+    ("extra_body", {"language": object()}),
+    ("extra_body", {"language": float("nan")}),
+    ("extra_body", {5: "de"}),
     ("Title", "x"),
     ("type", "url"),
 ]
@@ -160,6 +165,8 @@ BAD_IDS = [
         "%2f",
         "a%2fb",
         "a\\b",
+        "['a','b']",
+        "{'type':'asset_id'}",
     ),
     *(LINK, "a b", "a\n", "\ta", "a\x00", "a\x7f", "a\u2028b", "\ud800"),
 ]
@@ -193,7 +200,7 @@ def test_odd_but_possible_id(heygen, overdub_id):
         assert heygen.requests[-1].query == ""
 
 
-@pytest.mark.parametrize("title", ["", "  ", "\n", None, "None", True, 5.5])
+@pytest.mark.parametrize("title", ["", "  ", "\n", None, "None", True])
 def test_bad_new_title(heygen, title):
     refused(heygen, lambda: HeyGenHook().update_overdub("od_1", title), "title")
 
@@ -247,11 +254,11 @@ KEY = "sk_V2_hgu_CREDENTIAL"
 CONNECTION = HeyGenConnection(conn_id="dubbing", base_url="https://api.heygen.com", credential=KEY)
 
 CALLS = {
-    "create": api.create_overdub("overdubs", api.CreateOverdubRequest.of(REQUEST), "key"),
-    "get": api.get_overdub("overdubs", "od_1"),
-    "list": api.list_overdubs("overdubs", 10, None),
-    "update": api.update_overdub("overdubs", "od_1", "title"),
-    "delete": api.delete_overdub("overdubs", "od_1"),
+    "create": api.create_overdub(api.CreateOverdubRequest.of(REQUEST), "key"),
+    "get": api.get_overdub("od_1"),
+    "list": api.list_overdubs(10, None),
+    "update": api.update_overdub("od_1", "title"),
+    "delete": api.delete_overdub("od_1"),
     "upload": api.upload_asset("key"),
 }
 
@@ -393,7 +400,7 @@ def test_next_page(members, more):
 def test_asset():
     data = {"asset_id": "a", "url": LINK, "mime_type": "video/mp4", "size_bytes": 5}
     asset = answer("upload", {"data": data})
-    assert asset.model_dump() == data
+    assert asset.model_dump(exclude_none=True) == data
     assert SECRET not in repr(asset)
     assert answer("upload", {"data": {"id": 17, "url": 5, "size_bytes": "?"}}).asset_id == "17"
 
@@ -522,6 +529,7 @@ ERRORS = [
     (402, "insufficient_credit", PERMANENT, "Top up"),
     (402, "trial_limit_exceeded", PERMANENT, "Top up"),
     (403, "forbidden", PERMANENT, "Airflow connection 'heygen_default'"),
+    (403, "insufficient_api_key_scope", PERMANENT, "Add the scope 'lipsync:read' to the API key"),
     (404, "not_found", NOT_FOUND, "extra 'resource' ('overdubs')"),
     (404, "asset_not_found", NOT_FOUND, "Upload the file"),
     (408, "timeout", TRANSIENT, ""),
@@ -631,14 +639,33 @@ def test_missing_route_names_the_setting(heygen, resource):
     ):
         with pytest.raises(NOT_FOUND) as raised:
             call()
-        wanted = f"extra 'resource' of Airflow connection 'heygen_default' to '{OTHER[resource]}'"
+        wanted = f"Remove the extra 'resource' ('{resource}') of Airflow connection 'heygen_default'"
         assert wanted in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "scope"),
+    [
+        (api.get_overdub("od_1"), "lipsync:read"),
+        (api.get_overdub("od_1").under("lipsyncs"), "lipsync:read"),
+        (api.delete_overdub("od_1"), "lipsync:write"),
+        (api.list_statuses(["od_1"]), "lipsync:read"),
+        (api.upload_asset("key"), "assets:write"),
+        (api.get_asset("a"), "assets:read"),
+        (api.complete_direct_upload("a"), "assets:write"),
+        (api.get_api_key(), "account:read"),
+    ],
+)
+def test_scopes(call, scope):
+    body = json.dumps({"error": {"code": "insufficient_api_key_scope", "message": "M"}}).encode()
+    with pytest.raises(PERMANENT, match=f"Add the scope '{scope}' to the API key of Airflow connection"):
+        call.answer(403, {}, body, CONNECTION)
 
 
 def test_another_missing_route_does_not_blame_the_resource():
     with pytest.raises(NOT_FOUND) as raised:
         answer("upload", {"error": {"code": "not_found"}}, 404)
-    assert "renamed" not in str(raised.value)
+    assert "resource" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import os
 import socket
 import ssl
+import time
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 
 import pytest
+from airflow.sdk import Connection
 from conftest import forward
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -59,7 +62,7 @@ def test_defaults(connect):
         "conn_id": "heygen_default",
         "base_url": HEYGEN,
         "auth_type": "api_key",
-        "resource": "overdubs",
+        "resource": None,
         "allow_http": False,
         "allow_private_hosts": False,
         "connect_timeout": 10,
@@ -67,6 +70,7 @@ def test_defaults(connect):
         "write_timeout": 120,
         "upload_timeout": 600,
         "max_requests_per_second": 5,
+        "max_concurrent_jobs": None,
         "proxies": {},
         "verify": True,
         "cert": None,
@@ -146,6 +150,13 @@ def test_a_form_leaves_nulls_and_empty_texts(connect, nothing):
         ({"host": "https://gateway.example/heygen", "port": 8443}, "https://gateway.example:8443/heygen"),
         ({"host": "gateway.example/heygen", "port": 8443}, "https://gateway.example:8443/heygen"),
         ({"host": "https://[2001:db8::1]", "port": 8443}, "https://[2001:db8::1]:8443"),
+        ({"host": "2001:db8::1"}, "https://[2001:db8::1]"),
+        ({"host": "2001:db8::1", "port": 8443}, "https://[2001:db8::1]:8443"),
+        ({"host": "https://2001:db8::1/heygen", "port": 8443}, "https://[2001:db8::1]:8443/heygen"),
+        ({"host": "[2001:db8::1]:8443", "port": 8443}, "https://[2001:db8::1]:8443"),
+        ({"host": "https://gateway.example:8443", "port": 8443}, "https://gateway.example:8443"),
+        ({"host": "gateway.example", "schema": "HTTPS"}, "https://gateway.example"),
+        ({"host": "gateway.example", "schema": "/heygen/"}, "https://gateway.example/heygen"),
         ({"host": "HTTPS://Gateway.Example"}, "HTTPS://Gateway.Example"),
         ({"host": "http://localhost:8080"}, "http://localhost:8080"),
         ({"host": "localhost", "schema": "http", "port": 80}, "http://localhost:80"),
@@ -159,6 +170,69 @@ def test_base_url(monkeypatch, fields, base_url):
     connection = {"conn_type": "heygen", "password": "key", **fields}
     monkeypatch.setenv("AIRFLOW_CONN_HEYGEN_DEFAULT", json.dumps(connection))
     assert both_settings().base_url == base_url
+
+
+HOSTS = [
+    ("https://gateway.example", None, None, "https://gateway.example"),
+    ("https://gateway.example", 8443, None, "https://gateway.example:8443"),
+    ("https://gateway.example/heygen", None, None, "https://gateway.example/heygen"),
+    ("https://gateway.example/heygen", 8443, None, "https://gateway.example:8443/heygen"),
+    ("https://gateway.example:8443/heygen/", None, None, "https://gateway.example:8443/heygen"),
+    ("gateway.example", None, None, "https://gateway.example"),
+    ("gateway.example", 8443, "https", "https://gateway.example:8443"),
+    ("gateway.example:8443", None, None, "https://gateway.example:8443"),
+    ("gateway.example/heygen", None, None, "https://gateway.example/heygen"),
+    ("::1", 8080, "http", "http://[::1]:8080"),
+    ("[::1]", 8080, "http", "http://[::1]:8080"),
+    ("http://[::1]:8080", None, None, "http://[::1]:8080"),
+]
+
+
+@pytest.mark.parametrize(("host", "port", "schema", "base_url"), HOSTS)
+def test_a_host_in_each_form_in_which_airflow_stores_it(monkeypatch, host, port, schema, base_url):
+    fields = {"conn_type": "heygen", "password": "a-key", "host": host, "port": port, "schema": schema}
+    connection = Connection(conn_id="heygen_default", **fields)
+    for form in (json.dumps(fields), connection.get_uri()):
+        monkeypatch.setenv("AIRFLOW_CONN_HEYGEN_DEFAULT", form)
+        assert both_settings().base_url == base_url
+
+
+@pytest.mark.parametrize(
+    ("rest", "base_url"),
+    [
+        ("gateway.example", "https://gateway.example"),
+        ("gateway.example:8443", "https://gateway.example:8443"),
+        ("gateway.example/https", "https://gateway.example"),
+        ("gateway.example/heygen", "https://gateway.example/heygen"),
+        ("gateway.example:8443/a/b", "https://gateway.example:8443/a/b"),
+        ("https%3A%2F%2Fgateway.example%3A8443%2Fheygen/", "https://gateway.example:8443/heygen"),
+        ("[::1]:8080/http", "http://[::1]:8080"),
+        ("[2001:db8::1]", "https://[2001:db8::1]"),
+    ],
+)
+def test_a_host_in_a_uri(monkeypatch, rest, base_url):
+    monkeypatch.setenv("AIRFLOW_CONN_HEYGEN_DEFAULT", f"heygen://:a-key@{rest}")
+    assert both_settings().base_url == base_url
+
+
+def test_a_host_in_a_uri_with_its_scheme(monkeypatch):
+    monkeypatch.setenv("AIRFLOW_CONN_HEYGEN_DEFAULT", "heygen://https://:a-key@gateway.example:8443/heygen")
+    assert both_settings().base_url == "https://gateway.example:8443/heygen"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("resorce", "resource"), ("max_request_per_second", "max_requests_per_second"), ("conn_id", None)],
+)
+def test_an_unknown_extra_is_named_once(connect, caplog, name, hint):
+    connect(None, f"key-of-{name}", **{name: "lipsyncs", "verify_ssl": True, "resource": ""})
+    connection_id = f"for_{name}"
+    os.environ[f"AIRFLOW_CONN_{connection_id.upper()}"] = os.environ["AIRFLOW_CONN_HEYGEN_DEFAULT"]
+    for _ in range(2):
+        assert HeyGenHook(connection_id).settings.resource is None
+    (line,) = [record.getMessage() for record in caplog.records if "unknown extra" in record.getMessage()]
+    wanted = f"Airflow connection '{connection_id}' has an unknown extra '{name}', which is ignored."
+    assert line == (f"{wanted} Did you mean '{hint}'?" if hint else wanted)
 
 
 def test_a_path_in_the_host_is_kept(heygen, listen, connect):
@@ -213,6 +287,7 @@ REFUSALS = [
     ({"host": "https://api.heygen.com#pw"}, "plain base URL"),
     ({"host": "https://api.heygen.com:pw"}, "host and port"),
     ({"host": "https://api.heygen.com:443", "port": 8443}, "host and port"),
+    ({"host": "https://api.heygen.com:18443", "port": 8443}, "host and port"),
     ({"host": "https://[api.heygen.com"}, "host and port"),
     ({"host": "https://api..heygen.com"}, "host and port"),
     ({"host": f"https://{'a' * 64}.com"}, "host and port"),
@@ -553,6 +628,56 @@ def test_good_connection(heygen, resource):
     assert HeyGenHook().test_connection() == (True, f"{accepted} There are {resource}.")
 
 
+def key_of(listen, **key):
+    """Let a HeyGen answer that has nothing but this key."""
+
+    def answer(seen):
+        if seen.path != "/v3/api_keys/self":
+            return 200, {}, PAGE
+        return key.get("status", 200), {}, json.dumps({"data": key}).encode()
+
+    return listen(answer)
+
+
+MAY_NOT = {
+    "lipsync:write": "It may not create, rename or delete overdubs: for that, add the scope 'lipsync:write'",
+    "assets:write": "It may not upload or delete files: for that, add the scope 'assets:write'",
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "missing"),
+    [
+        ({"scope_mode": "full", "scopes": ["*:*"]}, ()),
+        ({"scope_mode": "full"}, ()),
+        ({"scope_mode": "read_only", "scopes": ["*:read"]}, MAY_NOT),
+        ({"scope_mode": "read_only"}, MAY_NOT),
+        ({"scope_mode": "custom", "scopes": ["lipsync:write", "account:read"]}, ("assets:write",)),
+        ({"scope_mode": "custom", "scopes": ["assets:*", "lipsync:read"]}, ("lipsync:write",)),
+        ({"scopes": "odd", "scope_mode": 5, "expires_at": "soon"}, ()),
+        ({}, ()),
+        *(({"status": status, "scope_mode": "read_only"}, ()) for status in (401, 403, 404, 500)),
+    ],
+    ids=str,
+)
+def test_what_a_key_may_do(listen, connect, key, missing):
+    connect(key_of(listen, **key).url)
+    ok, message = HeyGenHook().test_connection()
+    assert ok
+    assert {scope for scope, text in MAY_NOT.items() if text in message} == set(missing)
+    assert "expires" not in message
+
+
+@pytest.mark.parametrize(("days", "told"), [(1, True), (13, True), (15, False), (10**9, False)])
+def test_when_a_key_expires(listen, connect, days, told):
+    moment = time.time() + days * 86400
+    connect(key_of(listen, scope_mode="full", expires_at=int(moment)).url)
+    ok, message = HeyGenHook().test_connection()
+    assert ok
+    assert ("It expires at" in message) == told
+    assert not told or f"{datetime.fromtimestamp(moment, UTC):%Y-%m-%d %H:%M} UTC." in message
+
+
 def test_good_token(heygen, connect):
     connect(heygen.url, heygen.oauth_token, auth_type="oauth")
     accepted = "HeyGen accepts the OAuth token."
@@ -565,7 +690,7 @@ def test_good_token(heygen, connect):
         ({"password": "wrong"}, ("401", "the password of this connection", "'auth_type'")),
         ({"auth_type": "oauth"}, ("401", "'auth_type' ('oauth')")),
         ({"password": "emulator-oauth-token"}, ("401", "'auth_type' ('api_key')")),
-        ({"resource": "lipsyncs"}, ("404", "'resource'", "to 'overdubs'")),
+        ({"resource": "lipsyncs"}, ("404", "Remove the extra 'resource' ('lipsyncs')")),
         ({"host": "http://127.0.0.1:1"}, ("http://127.0.0.1:1", "nothing was sent")),
         ({"host": "http://nowhere.localhost.invalid", "allow_http": True}, ("nothing was sent",)),
     ],

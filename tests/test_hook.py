@@ -92,6 +92,8 @@ def everything(hook, tmp_path):
     hook.update_overdub(overdub_id, "Better")
     hook.delete_overdub(overdub_id)
     assert hook.test_connection()[0]
+    assert hook.get_asset(asset.asset_id).name == "a.wav"
+    hook.delete_asset(asset.asset_id)
 
     async def asynchronously():
         another = hook.create_overdub(REQUEST)
@@ -140,8 +142,10 @@ def test_every_request_keeps_the_contract(heygen, wire, connect, tmp_path, resou
     with HeyGenHook() as hook:
         everything(hook, tmp_path)
     check_requests(wire)
-    assert {(seen.method, re.sub(r"(od|ls)_\w+|\?.*", "*", seen.path)) for seen in wire.seen} == {
+    assert {(seen.method, re.sub(r"(od|ls|asset)_\w+|\?.*", "*", seen.path)) for seen in wire.seen} == {
         ("POST", "/v3/assets"),
+        *((method, "/v3/assets/*") for method in ("GET", "DELETE")),
+        ("GET", "/v3/api_keys/self"),
         *((method, f"/v3/{resource}/*") for method in ("GET", "PATCH", "DELETE")),
         ("POST", f"/v3/{resource}"),
         ("GET", f"/v3/{resource}*"),
@@ -161,7 +165,8 @@ def test_every_request_keeps_the_contract(heygen, wire, connect, tmp_path, resou
         assert seen.method != "POST" or re.fullmatch(
             r"[A-Za-z0-9_\-:.]{1,255}", seen.headers["Idempotency-Key"]
         )
-    assert all(record.status == 200 for record in heygen.requests)
+    # A token has no scopes to ask for.
+    assert all(record.status == 200 or record.path == "/v3/api_keys/self" for record in heygen.requests)
 
 
 @both_resources
@@ -1119,3 +1124,243 @@ def test_refused_upload(heygen, pauses, tmp_path):
     with pytest.raises(HeyGenPermanentError, match=r"400 invalid_parameter to the upload.*field 'file'"):
         HeyGenHook().upload_asset(path)
     assert pauses == []
+
+
+# --- HeyGen's name for the resource -------------------------------------------------------------------
+
+
+def asked(wire):
+    """The requests as ``METHOD name/item`` with the names' first letters."""
+    found = []
+    for seen in wire.seen:
+        name, _, item = seen.path.removeprefix("/v3/").partition("?")[0].partition("/")
+        found.append(f"{seen.method} {name[0]}{'/id' if item else ''}")
+    return found
+
+
+@pytest.fixture
+def unnamed(wire, connect):
+    """The connection does not have the extra 'resource'."""
+    connect(wire.url, allow_private_hosts=True, max_requests_per_second=200)
+    return wire
+
+
+@pytest.fixture
+def elsewhere(heygen, unnamed):
+    """Another client's overdub, on a HeyGen that knows the newer name only."""
+    fill(heygen, 1, "lipsyncs")
+    heygen.behaviour.resources = "lipsyncs"
+    return heygen.jobs[0].id
+
+
+def page_404(wire, *, only=lambda seen: True, times=10**9):
+    """Let a gateway answer with a 404 page under ``overdubs``, whatever HeyGen did."""
+    pass_on, left = wire.answer, [times]
+
+    def answer(seen):
+        response = pass_on(seen)
+        if seen.path.startswith("/v3/overdubs") and only(seen) and left[0]:
+            left[0] -= 1
+            return 404, {"Content-Type": "text/html"}, b"<html>Not Found</html>"
+        return response
+
+    wire.answer = answer
+
+
+def test_no_further_request_while_overdubs_answers(heygen, unnamed, tmp_path):
+    with HeyGenHook() as hook:
+        assert (hook.known_resource, hook.resource) == (None, "overdubs")
+        overdub_id = hook.create_overdub(REQUEST)
+        hook.get_overdub(overdub_id)
+        hook.list_overdubs()
+        assert hook.known_resource == "overdubs"
+        with pytest.raises(HeyGenNotFoundError):
+            hook.get_overdub("od_1")
+    assert asked(unnamed) == ["POST o", "GET o/id", "GET o", "GET o/id"]
+
+
+FIRST_CALLS = {
+    "create": (lambda hook, _: hook.create_overdub(REQUEST), ["POST o", "GET l", "POST l"]),
+    "get": (lambda hook, key: hook.get_overdub(key), ["GET o/id", "GET o", "GET l", "GET l/id"]),
+    "list": (lambda hook, _: hook.list_overdubs(), ["GET o", "GET l", "GET l"]),
+    "update": (
+        lambda hook, key: hook.update_overdub(key, "T"),
+        ["PATCH o/id", "GET o", "GET l", "PATCH l/id"],
+    ),
+    "delete": (lambda hook, key: hook.delete_overdub(key), ["DELETE o/id", "GET o", "GET l", "DELETE l/id"]),
+    "test": (lambda hook, _: hook.test_connection(), ["GET o", "GET l", "GET l", "GET a/id"]),
+    "aget": (
+        lambda hook, key: asyncio.run(hook.aget_overdub(key)),
+        ["GET o/id", "GET o", "GET l", "GET l/id"],
+    ),
+    "alist": (lambda hook, _: asyncio.run(hook.alist_overdubs()), ["GET o", "GET l", "GET l"]),
+    "adelete": (
+        lambda hook, key: asyncio.run(hook.adelete_overdub(key)),
+        ["DELETE o/id", "GET o", "GET l", "DELETE l/id"],
+    ),
+}
+
+
+@pytest.mark.parametrize("page", [False, True], ids=["HeyGen's 404", "a page"])
+@pytest.mark.parametrize(("call", "requests"), FIRST_CALLS.values(), ids=FIRST_CALLS)
+def test_the_other_name_is_found_once(heygen, unnamed, pauses, elsewhere, call, requests, page):
+    if page:
+        page_404(unnamed)
+    call(HeyGenHook(), elsewhere)
+    assert HeyGenHook().resource == "lipsyncs"
+    if not page:
+        assert asked(unnamed) == requests
+    elif "GET o/id" not in requests:
+        assert "GET l" in asked(unnamed)
+    unnamed.seen.clear()
+    HeyGenHook().create_overdub(REQUEST)
+    assert asked(unnamed) == ["POST l"], "what was found is kept"
+
+
+def test_the_name_is_kept_by_account(heygen, connect, elsewhere):
+    HeyGenHook().list_overdubs()
+    connect(heygen.url, "another-key")
+    assert HeyGenHook().known_resource is None
+
+
+@pytest.mark.parametrize("page", [False, True], ids=["HeyGen's 404", "a page"])
+def test_neither_name_is_known(unnamed, page):
+    body = b"<html>Not Found</html>" if page else b'{"error": {"code": "not_found", "message": "No route."}}'
+    unnamed.answer = lambda _: (404, {}, body)
+    hook = HeyGenHook(max_attempts=1)
+    for call in (hook.list_overdubs, lambda: hook.get_overdub("od_1")):
+        with pytest.raises(HeyGenError, match=r"Neither 'overdubs' nor .*'heygen_default'") as raised:
+            call()
+        assert raised.value.status_code == 404
+    if not page:
+        unnamed.seen.clear()
+        with pytest.raises(HeyGenNotFoundError, match="Neither"):
+            hook.create_overdub(REQUEST)
+        assert asked(unnamed) == ["POST o", "GET l"]
+    assert hook.known_resource is None
+
+
+@pytest.mark.parametrize("resource", ["overdubs"])
+def test_a_name_that_is_set_is_not_questioned(heygen, wire):
+    heygen.behaviour.resources = "lipsyncs"
+    with pytest.raises(HeyGenNotFoundError, match="Remove the extra 'resource'"):
+        HeyGenHook().create_overdub(REQUEST)
+    assert asked(wire) == ["POST o"]
+
+
+@pytest.mark.parametrize("resources", ["overdubs", "both"])
+def test_a_missing_overdub_is_no_missing_name(heygen, unnamed, resources):
+    heygen.behaviour.resources = resources
+    for number in (1, 2):
+        with pytest.raises(HeyGenNotFoundError, match="It was deleted, never existed"):
+            get("od_1")
+        assert asked(unnamed) == ["GET o/id", "GET o", "GET o/id"][: number + 1]
+    assert HeyGenHook().known_resource == "overdubs"
+
+
+def test_a_page_is_no_missing_name(heygen, unnamed, pauses):
+    page_404(unnamed, times=1)
+    HeyGenHook().list_overdubs()
+    assert HeyGenHook().known_resource == "overdubs"
+    assert "GET l" not in asked(unnamed)
+    page_404(unnamed, times=3)
+    HeyGenHook().list_overdubs()
+    assert HeyGenHook().known_resource == "overdubs"
+    assert "GET l" not in asked(unnamed), "a name that has answered stays"
+
+
+def test_heygen_drops_a_name_while_a_triggerer_runs(heygen, unnamed):
+    alist = HeyGenHook().alist_overdubs
+    asyncio.run(alist())
+    heygen.behaviour.resources = "lipsyncs"
+    asyncio.run(alist())
+    assert HeyGenHook().resource == "lipsyncs"
+
+
+@pytest.mark.parametrize("error", [{"code": "asset_not_found"}, {"code": "c", "param": "folder_id"}], ids=str)
+def test_what_a_create_request_names_is_missing(heygen, unnamed, error):
+    heygen.fail_next(method="POST", status=404, body=json.dumps({"error": error}))
+    with pytest.raises(HeyGenNotFoundError):
+        HeyGenHook().create_overdub(REQUEST)
+    assert asked(unnamed) == ["POST o"]
+
+
+def test_the_other_name_cannot_be_asked_for_now(heygen, unnamed, pauses, elsewhere):
+    heygen.fail_next(method="GET", status=503)
+    HeyGenHook().create_overdub(REQUEST)
+    assert asked(unnamed) == ["POST o", "GET l", "POST o", "GET l", "POST l"]
+    assert len(heygen.jobs) == 2
+
+
+def test_each_create_request_is_announced_with_its_name(heygen, unnamed, elsewhere):
+    hook, names = HeyGenHook(), []
+    hook.create_overdub(REQUEST, before_sending=lambda: names.append(hook.known_resource))
+    assert names == [None, "lipsyncs"]
+    assert len({post.headers["Idempotency-Key"] for post in unnamed.seen if post.method == "POST"}) == 1
+
+
+def is_post(seen):
+    return seen.method == "POST"
+
+
+@pytest.mark.parametrize("resources", ["overdubs", "both"])
+def test_a_page_that_hides_a_started_overdub(heygen, unnamed, pauses, resources):
+    heygen.behaviour.resources = resources
+    page_404(unnamed, only=is_post)
+    overdub_id = HeyGenHook().create_overdub(REQUEST)
+    assert [job.id for job in heygen.jobs] == [overdub_id]
+    assert "POST l" not in asked(unnamed)
+
+
+class TwoNames:
+    """A HeyGen whose two names have overdubs of their own, behind a gateway with pages for ``overdubs``."""
+
+    def __init__(self, pages):
+        self.pages = pages
+        self.jobs = {"overdubs": [], "lipsyncs": []}
+
+    def __call__(self, seen):
+        jobs = self.jobs[seen.path.removeprefix("/v3/").partition("?")[0].partition("/")[0]]
+        data = jobs
+        if seen.method == "POST":
+            sent = json.loads(seen.body)
+            jobs.append({"id": f"od_{len(jobs)}", "status": "pending", "callback_id": sent["callback_id"]})
+            data = {"overdub_id": jobs[-1]["id"]}
+        if jobs is self.jobs["overdubs"] and self.pages:
+            self.pages -= 1
+            return 404, {}, b"<html>Not Found</html>"
+        return 200, {}, json.dumps({"data": data, "has_more": False}).encode()
+
+
+@pytest.mark.parametrize("pages", range(1, 5))
+def test_no_create_request_under_both_names(listen, connect, pauses, monkeypatch, pages):
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    server = TwoNames(pages)
+    connect(listen(server).url)
+    overdub_id = HeyGenHook().create_overdub(REQUEST)
+    if pages < 4:
+        assert (overdub_id, server.jobs["lipsyncs"]) == ("od_0", [])
+        assert len(server.jobs["overdubs"]) == 1
+    else:
+        assert sum(clock.slept) > 44, "not before an overdub would have appeared"
+        assert overdub_id == server.jobs["lipsyncs"][0]["id"]
+
+
+def test_no_name_answers_for_certain(listen, connect, pauses, monkeypatch):
+    """The list of the name that was tried first fails, so it is not known whether something was started."""
+    monkeypatch.setattr(module, "time", Clock())
+    server = TwoNames(pages=4)
+    names = []
+
+    def answer(seen):
+        names.append(f"{seen.method} {seen.path[4]}")
+        if names.count("GET l") and seen.path.startswith("/v3/overdubs"):
+            return 403, {}, b'{"error": {"code": "forbidden"}}'
+        return server(seen)
+
+    connect(listen(answer).url)
+    with pytest.raises(HeyGenTransientError) as raised:
+        HeyGenHook().create_overdub(REQUEST)
+    assert raised.value.outcome_unknown
+    assert names.count("POST o") + names.count("POST l") == 1

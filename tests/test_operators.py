@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -19,17 +20,19 @@ from airflow_provider_heygen.exceptions import (
     HeyGenError,
     HeyGenNotFoundError,
     HeyGenOverdubFailedError,
+    HeyGenOverdubTimeoutError,
     HeyGenPermanentError,
     HeyGenTaskFailedError,
 )
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
-from airflow_provider_heygen.operators.asset import HeyGenUploadAssetOperator
+from airflow_provider_heygen.operators.asset import HeyGenDeleteAssetOperator, HeyGenUploadAssetOperator
 from airflow_provider_heygen.operators.overdub import (
     REQUEST_FIELDS,
     HeyGenCreateOverdubOperator,
     HeyGenDeleteOverdubOperator,
     HeyGenUpdateOverdubOperator,
 )
+from airflow_provider_heygen.submission import STATE_KEY, digest
 from airflow_provider_heygen.transfers.heygen_to_object_storage import HeyGenOverdubToObjectStorageOperator
 
 RESOURCES = pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
@@ -60,8 +63,10 @@ def overdub_id(heygen):
 
 
 def test_the_operator_has_each_field_of_the_request_as_a_templated_argument():
-    assert tuple(CreateOverdubRequest.model_fields) == REQUEST_FIELDS
-    assert {*REQUEST_FIELDS, "heygen_conn_id"} <= set(HeyGenCreateOverdubOperator.template_fields)
+    assert tuple(CreateOverdubRequest.model_fields) == (*REQUEST_FIELDS, "extra_body")
+    assert {*REQUEST_FIELDS, "extra_body", "heygen_conn_id"} <= set(
+        HeyGenCreateOverdubOperator.template_fields
+    )
 
 
 @RESOURCES
@@ -110,6 +115,7 @@ def test_all_fields_arrive_as_templates_render_them(heygen):
         ({"start_time": 3, "end_time": 2}, "end_time"),
         ({"title": ""}, "title"),
         ({"title": "None"}, "title"),
+        ({"extra_body": {"title": "x"}}, "extra_body: repeats 'title'"),
         ({"poke_interval": 0}, "poke_interval"),
         ({"poke_interval": "soon"}, "poke_interval"),
         ({"timeout": -1}, "timeout"),
@@ -144,6 +150,135 @@ def test_links_are_masked_where_rendered_fields_are_stored():
     stored = str([redact(getattr(operator, name)) for name in operator.template_fields])
     assert "RENDERED" not in stored
     assert "https://x.y/v.mp4?" in stored
+
+
+@pytest.mark.parametrize(
+    ("fields", "sent"),
+    [
+        ({"title": 2026.5, "folder_id": 5, "callback_id": 100000.0}, {"title": "2026.5", "folder_id": "5"}),
+        ({"title": 2026, "enable_watermark": " true "}, {"title": "2026", "enable_watermark": True}),
+        ({"disable_music_track": "FALSE", "start_time": "1"}, {"disable_music_track": False}),
+        (
+            {"video": {"type": "asset_id", "asset_id": 123456}},
+            {"video": {"type": "asset_id", "asset_id": "123456"}},
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_native_template_renders(fields, sent):
+    body = CreateOverdubRequest.of(MEDIA | fields).body()
+    assert {name: body[name] for name in sent} == sent
+
+
+@RESOURCES
+def test_rename_to_a_number(heygen, overdub_id):
+    run(HeyGenUpdateOverdubOperator, overdub_id=overdub_id, title=2026.5)
+    assert heygen.jobs[0].title == "2026.5"
+
+
+@pytest.mark.parametrize("mode", ["poke", "reschedule"])
+def test_a_sensors_mode_from_default_args(heygen, capsys, mode):
+    run(HeyGenCreateOverdubOperator, **MEDIA, mode=mode, poke_interval=0.05)
+    assert heygen.jobs[0].request.mode in (None, "speed")
+    assert "mode='speed', mode='precision' or mode=None on this task" in capsys.readouterr().out
+
+
+def test_further_fields(heygen, wire, monkeypatch):
+    """They are rendered, sent, and part of what makes a request another one."""
+    operator = HeyGenCreateOverdubOperator(task_id="task", **MEDIA, extra_body={"lang": ["{{ lang }}"]})
+    operator.render_template_fields({"lang": "de"})
+    assert operator.extra_body == {"lang": ["de"]}
+    wire.answer = lambda _: (200, {}, b'{"data": {"overdub_id": "od_1", "status": "completed"}}')
+    task = Task(lambda: operator, store=StateStore())
+    task.start()
+    (post,) = [seen for seen in wire.seen if seen.method == "POST"]
+    assert json.loads(post.body)["lang"] == ["de"]
+    assert "extra_body" not in json.loads(post.body)
+    with_it = digest(CreateOverdubRequest.of(MEDIA | {"extra_body": {"lang": "de"}}))
+    assert with_it != digest(CreateOverdubRequest.of(MEDIA))
+    assert digest(CreateOverdubRequest.of(MEDIA | {"extra_body": {}})) == digest(
+        CreateOverdubRequest.of(MEDIA)
+    )
+
+
+# --- HeyGen's name for the resource -------------------------------------------------------------------
+
+
+def test_a_retry_asks_under_the_name_of_its_overdub(heygen, connect, monkeypatch):
+    heygen.behaviour.resources = "lipsyncs"
+    heygen.behaviour.job_seconds = 60
+    connect(heygen.url, allow_private_hosts=True)
+    task = Task(
+        lambda: HeyGenCreateOverdubOperator(task_id="task", **MEDIA, timeout=0.2, poke_interval=0.05),
+        store=StateStore(),
+    )
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        task.start()
+    assert task.store.get(STATE_KEY)["resource"] == "lipsyncs"
+    heygen.behaviour.resources = "both"
+    heygen.force(heygen.jobs[0].id, "completed")
+    connect(heygen.url, allow_private_hosts=True, resource="overdubs")  # forgets what was found, too
+    before = len(heygen.requests)
+    assert task.start() == heygen.jobs[0].id
+    assert {record.path for record in heygen.requests[before:]} == {f"/v3/lipsyncs/{heygen.jobs[0].id}"}
+    heygen.behaviour.job_seconds = 0.05
+    task.clear()
+    task.start()
+    assert heygen.requests[-1].path == f"/v3/overdubs/{heygen.jobs[1].id}", "a new one: as it is set"
+
+
+def test_delete_under_the_name_that_is_found(heygen, connect, overdub_id):
+    heygen.behaviour.resources = "lipsyncs"
+    connect(heygen.url)
+    run(HeyGenDeleteOverdubOperator, overdub_id=overdub_id)
+    assert heygen.jobs[0].deleted
+
+
+# --- Assets -------------------------------------------------------------------------------------------
+
+
+@RESOURCES
+def test_the_inputs_are_deleted_by_the_ids_in_xcom(heygen, tmp_path):
+    (tmp_path / "v.mp4").write_bytes(b"\x00\x00\x00\x18ftypmp42" + bytes(100))
+    (tmp_path / "a.mp3").write_bytes(b"ID3" + bytes(100))
+    files = {"video": f"file://{tmp_path}/v.mp4", "audio": f"file://{tmp_path}/a.mp3"}
+    _, xcoms = run(HeyGenCreateOverdubOperator, **files, wait_for_completion=False)
+    assert xcoms["asset_ids"] == [asset.id for asset in heygen.assets]
+    assert len(xcoms["asset_ids"]) == 2
+    run(HeyGenDeleteAssetOperator, asset_id=xcoms["asset_ids"])
+    assert heygen.assets == []
+    run(HeyGenDeleteAssetOperator, asset_id=xcoms["asset_ids"])
+    with fails_for_good(HeyGenNotFoundError):
+        run(HeyGenDeleteAssetOperator, asset_id=xcoms["asset_ids"], ignore_missing=False)
+
+
+def test_no_asset_is_uploaded_for_a_url(heygen):
+    assert run(HeyGenCreateOverdubOperator, **MEDIA, wait_for_completion=False)[1]["asset_ids"] == []
+
+
+@pytest.mark.parametrize(
+    ("asset_id", "deleted"),
+    [
+        ("a", ["a"]),
+        (7, ["7"]),
+        ({"type": "asset_id", "asset_id": "a"}, ["a"]),
+        ([], []),
+        ((["a", 7], [], [{"type": "asset_id", "asset_id": "b"}]), ["a", "7", "b"]),
+    ],
+    ids=str,
+)
+def test_ids_of_assets_in_each_form(wire, asset_id, deleted):
+    run(HeyGenDeleteAssetOperator, asset_id=asset_id)
+    assert [f"{seen.method} {seen.path}" for seen in wire.seen] == [f"DELETE /v3/assets/{i}" for i in deleted]
+
+
+@pytest.mark.parametrize(
+    "asset_id", [None, "None", "", ["a", None], "['a','b']", "['a']", {"url": "x"}], ids=str
+)
+def test_delete_of_a_bad_asset_id_sends_nothing(heygen, asset_id):
+    with fails_for_good(HeyGenBadInputError, match="asset_id"):
+        run(HeyGenDeleteAssetOperator, asset_id=asset_id)
+    assert heygen.requests == []
 
 
 # --- Upload -------------------------------------------------------------------------------------------

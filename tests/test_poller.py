@@ -177,6 +177,7 @@ class Hook:
 
     def __init__(self, server, conn_id, max_attempts):
         self.server = server
+        self.resource = server.resource
         self.settings = HeyGenConnection(
             conn_id=conn_id,
             base_url="https://x.y",
@@ -199,7 +200,7 @@ class Hook:
         self.server.open_sessions -= 1
 
     async def asend(self, call):
-        server = self.server
+        server, call = self.server, call.under(self.resource)
         listing = call.path.count("/") == 2
         kind = "bulk" if call.path.endswith("/statuses") else "list" if listing else "get"
         server.requests.append((server.loop.now, kind))

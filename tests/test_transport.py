@@ -25,14 +25,14 @@ from airflow_provider_heygen.exceptions import (
     HeyGenUnreachableError,
 )
 
-POLL = api.get_overdub("overdubs", "od_1")
+POLL = api.get_overdub("od_1")
 MEDIA = {"video": "https://example.com/v.mp4", "audio": "https://example.com/a.mp3"}
 OVERDUB = json.dumps({"data": {"id": "od_1", "status": "running"}}).encode()
 SECRET = "pw-of-the-proxy"
 
 
 def create_call():
-    return api.create_overdub("overdubs", api.CreateOverdubRequest.of(MEDIA), "key-1")
+    return api.create_overdub(api.CreateOverdubRequest.of(MEDIA), "key-1")
 
 
 def settings_for(url, **extra):
@@ -653,7 +653,7 @@ def test_a_1xx_leaves_nothing_behind_for_the_next_request():
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=accept, args=[server], daemon=True).start()
         settings = settings_for(f"http://127.0.0.1:{server.getsockname()[1]}")
-        call = api.get_overdub("overdubs", "od_1")
+        call = api.get_overdub("od_1")
         with transport.new_session(settings, credential=True) as session:
             with pytest.raises(HeyGenGatewayError):
                 transport.send(session, call, settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,13 +27,16 @@ from airflow_provider_heygen.exceptions import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
     from os import PathLike
 
     import requests
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
 T = TypeVar("T")
+
+NAMES = ("overdubs", "lipsyncs")
+"""HeyGen's names for the resource, in the order in which they are tried."""
 
 SETTLE_SECONDS = 45.0
 """How long after a create request was sent its overdub may still appear; HeyGen's p99 is near 31 s
@@ -61,6 +64,10 @@ KEY_SECONDS = 23 * 60 * 60
 
 MAX_UPLOAD_URLS = 3
 """How many upload URLs are tried for one file, when they expire or are refused."""
+
+
+# HeyGen's name for the resource, as it was found, by base URL and credential.
+_found: dict[Any, str] = {}
 
 
 def _pause(state: tenacity.RetryCallState) -> float:
@@ -96,6 +103,8 @@ class HeyGenHook(BaseHook):
         self.heygen_conn_id = heygen_conn_id
         self.max_attempts = max_attempts
         self.longest_pause = longest_pause
+        self.created_under: str | None = None
+        """The name of the resource under which the overdub was created that this hook is for, if known."""
         self._resolved: HeyGenConnection | None = None
         self._closing = ExitStack()
         self._aclosing: list[AsyncExitStack] = []
@@ -110,31 +119,42 @@ class HeyGenHook(BaseHook):
         before_sending: Callable[[], object] | None = None,
     ) -> str:
         """
-        Start an overdub and give its id. It costs money when it completes.
+        Start an overdub and return its id. It costs money when it completes.
 
-        However often the answer gets lost, one overdub is started: each attempt carries the same key, and
-        before an attempt that follows a lost answer the list is searched for our ``callback_id``, because
-        a server may not know the key.
+        However often the response is lost, one overdub is started: each attempt has the same key, and an
+        attempt after a lost response first searches the list for the ``callback_id``, because a server may
+        not know the key.
 
         :param request: a :class:`~airflow_provider_heygen.api.CreateOverdubRequest` or a mapping of its
             fields.
         :param idempotency_key: 1 to 255 of ``A-Z a-z 0-9 _ - : .``; the same key gets the same overdub for
-            24 hours, even for another request. Made up when not given. Also sent as ``callback_id`` unless
-            the request has one.
-        :param before_sending: called before each attempt; for who notes what may have been sent, and when.
+            24 hours, even for another request. Random by default. Also sent as ``callback_id`` unless the
+            request has one.
+        :param before_sending: called before each attempt, for callers that record what may have been sent,
+            and when.
         """
         request = api.CreateOverdubRequest.of(request)
         idempotency_key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
         if request.callback_id is None:
             request = request.model_copy(update={"callback_id": idempotency_key})
-        call = api.create_overdub(self.settings.resource, request, idempotency_key)
-        started_at = sent_at = time.time()
+        call = api.create_overdub(request, idempotency_key)
+        started_at = sent_at = attempted_at = time.time()
+        sent_under = self.resource
         answer_lost = False
+
+        def before() -> None:
+            nonlocal attempted_at, sent_under
+            if before_sending is not None:
+                before_sending()
+            attempted_at, sent_under = time.time(), self.resource
+
         for attempt in self._retrying():
             with attempt:
                 try:
                     if answer_lost:
-                        found = self.find_created(request, idempotency_key, since=started_at, sent_at=sent_at)
+                        found = self.find_created(
+                            request, idempotency_key, since=started_at, sent_at=sent_at, sent_under=sent_under
+                        )
                         if found is not None:
                             self.log.info(
                                 "The response to the create request was lost, but HeyGen started overdub %s."
@@ -142,22 +162,19 @@ class HeyGenHook(BaseHook):
                                 found.overdub_id,
                             )
                             return found.overdub_id
-                    if before_sending is not None:
-                        before_sending()
-                    attempted_at = time.time()
-                    return self._send(call)
+                    return self._send(call, before=before)
                 except HeyGenError as error:
                     if error.outcome_unknown and error.code is None:
-                        # No word from HeyGen itself: the create may still be under way.
+                        # No word from HeyGen itself: the create request may still be processed.
                         sent_at = attempted_at
-                    # Once an answer was lost, no later error makes that undone.
+                    # Once a response was lost, no later error makes that undone.
                     answer_lost = error.outcome_unknown = answer_lost or error.outcome_unknown
                     raise
         raise AssertionError  # tenacity returns or raises; this tells mypy
 
     def get_overdub(self, overdub_id: str) -> api.Overdub:
-        """Read one overdub. Each look gives a fresh ``video_url``."""
-        return self._call(api.get_overdub(self.settings.resource, overdub_id))
+        """Read one overdub. Each response has a new ``video_url``."""
+        return self._call(api.get_overdub(overdub_id))
 
     def list_overdubs(self, limit: int = 10, token: str | None = None) -> api.OverdubPage:
         """
@@ -166,7 +183,7 @@ class HeyGenHook(BaseHook):
         :param limit: how many, 1 to 100.
         :param token: ``next_token`` of the page before.
         """
-        return self._call(api.list_overdubs(self.settings.resource, limit, token))
+        return self._call(api.list_overdubs(limit, token))
 
     def iter_overdubs(self, page_size: int = api.MAX_PAGE_SIZE) -> Iterator[api.Overdub]:
         """
@@ -218,6 +235,7 @@ class HeyGenHook(BaseHook):
         *,
         since: float,
         sent_at: float = 0.0,
+        sent_under: str | None = None,
     ) -> api.Overdub | None:
         """
         Find the overdub that a create request with a lost response has started.
@@ -234,12 +252,13 @@ class HeyGenHook(BaseHook):
         :param sent_at: time of the last attempt without any response, in Unix seconds. The overdub may
             appear for some time after it, so where the key is not relied on, the search is repeated until
             then.
+        :param sent_under: the name of the resource under which that attempt was made.
         :returns: the overdub, or ``None`` if the request may be sent again.
         :raises HeyGenOutcomeUnknownError: if it cannot be determined. Nothing more was sent; a retry
             searches again.
         :raises HeyGenTransientError: if HeyGen cannot be searched now. A retry may succeed.
         """
-        key_is_known = self.settings.resource == "lipsyncs" and time.time() - since < KEY_SECONDS
+        sent_under = sent_under or self.created_under or self.settings.resource or NAMES[0]
         search = _Search(self, request, idempotency_key, since, max(sent_at, since))
         settled_at = sent_at + SETTLE_SECONDS
         delay = 5.0
@@ -250,6 +269,8 @@ class HeyGenHook(BaseHook):
                 search.doubts = [f"the list cannot be read: {error}"]
             if search.found is not None:
                 return search.found
+            # A key is known under the name with which it was sent.
+            key_is_known = self.resource == sent_under == "lipsyncs" and time.time() - since < KEY_SECONDS
             left = settled_at - time.time()
             if search.doubts or left <= 0 or key_is_known:
                 break
@@ -257,24 +278,48 @@ class HeyGenHook(BaseHook):
             pause = left if search.pages_left < 2 * search.pages else min(left, delay)
             time.sleep(pause)
             delay *= 2
-        if not search.doubts or key_is_known:
-            return None
-        raise HeyGenOutcomeUnknownError(
-            "A create request was sent, its response was lost, and it cannot be determined whether it"
-            f" started an overdub (candidates: {', '.join(search.doubts[:5])}). Nothing more was sent."
-            " Check the candidates in HeyGen. If none belongs to this task, clear the task to send the"
-            " request again (before Airflow 3.3: run it with durable=False). Leave callback_id unset, so"
-            " that the provider sends a unique one by which it can find an overdub.",
-            outcome_unknown=True,
-        )
+        if search.doubts and not key_is_known:
+            raise HeyGenOutcomeUnknownError(
+                "A create request was sent, its response was lost, and it cannot be determined whether it"
+                f" started an overdub (candidates: {', '.join(search.doubts[:5])}). Nothing more was sent."
+                " Check the candidates in HeyGen. If none belongs to this task, clear the task to send the"
+                " request again (before Airflow 3.3: run it with durable=False). Leave callback_id unset, so"
+                " that the provider sends a unique one by which it can find an overdub.",
+                outcome_unknown=True,
+            )
+        if sent_under != self.resource and self._answers_now(sent_under):
+            return self.find_created(request, idempotency_key, since=since, sent_under=sent_under)
+        return None
+
+    def _answers_now(self, name: str) -> bool:
+        """Return whether HeyGen has the resource under a name that returned 404 before, and keep it then."""
+        try:
+            self._send(api.list_overdubs(1, None).under(name))
+        except HeyGenError as error:
+            if error.status_code == 404:
+                return False
+            raise HeyGenTransientError(str(error), outcome_unknown=True) from None
+        self._keep_name(name)
+        return True
 
     def update_overdub(self, overdub_id: str, title: str) -> api.Overdub:
         """Rename an overdub."""
-        return self._call(api.update_overdub(self.settings.resource, overdub_id, title))
+        return self._call(api.update_overdub(overdub_id, title))
 
     def delete_overdub(self, overdub_id: str) -> None:
         """Delete an overdub and its files for good."""
-        call, deletion = api.delete_overdub(self.settings.resource, overdub_id), _Deletion()
+        self._delete(api.delete_overdub(overdub_id))
+
+    def get_asset(self, asset_id: str) -> api.Asset:
+        """Read what HeyGen holds of an uploaded file."""
+        return self._call(api.get_asset(asset_id))
+
+    def delete_asset(self, asset_id: str) -> None:
+        """Delete an uploaded file for good. What this does to an overdub that still reads it is unknown."""
+        self._delete(api.delete_asset(asset_id))
+
+    def _delete(self, call: api.Call[None]) -> None:
+        deletion = _Deletion()
         for attempt in self._retrying():
             with attempt, deletion:
                 self._send(call)
@@ -386,7 +431,7 @@ class HeyGenHook(BaseHook):
         return self._download("captions", overdub_id, path, overwrite)
 
     def _download(self, what: str, overdub_id: str, path: ObjectStoragePath, overwrite: bool) -> int:
-        call = api.get_overdub(self.settings.resource, overdub_id)
+        call = api.get_overdub(overdub_id)
 
         def fresh_link() -> str:
             overdub = self._send(call).raise_for_failure()
@@ -427,29 +472,31 @@ class HeyGenHook(BaseHook):
             self.log.warning("Airflow's lineage does not take %s: %s", destination, error)
 
     def test_connection(self) -> tuple[bool, str]:
-        """Try the connection with a free look at the resource itself, as Airflow's "Test" button does."""
+        """List one overdub, which is free, and read what the API key may do: Airflow's "Test" button."""
         try:
-            page = self._send(api.list_overdubs(self.settings.resource, 1, None))
+            page = self._send(api.list_overdubs(1, None))
         except Exception as error:
-            # The web UI tries it under an id made up for the occasion.
+            # The web UI tests it under a random id.
             named = f"Airflow connection '{self.heygen_conn_id}'"
             return False, str(error).replace(named, "this connection")
         credential = "OAuth token" if self.settings.auth_type == "oauth" else "API key"
-        resource = self.settings.resource
-        seen = f"There are {resource}." if page.data else f"There are no {resource} yet."
-        return True, f"HeyGen accepts the {credential}. {seen}"
+        said = [f"HeyGen accepts the {credential}.", f"There are {'' if page.data else 'no '}{self.resource}"]
+        said[-1] += "." if page.data else " yet."
+        with suppress(HeyGenError):  # an older server, an OAuth token, a key that may not read it
+            said += self._send(api.get_api_key()).limits()
+        return True, " ".join(said)
 
     async def aget_overdub(self, overdub_id: str) -> api.Overdub:
         """:meth:`get_overdub` for an event loop."""
-        return await self._acall(lambda resource: api.get_overdub(resource, overdub_id))
+        return await self._acall(api.get_overdub(overdub_id))
 
     async def alist_overdubs(self, limit: int = 10, token: str | None = None) -> api.OverdubPage:
         """:meth:`list_overdubs` for an event loop."""
-        return await self._acall(lambda resource: api.list_overdubs(resource, limit, token))
+        return await self._acall(api.list_overdubs(limit, token))
 
     async def adelete_overdub(self, overdub_id: str) -> None:
         """:meth:`delete_overdub` for an event loop."""
-        call, deletion = api.delete_overdub((await self.asettings()).resource, overdub_id), _Deletion()
+        call, deletion = api.delete_overdub(overdub_id), _Deletion()
         async for attempt in tenacity.AsyncRetrying(**self._retry_options()):
             with attempt, deletion:
                 await self.asend(call)
@@ -475,6 +522,23 @@ class HeyGenHook(BaseHook):
 
         connection = await get_async_connection(self.heygen_conn_id, hook=self)
         return HeyGenConnection.from_airflow(connection, await HeyGenConnection.aextra_of(connection))
+
+    @property
+    def known_resource(self) -> str | None:
+        """HeyGen's name for the resource: of a past create request, as set, or as found."""
+        return self.created_under or self.settings.resource or _found.get(self._account)
+
+    @property
+    def resource(self) -> str:
+        """HeyGen's name for the resource, ``overdubs`` unless another is known. Sends no request."""
+        return self.known_resource or NAMES[0]
+
+    @property
+    def _account(self) -> tuple[object, ...]:
+        return (self.settings.base_url, self.settings.auth_header)
+
+    def _keep_name(self, name: str) -> None:
+        _found[self._account] = name
 
     def __enter__(self) -> HeyGenHook:
         return self
@@ -540,18 +604,96 @@ class HeyGenHook(BaseHook):
         result: T = self._retrying()(self._send, call)
         return result
 
-    def _send(self, call: api.Call[T], *, form: MultipartEncoder | None = None) -> T:
-        """Send one call once."""
-        return transport.send(self._session, call, self.settings, form)
+    def _send(
+        self,
+        call: api.Call[T],
+        *,
+        form: MultipartEncoder | None = None,
+        before: Callable[[], object] = lambda: None,
+    ) -> T:
+        """Send one call once; ``before`` is called before each request that is not a GET."""
 
-    async def _acall(self, build: Callable[[str], api.Call[T]]) -> T:
-        call = build((await self.asettings()).resource)
+        async def send(named: api.Call[Any]) -> Any:
+            if named.method != "GET":
+                before()
+            return transport.send(self._session, named, self.settings, form)
+
+        return _run(self._under_its_name(call, send))
+
+    async def _acall(self, call: api.Call[T]) -> T:
         result: T = await tenacity.AsyncRetrying(**self._retry_options())(self.asend, call)
         return result
 
     async def asend(self, call: api.Call[T]) -> T:
         """Send one call once, for callers that repeat it themselves."""
-        return await transport.asend(call, await self.asettings())
+        settings = await self.asettings()
+        return await self._under_its_name(call, lambda named: transport.asend(named, settings))
+
+    # --- HeyGen's name for the resource ---------------------------------------------------------------
+
+    async def _under_its_name(self, call: api.Call[T], send: Callable[[api.Call[Any]], Awaitable[Any]]) -> T:
+        """Send a call under the name that the resource has; find out which one, if a 404 asks for it."""
+        name = self.resource
+        try:
+            result: T = await send(call.under(name))
+        except HeyGenError as error:
+            if not (
+                call.renamed and error.status_code == 404 and await self._has_other_name(call, error, send)
+            ):
+                raise
+            return await send(call.under(self.resource))  # type: ignore[no-any-return]
+        if call.renamed and self.known_resource is None:
+            self._keep_name(name)
+        return result
+
+    async def _has_other_name(
+        self, call: api.Call[Any], error: HeyGenError, send: Callable[[api.Call[Any]], Awaitable[Any]]
+    ) -> bool:
+        """
+        Return whether the resource turns out to have the other name, which is then kept.
+
+        A 404 page of a gateway proves nothing. So it does not tell whether a create request took effect, and
+        for any other call only a second one counts.
+        """
+        name, is_heygens = self.resource, isinstance(error, HeyGenNotFoundError)
+        if self.created_under or self.settings.resource:
+            return False
+        if self.known_resource and not (is_heygens and call.is_collection and call.method == "GET"):
+            return False
+        if call.method == "POST":
+            if not is_heygens or error.param or error.code == "asset_not_found":
+                return False
+        elif not (is_heygens and call.is_collection) and await self._answers(name, send):
+            return False
+        if await self._answers(NAMES[1 - NAMES.index(name)], send):
+            return True
+        error.message += (
+            f" Neither 'overdubs' nor 'lipsyncs', HeyGen's names for the resource, is known at"
+            f" {self.settings.base_url}. Check the host of Airflow connection '{self.heygen_conn_id}'."
+        )
+        error.args = (error.message,)
+        return False
+
+    async def _answers(self, name: str, send: Callable[[api.Call[Any]], Awaitable[Any]]) -> bool:
+        """Return whether HeyGen has a collection of that name, which is then kept."""
+        try:
+            await send(api.list_overdubs(1, None).under(name))
+        except HeyGenError as error:
+            if error.status_code != 404:
+                raise
+            return False
+        self._keep_name(name)
+        return True
+
+
+def _run(steps: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that awaits nothing but coroutines like it: code for worker and event loop alike."""
+    try:
+        steps.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    raise AssertionError
 
 
 class _Deletion:
@@ -590,41 +732,48 @@ class _Search:
         self.doubts: list[str] = []
         self.pages, self.pages_left, self.gets_left = 0, MAX_SEARCH_PAGES, MAX_CANDIDATE_GETS
         self._known: dict[str, api.Overdub] = {}
+        self._candidates: dict[str, tuple[float, float, api.Overdub]] = {}
 
     def read(self) -> None:
         """Read the list once, and fetch those that could be the overdub and have no ``callback_id`` there."""
-        self.doubts, self.pages = [], 0
-        candidates: dict[str, tuple[float, float, api.Overdub]] = {}
-        newest_first, last, whole = True, math.inf, False
+        self.doubts, self.pages, whole = [], 0, False
+        self._candidates, self._newest_first, self._created_last = {}, True, math.inf
         for page in self.hook._pages():
             self.pages, self.pages_left = self.pages + 1, self.pages_left - 1
-            # HeyGen's clock may be far off ours; how long ago the request was sent depends on neither.
-            offset = 0.0 if page.server_time is None else page.server_time - time.time()
             if self._match(page):
                 return
-            old = False
-            for row in page.data:
-                created_at = math.inf if row.created_at is None else row.created_at
-                newest_first, last = newest_first and created_at <= last and created_at < math.inf, created_at
-                if created_at < self.first + offset - SEARCH_SECONDS:
-                    old = True
-                elif row.callback_id is None:
-                    # Of those that are equally near as far as the clocks can tell, the newest comes first.
-                    distance = max(0.0, abs(created_at - self.last - offset) - CLOCK_NOISE_SECONDS)
-                    candidates[row.overdub_id] = (distance, -created_at, row)
+            old = self._collect(page)
             # The order of the list is not documented; a whole page of falling times is proof enough.
-            if newest_first and old and len(page.data) >= api.MAX_PAGE_SIZE:
-                whole = True
-                break
-            if page.next_token is None or self.pages_left <= 0:
-                whole = page.next_token is None
+            whole = page.next_token is None or (
+                self._newest_first and old and len(page.data) >= api.MAX_PAGE_SIZE
+            )
+            if whole or self.pages_left <= 0:
                 break
             self._keep_to_rate()
         if not whole:  # too long, or its cursors go in circles
             self.doubts.append("further overdubs, the list is too long to be read to its end")
-        for *_, row in sorted(candidates.values(), key=lambda candidate: candidate[:2]):
+        for *_, row in sorted(self._candidates.values(), key=lambda candidate: candidate[:2]):
             if self._is_it(row):
                 return
+
+    def _collect(self, page: api.OverdubPage) -> bool:
+        """Note the rows that could be the overdub; return whether some are too old."""
+        # HeyGen's clock may be far off ours; how long ago the request was sent depends on neither.
+        offset = 0.0 if page.server_time is None else page.server_time - time.time()
+        old = False
+        for row in page.data:
+            created_at = math.inf if row.created_at is None else row.created_at
+            self._newest_first = (
+                self._newest_first and created_at <= self._created_last and created_at < math.inf
+            )
+            self._created_last = created_at
+            if created_at < self.first + offset - SEARCH_SECONDS:
+                old = True
+            elif row.callback_id is None:
+                # Of those that are equally near as far as the clocks can tell, the newest comes first.
+                distance = max(0.0, abs(created_at - self.last - offset) - CLOCK_NOISE_SECONDS)
+                self._candidates[row.overdub_id] = (distance, -created_at, row)
+        return old
 
     def _match(self, page: api.OverdubPage) -> bool:
         """Look for the ``callback_id`` in a page, whatever its rows' age; return whether that is certain."""

@@ -1,4 +1,4 @@
-"""Upload the files an overdub is made from."""
+"""Upload and delete the files that overdubs are made from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class LinksMaskedOperator(BaseOperator):
-    """An operator with fields that may hold links; what is secret in them is masked before it is shown."""
+    """An operator with fields that may hold URLs, whose secrets are masked before Airflow shows them."""
 
     link_fields: Sequence[str] = ()
 
@@ -36,23 +36,20 @@ class LinksMaskedOperator(BaseOperator):
 
 class HeyGenUploadAssetOperator(LinksMaskedOperator):
     """
-    Upload a video or audio file to HeyGen, streamed from where it is and once over all retries (Airflow 3.3).
+    Upload a video or audio file to HeyGen, streamed, only once across all retries (Airflow 3.3 and newer).
 
-    After a clear, or when it has changed, the file is uploaded again.
+    The file is uploaded again after a clear, or if it has changed. Returns ``{"type": "asset_id",
+    "asset_id": ...}``, which ``video`` and ``audio`` of :class:`.HeyGenCreateOverdubOperator` accept. XCom
+    key ``asset_id`` holds the id alone.
 
-    Returns ``{"type": "asset_id", "asset_id": ...}``, which is what ``video`` and ``audio`` of
-    :class:`~airflow_provider_heygen.operators.overdub.HeyGenCreateOverdubOperator` take; XCom key
-    ``asset_id`` holds the bare id.
-
-    :param source: a local path, or any URI Airflow's ObjectStoragePath understands: ``file://``,
-        ``s3://conn_id@bucket/key``, ``gs://`` ... mp4, webm, mp3, wav, png or jpeg, told by its bytes. At
-        most 32 MB; more (HeyGen's own uploader: 200 MB) where the connection's ``resource`` is ``lipsyncs``.
+    :param source: local path, or any URI that Airflow's ObjectStoragePath supports (``file://``,
+        ``s3://conn_id@bucket/key``, ``gs://`` ...). mp4, webm, mp3, wav, png or jpeg, detected from the
+        content; up to 32 MB, more if the account has ``lipsyncs`` (HeyGen's own uploader: 200 MB).
         (templated)
-    :param heygen_conn_id: the Airflow connection. (templated)
+    :param heygen_conn_id: Airflow connection id. (templated)
     :raises HeyGenTaskFailedError: if the file is missing, empty, a directory, too large or of another type
-        (nothing
-        was sent), or HeyGen or its storage rejected it: the task fails without a retry.
-    :raises HeyGenTransientError: they could not be reached, or the upload broke off; worth a retry.
+        (nothing was sent), or HeyGen or its storage rejected it.
+    :raises HeyGenTransientError: if they could not be reached, or the upload broke. Retry.
     """
 
     template_fields: Sequence[str] = ("source", "heygen_conn_id")
@@ -84,3 +81,54 @@ class HeyGenUploadAssetOperator(LinksMaskedOperator):
 
         assets = [lineage.dataset(lineage.asset_uri(self._asset_id))] if self._asset_id else []
         return lineage.of_task([lineage.media_uri(self.source)], assets)
+
+
+class HeyGenDeleteAssetOperator(BaseOperator):
+    """
+    Delete uploaded files at HeyGen, for good.
+
+    Whether an overdub that is not final still reads its files is not documented, so delete them afterwards.
+
+    :param asset_id: the asset, or a list of assets, such as XCom key ``asset_ids`` of a create task.
+        (templated)
+    :param ignore_missing: succeed if there is no such asset (any more), which makes a retry safe.
+    :param heygen_conn_id: Airflow connection id. (templated)
+    :raises HeyGenTaskFailedError: if an id is wrong (nothing was sent), HeyGen rejected the request, or there
+        is no such asset and ``ignore_missing`` is off.
+    :raises HeyGenTransientError: if HeyGen could not be reached. Retry.
+    """
+
+    template_fields: Sequence[str] = ("asset_id", "heygen_conn_id")
+    ui_color = "#e3d9ff"
+
+    def __init__(
+        self,
+        *,
+        asset_id: str | Sequence[str],
+        ignore_missing: bool = True,
+        heygen_conn_id: str = "heygen_default",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.asset_id = asset_id
+        self.ignore_missing = ignore_missing
+        self.heygen_conn_id = heygen_conn_id
+
+    def execute(self, context: Context) -> None:  # noqa: ARG002
+        """Delete the files."""
+        from airflow_provider_heygen.api import asset_ids
+        from airflow_provider_heygen.dubbing import fails_task
+        from airflow_provider_heygen.exceptions import HeyGenNotFoundError
+        from airflow_provider_heygen.hooks.heygen import HeyGenHook
+
+        with fails_task(), HeyGenHook(self.heygen_conn_id) as hook:
+            for asset_id in list(asset_ids(self.asset_id)):
+                try:
+                    hook.delete_asset(asset_id)
+                except HeyGenNotFoundError as error:
+                    # Any other code may mean that this API cannot delete assets at all.
+                    if not self.ignore_missing or error.code != "asset_not_found":
+                        raise
+                    self.log.info("Asset %s does not exist (any more).", asset_id)
+                else:
+                    self.log.info("Deleted asset %s.", asset_id)

@@ -35,42 +35,45 @@ REQUEST_FIELDS = (
     "callback_id",
     "folder_id",
 )
-"""The 16 fields of the vendor's page."""
+"""The 16 fields of HeyGen's page "Create Overdub"."""
 
 
 class HeyGenCreateOverdubOperator(LinksMaskedOperator):
     """
     Put a new audio track on a video; HeyGen re-syncs the speaker's lips.
 
-    Starts one overdub and, unless told otherwise, waits until it has ended. Returns its ``overdub_id``, which
-    sensor, transfer, update and delete take as it is. XCom key ``overdub_id`` is pushed as soon as the
-    overdub exists, key ``overdub`` (the details, without links) when it has ended.
+    Starts one overdub and, by default, waits until it is final. Returns its ``overdub_id``, which sensor,
+    transfer, update and delete accept. XCom keys ``overdub_id`` and ``asset_ids`` (of the files that were
+    uploaded for it) are pushed as soon as the overdub exists, key ``overdub`` (the details, without URLs)
+    when it is final.
 
-    The first 16 arguments are the fields of HeyGen's request, all templated; what is not given is left to
-    HeyGen's defaults. They are checked when the task runs, before anything is sent.
+    The first 16 arguments are the fields of HeyGen's request, all templated. HeyGen's defaults apply to
+    those that are not given. They are validated when the task runs, before anything is sent.
 
     :param video: source video: a public https URL, which HeyGen fetches; or the URI of a file
         (``file:///data/talk.mp4``, ``s3://conn_id@bucket/key``, ``gs://`` ..., or an ObjectStoragePath),
         which is uploaded first, as by :class:`.HeyGenUploadAssetOperator`; or
-        ``{"type": "asset_id", "asset_id": ...}``, which is what that one returns. A file must be there as
-        long as the task may be tried again: its bytes tell whether a retry has the same wish.
+        ``{"type": "asset_id", "asset_id": ...}``, which that one returns. A file must exist as long as the
+        task may be tried again: a retry compares its content to detect a changed request.
     :param audio: the new audio, same forms.
-    :param title: name shown in HeyGen's dashboard.
-    :param mode: ``speed`` (HeyGen's default) or ``precision``: better, slower, twice the price.
-    :param enable_caption: generate captions.
+    :param title: name in HeyGen's dashboard.
+    :param mode: ``speed`` (HeyGen's default) or ``precision``: better, slower, twice the price. A sensor's
+        ``mode`` that comes from ``default_args`` is ignored with a warning.
+    :param enable_caption: HeyGen ignores this field since August 2026: captions are always made.
     :param enable_dynamic_duration: let the output's length follow the new audio (HeyGen's default: true).
-    :param disable_music_track: strip the source's background music.
-    :param enable_speech_enhancement: clean up the speech.
+    :param disable_music_track: remove the source's background music.
+    :param enable_speech_enhancement: enhance the speech.
     :param enable_watermark: add a watermark.
-    :param start_time: start of a partial overdub, seconds.
-    :param end_time: end of a partial overdub, seconds.
+    :param start_time: start of a partial overdub, in seconds.
+    :param end_time: end of a partial overdub, in seconds.
     :param keep_the_same_format: keep the source's resolution and bitrate.
     :param fps_mode: ``vfr``, ``cfr`` or ``passthrough``.
-    :param callback_url: gets one POST from HeyGen when the job completes or fails.
-    :param callback_id: echoed in the callback and in the job. Leave it unset and a unique one is sent, by
-        which an overdub whose answer was lost is found again.
+    :param callback_url: receives one POST from HeyGen when the overdub completes or fails.
+    :param callback_id: echoed in the callback and in the overdub. If unset, a unique one is sent, by which an
+        overdub whose response was lost is found again.
     :param folder_id: project folder of the result.
-    :param heygen_conn_id: the Airflow connection. (templated)
+    :param extra_body: further fields of the request that HeyGen knows and this release does not. (templated)
+    :param heygen_conn_id: Airflow connection id. (templated)
     :param wait_for_completion: wait for the end; without it the id is returned at once.
     :param deferrable: wait in the triggerer, not on a worker.
     :param poke_interval: seconds (or timedelta) between looks. (templated)
@@ -88,9 +91,15 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
     :raises HeyGenOverdubTimeoutError: ``timeout`` passed; a retry goes on waiting for the same overdub.
     """
 
-    template_fields: Sequence[str] = (*REQUEST_FIELDS, "heygen_conn_id", "poke_interval", "timeout")
+    template_fields: Sequence[str] = (
+        *REQUEST_FIELDS,
+        "extra_body",
+        "heygen_conn_id",
+        "poke_interval",
+        "timeout",
+    )
     link_fields = ("video", "audio", "callback_url")
-    template_fields_renderers = {"video": "json", "audio": "json"}
+    template_fields_renderers = {"video": "json", "audio": "json", "extra_body": "json"}
     ui_color = "#e3d9ff"
 
     def __init__(
@@ -112,6 +121,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         callback_url: str | None = None,
         callback_id: str | None = None,
         folder_id: str | None = None,
+        extra_body: dict[str, Any] | None = None,
         heygen_conn_id: str = "heygen_default",
         wait_for_completion: bool = True,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
@@ -137,6 +147,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         self.callback_url = callback_url
         self.callback_id = callback_id
         self.folder_id = folder_id
+        self.extra_body = extra_body
         self.heygen_conn_id = heygen_conn_id
         self.wait_for_completion = wait_for_completion
         self.deferrable = deferrable
@@ -146,8 +157,16 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         self._overdub_id: str | None = None  # for lineage, which Airflow asks of the operator after its task
 
     def request_fields(self) -> dict[str, Any]:
-        """Return the 16 fields of HeyGen's request as they are now."""
-        return {name: getattr(self, name) for name in REQUEST_FIELDS}
+        """Return the fields of HeyGen's request as they are now."""
+        fields = {name: getattr(self, name) for name in (*REQUEST_FIELDS, "extra_body")}
+        if self.mode in ("poke", "reschedule"):
+            self.log.warning(
+                "Ignoring 'mode' %r, which is a sensor's, perhaps from default_args. For an overdub's, set"
+                " mode='speed', mode='precision' or mode=None on this task.",
+                self.mode,
+            )
+            fields["mode"] = None
+        return fields
 
     def execute(self, context: Context) -> str:
         """Start the overdub, then wait for it here or in the triggerer."""
