@@ -165,6 +165,7 @@ def simulate(case: Case, seed: int = 1) -> dict[str, float]:
 
         async def asend(self, call: Any) -> Any:
             await asyncio.sleep(0.1)
+            call = call.under(self.resource)
             body = json.dumps(account.answer(call.path, call.params)).encode()
             return call.answer(200, {}, body, self.settings)
 
