@@ -1,4 +1,4 @@
-"""A real Airflow: scheduler, DAG processor, API server and triggerer, each a process that can be killed."""
+"""A real Airflow: scheduler, DAG processor, API server, triggerers and workers can be killed, one by one."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import psutil
 import sqlalchemy
 
 from stack import keeper
+from stack.broker import REDIS, Wire
 from stack.heygen import HeyGen
 from stack.rest import Rest, wait_for
 
@@ -30,6 +31,10 @@ NOTICES_SOON = {
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "3",
     "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "2",
     "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "15",
+    # What a Celery worker has taken and not finished by then is given to another one, even if it lives.
+    "AIRFLOW__CELERY_BROKER_TRANSPORT_OPTIONS__VISIBILITY_TIMEOUT": "20",
+    "AIRFLOW__CELERY_BROKER_TRANSPORT_OPTIONS__UNACKED_RESTORE_INTERVAL": "2",
+    "AIRFLOW__CELERY_BROKER_TRANSPORT_OPTIONS__UNACKED_RESTORE_THROTTLE": "1",
 }
 """Settings by which Airflow misses what has died within seconds, not minutes."""
 
@@ -37,11 +42,18 @@ HERE = Path(__file__).resolve().parent
 POSTGRES = os.environ.get("STACK_POSTGRES", "postgresql://postgres@127.0.0.1:5432")
 """Where a PostgreSQL lets us create databases; without one, SQLite is used."""
 
-PARTS = {
+COMMON_PARTS = {
     "api-server": ("api-server", "--workers", "1"),
     "scheduler": ("scheduler", "--skip-serve-logs"),
     "dag-processor": ("dag-processor",),
-    "triggerer": ("triggerer", "--skip-serve-logs"),
+}
+TRIGGERER = ("triggerer", "--skip-serve-logs")
+WORKER = ("celery", "worker", "--skip-serve-logs", "--without-mingle", "--celery-hostname")
+LOCAL_PARTS = {**COMMON_PARTS, "triggerer": TRIGGERER}
+CELERY_PARTS = {
+    **COMMON_PARTS,
+    **{f"triggerer-{number}": TRIGGERER for number in (1, 2)},
+    **{f"worker-{number}": (*WORKER, f"worker-{number}") for number in (1, 2)},
 }
 
 
@@ -50,17 +62,22 @@ class Stack:
     Airflow with its own home, database and ports; `stop` or the end of this process removes it all.
 
     :param postgres: keep the metadata in PostgreSQL; else in SQLite.
+    :param celery: run on CeleryExecutor, with two workers and two triggerers; else on LocalExecutor.
     :param settings: more of ``AIRFLOW__...``.
     """
 
-    def __init__(self, *, postgres: bool, settings: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *, postgres: bool, celery: bool = False, settings: dict[str, str] | None = None
+    ) -> None:
+        self.parts = CELERY_PARTS if celery else LOCAL_PARTS
+        self.redis = Wire() if celery else None
         self.home = Path(tempfile.mkdtemp(prefix="heygen-stack-"))
         self.database = f"{POSTGRES}/heygen_stack_{secrets.token_hex(6)}" if postgres else None
         self._parts: dict[str, subprocess.Popen[bytes]] = {}
         self._heygens: list[HeyGen] = []
-        command = [sys.executable, keeper.__file__, str(self.home)]
-        if self.database:
-            command.append(self.database)
+        self._cpu_of_killed_workers = 0.0
+        command = [sys.executable, keeper.__file__, str(self.home), self.database or ""]
+        command.append(REDIS if celery else "")
         # Ctrl-C goes to the group of the test run, so the keeper has a session of its own.
         self._keeper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         try:
@@ -125,7 +142,19 @@ class Stack:
             "AIRFLOW__WORKERS__MAX_FAILED_HEARTBEATS": "15",
             # On a busy machine the API server needs more than 5 s for an answer, and the task would be lost.
             "AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT": "20",
+            **(self._celery(self.redis) if self.redis else {}),
             **settings,
+        }
+
+    def _celery(self, redis: Wire) -> dict[str, str]:
+        return {
+            "AIRFLOW__CORE__EXECUTOR": "CeleryExecutor",
+            "AIRFLOW__CELERY__BROKER_URL": redis.url,
+            "AIRFLOW__CELERY__WORKER_CONCURRENCY": "8",
+            # A scheduler on a busy machine needs more than 1 s to hand over a task, and would give up.
+            "AIRFLOW__CELERY__OPERATION_TIMEOUT": "10",
+            # Stacks share a Redis without meeting in it.
+            "AIRFLOW__CELERY_BROKER_TRANSPORT_OPTIONS__GLOBAL_KEYPREFIX": self.home.name,
         }
 
     # The emulator and the connections to it
@@ -145,15 +174,15 @@ class Stack:
         """Define a connection; to be called before ``start``."""
         self.env[f"AIRFLOW_CONN_{conn_id.upper()}"] = connection
 
-    # The four processes
+    # The parts
 
     def start(self, *dag_ids: str) -> None:
-        """Prepare the database, start all four, wait until they work and have read these DAGs."""
+        """Prepare the database, start all parts, wait until they work and have read these DAGs."""
         migration = subprocess.run(
             [sys.executable, "-m", "airflow", "db", "migrate"], env=self.env, capture_output=True, check=False
         )
         assert migration.returncode == 0, (migration.stdout + migration.stderr).decode()
-        for part in PARTS:
+        for part in self.parts:
             self.start_part(part)
         self.wait_until_up()
 
@@ -167,7 +196,7 @@ class Stack:
     def start_part(self, part: str) -> None:
         with (self.home / f"{part}.stdout").open("ab") as output:
             self._parts[part] = subprocess.Popen(
-                [sys.executable, "-m", "airflow", *PARTS[part]],
+                [sys.executable, "-m", "airflow", *self.parts[part]],
                 env=self.env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -175,7 +204,8 @@ class Stack:
             )
 
     def wait_until_up(self) -> None:
-        """Wait until all four report that they are well."""
+        """Wait until all parts report that they are well."""
+        triggerers = sum(part.startswith("triggerer") for part in self.parts)
 
         def well() -> bool:
             for part, process in self._parts.items():
@@ -183,9 +213,11 @@ class Stack:
             if not self.rest.is_up():
                 return False
             health = self.rest.call("GET", "monitor/health")
-            return all(
-                health[part]["status"] == "healthy" for part in ("scheduler", "triggerer", "dag_processor")
-            )
+            if any(health[part]["status"] != "healthy" for part in ("scheduler", "dag_processor")):
+                return False
+            alive = self.rest.call("GET", "jobs", job_type="TriggererJob", is_alive=True)
+            workers = [part for part in self.parts if part.startswith("worker")]
+            return alive["total_entries"] >= triggerers and all(" ready." in self.output(w) for w in workers)
 
         wait_for("Airflow to be up", well)
 
@@ -197,6 +229,8 @@ class Stack:
         :returns: the children that live on.
         """
         process = self._parts.pop(part)
+        if part.startswith("worker"):
+            self._cpu_of_killed_workers += _cpu_seconds(process.pid)
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         process.wait()
@@ -225,14 +259,15 @@ class Stack:
         """What a part has printed."""
         return (self.home / f"{part}.stdout").read_text(errors="replace")
 
-    def worker_seconds(self, since: int = 0) -> float:
-        """
-        How long a worker is held by one start of a task, on average and by the executor's account.
+    def worker_starts(self) -> list[float]:
+        """How many seconds each start of a task has held a worker, by the executor's account."""
+        pattern = r"(?:Workload finished .*?duration=|Task execute_workload\S* succeeded in )([0-9.]+)"
+        return [float(found) for part in self.parts for found in re.findall(pattern, self.output(part))]
 
-        :param since: how much of the scheduler's output to leave out.
-        """
-        found = re.findall(r"Workload finished .*?duration=([0-9.]+)", self.output("scheduler")[since:])
-        return sum(map(float, found)) / max(len(found), 1)
+    def worker_cpu_seconds(self) -> float:
+        """The CPU that the Celery workers have used so far, with all processes of tasks."""
+        living = [process.pid for part, process in self._parts.items() if part.startswith("worker")]
+        return self._cpu_of_killed_workers + sum(map(_cpu_seconds, living))
 
     # The database
 
@@ -267,6 +302,16 @@ def end(processes: list[psutil.Process]) -> None:
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def _cpu_seconds(pid: int) -> float:
+    """The CPU of a process and its descendants, those that have ended included: their parents reap them."""
+    total, process = 0.0, psutil.Process(pid)
+    for member in [process, *process.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            used = member.cpu_times()
+            total += used.user + used.system + used.children_user + used.children_system
+    return total
 
 
 def kill_worker(pid: int | None, home: Path, *, supervisor: bool = False) -> bool:

@@ -1,9 +1,17 @@
-"""What the chaos tests share: work for the DAG ``dubs``, and the emulators' own count of what it has cost."""
+"""
+What the chaos tests share: work for the DAG ``dubs``, blows, and the emulators' own count of what it cost.
+
+``STACK_SEED`` repeats a run: the same blows in the same order, though not at the same microsecond.
+``STACK_OVERDUBS`` is the number of overdubs, 200 by default.
+"""
 
 from __future__ import annotations
 
 import itertools
+import os
+import random
 import re
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 from stack.rest import Run, wait_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from stack.airflow import Stack
     from stack.heygen import HeyGen
 
+SEED = int(os.environ.get("STACK_SEED", random.SystemRandom().randrange(10**6)))
+OVERDUBS = int(os.environ.get("STACK_OVERDUBS", "200"))
 _numbers = itertools.count(1)
 
 
@@ -69,6 +79,11 @@ class Dubs:
 
         wait_for(f"all to be {' or '.join(states)}", there)
 
+    def ended(self) -> int:
+        """How many tasks have ended."""
+        states = self.run.states()
+        return sum(states.get(name) in ("success", "failed") for name in self.names)
+
     def pids(self) -> dict[str, int]:
         """The processes of the tasks that are running."""
         tasks = self.run.tasks().items()
@@ -120,3 +135,30 @@ class Report:
             f" {len(self.wrong)} ended wrongly {self.wrong[:5]}, {len(self.orphans)} jobs orphaned"
             f" {self.orphans[:5]}, tasks by tries: {dict(sorted(self.tries.items()))}"
         )
+
+
+def rage(
+    dubs: Dubs,
+    dice: random.Random,
+    blows: Mapping[str, int],
+    deal: Callable[[str], bool],
+    pause: tuple[float, float],
+) -> Counter[str]:
+    """
+    Deal blows until nearly all tasks have ended; give how many of each were dealt.
+
+    :param blows: the weight of each.
+    :param deal: deals one; ``False`` if there was nobody to hit.
+    :param pause: the least and the greatest number of seconds between two.
+    """
+    dealt: Counter[str] = Counter()
+    deck = dice.sample(list(blows), len(blows))  # each once, then by weight
+    # The last few are left in peace, or it would never end for them.
+    while dubs.ended() < 0.95 * len(dubs.names):
+        time.sleep(dice.uniform(*pause))
+        kind = deck.pop() if deck else dice.choices(list(blows), list(blows.values()))[0]
+        if deal(kind):
+            dealt[kind] += 1
+        else:
+            deck.insert(0, kind)
+    return dealt

@@ -1,8 +1,9 @@
 """Remove a stack when the test run that made it has ended, however it ended.
 
-``python keeper.py FOLDER [DATABASE_URL]`` waits for the end of its stdin, which comes when the test run
-closes the pipe or dies. Then it kills every process that has FOLDER as its ``AIRFLOW_HOME`` (they inherit
-that, in whatever process group or session they are), drops the database and deletes the folder.
+``python keeper.py FOLDER DATABASE_URL REDIS_URL`` (each URL may be empty) waits for the end of its stdin,
+which comes when the test run closes the pipe or dies. Then it kills every process that has FOLDER as its
+``AIRFLOW_HOME`` (they inherit that, in whatever process group or session they are), drops the database,
+deletes the keys in Redis that begin with FOLDER's name, and deletes the folder.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def members(folder: str) -> list[psutil.Process]:
     return found
 
 
-def main(folder: str, database: str | None = None) -> None:
+def main(folder: str, database: str, redis: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.read()
@@ -38,6 +39,8 @@ def main(folder: str, database: str | None = None) -> None:
         time.sleep(0.05)
     if database:
         drop(database)
+    if redis:
+        delete_keys(redis, os.path.basename(folder))
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -50,6 +53,14 @@ def drop(database: str) -> None:
     with connection.cursor() as cursor:
         cursor.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
     connection.close()
+
+
+def delete_keys(url: str, prefix: str) -> None:
+    from redis import Redis
+
+    with Redis.from_url(url) as redis:
+        for key in redis.scan_iter(f"{prefix}*", count=1000):
+            redis.delete(key)
 
 
 if __name__ == "__main__":
