@@ -4,7 +4,7 @@ export AIRFLOW_HOME ?= $(CURDIR)/.local/airflow
 export AIRFLOW__CORE__LOAD_EXAMPLES := False
 
 .DELETE_ON_ERROR:
-.PHONY: demo ui test test-stack test-matrix test-oldest chaos_kills chaos_random bench docs screenshots lint format dist clean
+.PHONY: demo ui test test-stack test-matrix test-oldest chaos_kills chaos_random chaos_celery bench docs screenshots lint format dist clean
 
 demo: .venv/done       ## dub a real video with a real Airflow DAG, on the HeyGen emulator
 	@$(BIN)/python example_dags/run_local.py demo
@@ -22,10 +22,10 @@ test-matrix:           ## the tests on every supported Airflow and Python that i
 test-oldest:           ## the tests on the oldest Airflow, with the oldest of what we depend on
 	@$(MAKE) test-matrix CELLS=3.1-3.11
 
-test-stack: .venv/done ## kill the parts of a real Airflow at the worst moments; needs PostgreSQL
-	@$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) chaos_kills chaos_random
+test-stack: .venv/done ## kill the parts of a real Airflow at the worst moments; needs PostgreSQL and Redis
+	@$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) chaos_random chaos_kills chaos_celery
 
-chaos_kills chaos_random: .venv/done
+chaos_kills chaos_random chaos_celery: .venv/done
 	$(BIN)/python -m pytest tests/stack/$@.py
 
 bench: .venv/done .venv-bench/done  ## what importing, waiting and moving files cost, beside others; 14 minutes

@@ -4,7 +4,7 @@ The support matrix: the suite on every Airflow and Python we claim, each pair in
     python tests/matrix.py [--chaos] [CELL ...]
 
 A cell is AIRFLOW-PYTHON, such as 3.1-3.11; all of them by default. With --chaos, only the tests of
-`make test-stack` run; they need PostgreSQL.
+`make test-stack` run; they need PostgreSQL and Redis.
 
 The environments stay in `.matrix/` for the next time. A cell whose Python is not on this machine is left out,
 and the table says so; a cell that was asked for by name fails then. Needs nothing but Python.
@@ -32,7 +32,7 @@ PARTS = (
     ("--ignore", "tests/stack", "--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadfile"),
     ("tests/stack",),
 )
-CHAOS = (("tests/stack/chaos_kills.py",), ("tests/stack/chaos_random.py",))
+CHAOS = tuple((f"tests/stack/chaos_{kind}.py",) for kind in ("kills", "random", "celery"))
 ABSENT = "no such Python here"
 
 

@@ -32,7 +32,7 @@ NOTICES_SOON = {
     "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "2",
     "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "15",
     # What a Celery worker has taken and not finished by then is given to another one, even if it lives.
-    "AIRFLOW__CELERY_BROKER_TRANSPORT_OPTIONS__VISIBILITY_TIMEOUT": "20",
+    "AIRFLOW__CELERY_BROKER_TRANSPORT_OPTIONS__VISIBILITY_TIMEOUT": "30",
     "AIRFLOW__CELERY_BROKER_TRANSPORT_OPTIONS__UNACKED_RESTORE_INTERVAL": "2",
     "AIRFLOW__CELERY_BROKER_TRANSPORT_OPTIONS__UNACKED_RESTORE_THROTTLE": "1",
 }
@@ -74,6 +74,7 @@ class Stack:
         self.home = Path(tempfile.mkdtemp(prefix="heygen-stack-"))
         self.database = f"{POSTGRES}/heygen_stack_{secrets.token_hex(6)}" if postgres else None
         self._parts: dict[str, subprocess.Popen[bytes]] = {}
+        self._said: dict[str, int] = {}
         self._heygens: list[HeyGen] = []
         self._cpu_of_killed_workers = 0.0
         command = [sys.executable, keeper.__file__, str(self.home), self.database or ""]
@@ -195,6 +196,7 @@ class Stack:
 
     def start_part(self, part: str) -> None:
         with (self.home / f"{part}.stdout").open("ab") as output:
+            self._said[part] = output.tell()
             self._parts[part] = subprocess.Popen(
                 [sys.executable, "-m", "airflow", *self.parts[part]],
                 env=self.env,
@@ -206,6 +208,10 @@ class Stack:
     def wait_until_up(self) -> None:
         """Wait until all parts report that they are well."""
         triggerers = sum(part.startswith("triggerer") for part in self.parts)
+        workers = [part for part in self.parts if part.startswith("worker")]
+
+        def ready(worker: str) -> bool:
+            return " ready." in self.output(worker)[self._said[worker] :]
 
         def well() -> bool:
             for part, process in self._parts.items():
@@ -216,8 +222,7 @@ class Stack:
             if any(health[part]["status"] != "healthy" for part in ("scheduler", "dag_processor")):
                 return False
             alive = self.rest.call("GET", "jobs", job_type="TriggererJob", is_alive=True)
-            workers = [part for part in self.parts if part.startswith("worker")]
-            return alive["total_entries"] >= triggerers and all(" ready." in self.output(w) for w in workers)
+            return alive["total_entries"] >= triggerers and all(map(ready, workers))
 
         wait_for("Airflow to be up", well)
 
@@ -261,7 +266,7 @@ class Stack:
 
     def worker_starts(self) -> list[float]:
         """How many seconds each start of a task has held a worker, by the executor's account."""
-        pattern = r"(?:Workload finished .*?duration=|Task execute_workload\S* succeeded in )([0-9.]+)"
+        pattern = r"Workload finished .*?duration=([0-9.]+)"
         return [float(found) for part in self.parts for found in re.findall(pattern, self.output(part))]
 
     def worker_cpu_seconds(self) -> float:

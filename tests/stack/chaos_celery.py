@@ -31,6 +31,7 @@ def test_overdubs_through_10_slots(chaos: Chaos, capsys: pytest.CaptureFixture[s
     dice = random.Random(SEED)
 
     def deal(kind: str) -> bool:
+        chaos.stack.wait_until_up()  # on a busy machine nothing would ever be up otherwise
         if kind == "Redis":
             assert chaos.stack.redis
             chaos.stack.redis.cut(down=dice.uniform(0, 5))
