@@ -21,7 +21,7 @@ BLOWS = {"worker": 1, "triggerer": 1, "scheduler": 1, "Redis": 1}
 def chaos(postgres: None, redis: None) -> Iterator[Chaos]:
     with Stack(postgres=True, celery=True, settings=NOTICES_SOON) as stack:
         chaos = Chaos(stack)
-        chaos.add_server("narrow", concurrent_jobs=10, retry_after=10, job_seconds=15)
+        chaos.add_server("narrow", concurrent_jobs=10, retry_after=10, job_seconds=25)
         stack.start("dubs_patient")
         yield chaos
 
