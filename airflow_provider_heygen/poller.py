@@ -46,13 +46,13 @@ DEBOUNCE_SECONDS = 0.2  # from a new wait to its first poll, at most: those that
 GRACE_SECONDS = 5.0  # after its deadline, or its start if later, a wait may still be decided by a poll
 REFRESH_SECONDS = 60.0  # how often the Airflow connection is read again, for a key that was rotated
 LONGEST_PAUSE = 15.0  # without any request after failures in a row, unless HeyGen asks for more
-DOWN = 3  # failed requests in a row in one tick after which all that are due have failed
+DOWN = 3  # failed requests in a row after which all that are due have failed
 VERIFY_SECONDS = 5.0  # how often a GET checks one of the overdubs that the list or the bulk call tell of
 STALE_SECONDS = 10.0  # how far these may lag behind a GET
 DISTRUST_SECONDS = 600.0  # how long what lags further behind, or is refused, is left alone
 SLOW_FACTOR = 20  # how many times as long as a slow response took it is left alone
 MAX_ENDED = 100  # overdubs that a GET found final, kept until the list says so too
-TICK_SECONDS = 5.0  # how long a tick sends GETs, and then waits for their responses, at most
+TICK_SECONDS = 5.0  # how long a tick sends GETs, at most
 SETTLE_SECONDS = 20.0  # how often the list is read to its end, for all that may be gone by then
 CONCURRENT_GETS = 10
 BLIND_SECONDS = 120.0  # how long the queue stands still while the list cannot be read
@@ -195,7 +195,7 @@ class _Poller:
         self._ended: dict[str, float] = {}
         self._verify_at, self._took, self._running = -math.inf, 0.0, set[str]()
         self._next_turn, self._gets_from = self._rate_until, -math.inf
-        self._trouble = self._failed = 0  # failures in a row: ever, and in this tick
+        self._trouble = self._failed = 0  # failures in a row, those at the same time counted once, and all
         for job in self.jobs.values():
             job.sought, job.word = False, None
             job.due = min(job.due, self.now)  # what an earlier connection was asked to wait for is over
@@ -287,7 +287,7 @@ class _Poller:
 
     async def _tick(self, session: AsyncExitStack, gets: asyncio.TaskGroup) -> None:
         """Poll all that is due, once; what is not reached remains due for the next tick."""
-        self._tick_at, self._failed = self.now, 0
+        self._tick_at = self.now
         hook = await self._connect(session)
         self._spacing = 1 / hook.settings.max_requests_per_second
         interval = max(min((job.interval for job in self.jobs.values()), default=0.0), self._spacing)
@@ -394,7 +394,7 @@ class _Poller:
         began = self.now
         wanted = {job.overdub_id for job in due if not job.urgent}
         reading = self._pages.begin(began, len(wanted), sum(not job.sought for job in due))
-        doubtful = [job for job in due if any(waiter.watch.may_be_gone for waiter in job.waiters)]
+        doubtful = [job for job in self.jobs.values() if any(w.watch.may_be_gone for w in job.waiters)]
         doubtful = doubtful if self._settled_at + SETTLE_SECONDS <= began else []
         tokens: list[str | None] = [None]
         ids, running = set[str](), set[str]()
@@ -476,15 +476,17 @@ class _Poller:
             if self.now >= until:
                 break
             await self._my_turn()
-            if self._failed >= DOWN or self._gets_from > self.now:
+            if self._gets_from > self.now:
                 break
             if job.due <= self._tick_at:  # it has not been told meanwhile
                 job.due, job.asked_at = math.inf, self.now
                 get = gets.create_task(self._get(hook, job))
                 self._gets.add(get)
                 get.add_done_callback(self._gets.discard)
-        if self._gets:  # but one that hangs holds up nobody else
-            await asyncio.wait(self._gets, timeout=TICK_SECONDS)
+                if self._failed >= DOWN:  # one tells whether the others shall try
+                    await asyncio.wait([get], timeout=TICK_SECONDS)
+            if self._failed >= DOWN:
+                break
 
     async def _get(self, hook: HeyGenHook, job: _Job) -> None:
         try:
@@ -495,7 +497,7 @@ class _Poller:
             if not outdated and _asks(error):
                 self._gets_from = self.now + retry_delay(1, error)
             if outdated or self._failed >= DOWN:
-                job.due = self.now  # for a fresh connection, or to fail with the others
+                job.due = self._tick_at  # for a fresh connection, or to fail with the others
             else:
                 self._tell(job, lambda watch: watch.failed(failure))
         else:
