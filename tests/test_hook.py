@@ -1217,6 +1217,27 @@ def test_the_other_name_is_found_once(heygen, unnamed, pauses, elsewhere, call, 
     assert asked(unnamed) == ["POST l"], "what was found is kept"
 
 
+def test_calls_at_the_same_time_find_the_same_name(unnamed, elsewhere):
+    """The slower one has its 404 when the name is found already."""
+    pass_on, found = unnamed.answer, threading.Event()
+
+    def answer(seen):
+        if asked(unnamed).count("GET o/id") == 2 and seen.path.startswith("/v3/overdubs/"):
+            found.wait(10)
+        response = pass_on(seen)
+        if seen.path.startswith("/v3/lipsyncs/"):
+            found.set()
+        return response
+
+    unnamed.answer = answer
+
+    async def together():
+        hook = HeyGenHook()
+        return await asyncio.gather(*(hook.aget_overdub(elsewhere) for _ in range(2)))
+
+    assert {overdub.overdub_id for overdub in asyncio.run(together())} == {elsewhere}
+
+
 def test_the_name_is_kept_by_account(heygen, connect, elsewhere):
     HeyGenHook().list_overdubs()
     connect(heygen.url, "another-key")

@@ -211,11 +211,7 @@ class HeyGenHook(BaseHook):
             tokens.add(token)
 
     def is_listed(self, overdub_id: str) -> bool | None:
-        """
-        Return whether the list has an overdub; ``None`` if that cannot be determined.
-
-        :param overdub_id: the overdub.
-        """
+        """Return whether the list has an overdub; ``None`` if that cannot be determined."""
         try:
             for number, page in enumerate(self._pages(), start=1):
                 if any(overdub.overdub_id == overdub_id for overdub in page.data):
@@ -637,9 +633,10 @@ class HeyGenHook(BaseHook):
         try:
             result: T = await send(call.under(name))
         except HeyGenError as error:
-            if not (
-                call.renamed and error.status_code == 404 and await self._has_other_name(call, error, send)
-            ):
+            if not call.renamed or error.status_code != 404:
+                raise
+            # Another call may have found it out meanwhile.
+            if self.resource == name and not await self._has_other_name(call, name, error, send):
                 raise
             return await send(call.under(self.resource))  # type: ignore[no-any-return]
         if call.renamed and self.known_resource is None:
@@ -647,7 +644,11 @@ class HeyGenHook(BaseHook):
         return result
 
     async def _has_other_name(
-        self, call: api.Call[Any], error: HeyGenError, send: Callable[[api.Call[Any]], Awaitable[Any]]
+        self,
+        call: api.Call[Any],
+        name: str,
+        error: HeyGenError,
+        send: Callable[[api.Call[Any]], Awaitable[Any]],
     ) -> bool:
         """
         Return whether the resource turns out to have the other name, which is then kept.
@@ -655,7 +656,7 @@ class HeyGenHook(BaseHook):
         A 404 page of a gateway proves nothing. So it does not tell whether a create request took effect, and
         for any other call only a second one counts.
         """
-        name, is_heygens = self.resource, isinstance(error, HeyGenNotFoundError)
+        is_heygens = isinstance(error, HeyGenNotFoundError)
         if self.created_under or self.settings.resource:
             return False
         if self.known_resource and not (is_heygens and call.is_collection and call.method == "GET"):
@@ -668,7 +669,7 @@ class HeyGenHook(BaseHook):
         if await self._answers(NAMES[1 - NAMES.index(name)], send):
             return True
         error.message += (
-            f" Neither 'overdubs' nor 'lipsyncs', HeyGen's names for the resource, is known at"
+            " Neither 'overdubs' nor 'lipsyncs', HeyGen's names for the resource, is known at"
             f" {self.settings.base_url}. Check the host of Airflow connection '{self.heygen_conn_id}'."
         )
         error.args = (error.message,)
