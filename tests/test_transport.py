@@ -251,13 +251,16 @@ def test_certificate_behind_a_proxy(monkeypatch, listen, authority, send):
 
 @both_transports
 @pytest.mark.parametrize("call", [create_call(), POLL], ids=["create", "poll"])
-@pytest.mark.parametrize("tls", [True, False], ids=["https", "http"])
+@pytest.mark.parametrize("by_proxy", [False, True], ids=["direct", "proxy"])
+@pytest.mark.parametrize("scheme", ["https", "http"])
 @pytest.mark.parametrize(
     "answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"], ids=["none", "half"]
 )
-def test_broken_after_sending(listen, authority, send, call, tls, answer):
-    gateway = listen(lambda _: answer, tls=authority.server() if tls else None)
-    settings = settings_for(gateway.url, verify=authority.file)
+def test_broken_after_sending(listen, authority, send, call, by_proxy, scheme, answer):
+    gateway = listen(lambda _: answer, tls=authority.server() if scheme == "https" else None)
+    proxy = listen() if scheme == "https" else gateway
+    extra = {"proxies": {scheme: proxy.url}} if by_proxy else {}
+    settings = settings_for(gateway.url, verify=authority.file, **extra)
     with pytest.raises(HeyGenTransientError, match="no answer arrived") as raised:
         send(call, settings)
     assert not isinstance(raised.value, HeyGenUnreachableError)
