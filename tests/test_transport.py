@@ -312,6 +312,7 @@ def test_an_earlier_failure_proves_nothing(listen, send):
     except HeyGenUnreachableError:
         with pytest.raises(HeyGenTransientError) as raised:
             send(create_call(), settings_for(gateway.url))
+    assert re.match(r"(Remote|Server)Disconnected", str(raised.value))
     assert raised.value.outcome_unknown
 
 
