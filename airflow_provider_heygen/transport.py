@@ -307,8 +307,7 @@ def _new_aiohttp_session() -> aiohttp.ClientSession:
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": USER_AGENT},
         trace_configs=[trace],
-        max_line_size=65536,  # the limits of http.client
-        max_field_size=65536,
+        max_field_size=65536,  # the limit of http.client
     )
     # aiohttp would repeat a lost DELETE by itself and return the 404 of its second attempt.
     session._retry_connection = False

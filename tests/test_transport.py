@@ -479,6 +479,15 @@ def test_no_redirect_takes_the_credential_along(listen):
     assert gateway.seen[0].headers["X-Api-Key"] == "sk-secret"
 
 
+@pytest.mark.parametrize("proxies", [{}, {"https": "http://proxy.example:3128"}], ids=["direct", "proxy"])
+def test_a_quiet_connection_is_kept_alive(proxies):
+    """A firewall must not drop a connection on which HeyGen is still working."""
+    with transport.new_session(settings_for(HEYGEN), credential=True) as session:
+        request = session.prepare_request(requests.Request("GET", HEYGEN))
+        pool = session.get_adapter(HEYGEN).get_connection_with_tls_context(request, True, proxies)
+    assert (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1) in pool.conn_kw["socket_options"]
+
+
 def test_a_session_without_credential(listen, netrc):
     server = listen()
     with transport.new_session(settings_for(server.url), credential=False) as session:
