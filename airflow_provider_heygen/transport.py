@@ -79,7 +79,7 @@ def send(
     if form is not None:
         data, headers["Content-Type"] = Chunks(form), form.content_type
     attempt = _Attempt()
-    token = _attempt.set(attempt)
+    _attempt.set(attempt)
     try:
         response = session.request(
             call.method,
@@ -89,7 +89,6 @@ def send(
             data=data,
             headers=headers,
             timeout=(settings.connect_timeout, _read_timeout(settings, call, upload=form is not None)),
-            allow_redirects=False,
         )
     except HeyGenError:
         raise  # the file cannot be read; some of them are a ValueError
@@ -97,8 +96,6 @@ def send(
         # Raises HeyGenBadInputError if a setting is the reason.
         proxy = None if attempt.connected else _options(settings)["proxy"]
         raise _fault(error, attempt, call, settings, proxy) from None
-    finally:
-        _attempt.reset(token)
     if response.status_code < 200:
         # http.client takes a 1xx for the response. The real one must not pass for that of the next request.
         session.close()
@@ -220,7 +217,7 @@ class _Session(requests.Session):
         return super().merge_environment_settings(url, proxies, stream, verify, cert)
 
     def get_redirect_target(self, resp: Any) -> None:  # noqa: ARG002
-        # Redirects are not followed; requests would still parse them, and fail on a bad one.
+        # With allow_redirects=False, requests would still parse the URL and fail on a bad one.
         return None
 
 

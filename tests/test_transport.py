@@ -45,7 +45,7 @@ def send(call, settings):
 
 
 def asend(call, settings):
-    return asyncio.run(transport.asend(call, settings))
+    return asyncio.run(asyncio.wait_for(transport.asend(call, settings), 60))
 
 
 both_transports = pytest.mark.parametrize("send", [send, asend], ids=["sync", "async"])
@@ -151,7 +151,12 @@ NEVER_SENT = {
     "refused": (nobody, HTTP, {}, "Check the host"),
     "refused, https": (nobody, HTTPS, {}, "Check the host"),
     "no such name": (nobody, "https://nowhere.invalid:{port}", {}, "Check the host"),
-    "no answer to SYN": (lambda _: full_backlog(), HTTPS, HASTY, "TimeoutError .* Check the host"),
+    "no answer to SYN": (
+        lambda _: full_backlog(),
+        HTTPS,
+        {"connect_timeout": 0.3},
+        "TimeoutError .* Check the host",
+    ),
     "unknown authority": (trusted, HTTPS, {}, f"certificate verify failed.* {TLS}"),
     "certificate of another host": (
         trusted,
@@ -477,6 +482,15 @@ def test_no_redirect_takes_the_credential_along(listen):
     assert seen.path == "/"
     assert "X-Api-Key" not in seen.headers
     assert gateway.seen[0].headers["X-Api-Key"] == "sk-secret"
+
+
+@both_transports
+def test_no_redirect_is_followed(listen, send):
+    other = listen()
+    gateway = listen(lambda _: (307, {"Location": f"{other.url}/v3/x"}, b""))
+    with pytest.raises(HeyGenGatewayError, match="307"):
+        send(POLL, settings_for(gateway.url))
+    assert other.seen == []
 
 
 @pytest.mark.parametrize("proxies", [{}, {"https": "http://proxy.example:3128"}], ids=["direct", "proxy"])
