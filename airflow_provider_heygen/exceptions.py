@@ -8,6 +8,7 @@ being done: the operators decide that (a refused create fails the task, a refuse
 from __future__ import annotations
 
 import random
+from dataclasses import KW_ONLY, dataclass
 
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
@@ -16,14 +17,14 @@ MAX_RETRY_AFTER = 900.0
 connection."""
 
 
+@dataclass(eq=False, repr=False)
 class HeyGenError(AirflowException):
     """
     Base class of all exceptions about HeyGen.
 
-    The message says what happened and what to do next. The attributes hold what HeyGen said (contract,
-    ``error`` envelope), each ``None`` if it said nothing.
+    The attributes quote HeyGen (contract, ``error`` envelope); each is ``None`` without a value from HeyGen.
 
-    :param message: text without credentials and presigned URLs.
+    :param message: what happened and what to do next, without credentials and presigned URLs.
     :param status_code: HTTP status; ``None`` if there was no response (network fault, bad input).
     :param code: HeyGen's error code, an open set, such as ``rate_limit_exceeded``.
     :param param: the request field that HeyGen rejects.
@@ -31,33 +32,23 @@ class HeyGenError(AirflowException):
     :param request_id: ``X-Request-Id``, to quote to HeyGen's support.
     :param retry_after: seconds that HeyGen asked to wait.
     :param outcome_unknown: whether the request may have taken effect although its response was lost or came
-        from something in between. Search for the overdub before you repeat a create request.
-    :param overdub_id: the overdub that this is about, if known.
+        from a gateway. Search for the overdub before you repeat a create request.
+    :param overdub_id: the overdub, if known.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status_code: int | None = None,
-        code: str | None = None,
-        param: str | None = None,
-        doc_url: str | None = None,
-        request_id: str | None = None,
-        retry_after: float | None = None,
-        outcome_unknown: bool = False,
-        overdub_id: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.status_code = status_code  # type: ignore[assignment]  # Airflow's own is always 500
-        self.code = code
-        self.param = param
-        self.doc_url = doc_url
-        self.request_id = request_id
-        self.retry_after = retry_after
-        self.outcome_unknown = outcome_unknown
-        self.overdub_id = overdub_id
+    message: str
+    _: KW_ONLY
+    status_code: int | None = None  # type: ignore[assignment]  # Airflow's own is always 500
+    code: str | None = None
+    param: str | None = None
+    doc_url: str | None = None
+    request_id: str | None = None
+    retry_after: float | None = None
+    outcome_unknown: bool = False
+    overdub_id: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
 
 
 class HeyGenTransientError(HeyGenError):

@@ -1,8 +1,8 @@
 """
-Counts for Airflow's metrics, which go to StatsD, Datadog or OpenTelemetry as Airflow is set up.
+Counts for Airflow's metrics: StatsD, Datadog or OpenTelemetry.
 
-Each thing is counted once, where it is known to have happened. Whatever is wrong with the metrics, no task
-fails of it. The table of names is in ``docs/guides/observability.md``.
+Each event is counted once, where it is known to have happened. A metrics error never fails a task. The table
+of names is in ``docs/guides/observability.md``.
 """
 
 from __future__ import annotations
@@ -12,27 +12,28 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from airflow.providers.common.compat.sdk import Stats
+
+from airflow_provider_heygen.compat import triggerer_stats
 
 log = logging.getLogger(__name__)
 
 
 def submitted(ti: Any) -> None:
-    """Count an overdub that a task has started: HeyGen has given its id."""
-    _send(False, "incr", "heygen.overdubs.submitted", tags=_tags(ti))
+    """Count an overdub that a task has started: HeyGen returned its id."""
+    _send("incr", "heygen.overdubs.submitted", tags=_tags(ti))
 
 
 def reattached(ti: Any) -> None:
-    """Count an overdub that a task goes on with, because an earlier run of it has started it."""
-    _send(False, "incr", "heygen.overdubs.reattached", tags=_tags(ti))
+    """Count an overdub of an earlier try that a task reattaches to."""
+    _send("incr", "heygen.overdubs.reattached", tags=_tags(ti))
 
 
 def polled(conn_id: str) -> None:
     """Count a request of the triggerer's poller."""
-    _send(True, "incr", "heygen.polls", tags={"conn_id": conn_id})
+    _send("incr", "heygen.polls", tags={"conn_id": conn_id}, in_triggerer=True)
 
 
 @dataclass(frozen=True)
@@ -40,52 +41,42 @@ class Wait:
     """
     The wait of one task instance for its overdub.
 
-    :param ti: whose ``dag_id`` and ``task_id`` become tags.
-    :param since: Unix seconds when it began; ``None`` when that is not known, and then it is not timed.
+    :param ti: its ``dag_id`` and ``task_id`` become tags.
+    :param since: start of the wait in Unix seconds; ``None`` if unknown, and then the wait is not timed.
     """
 
     ti: Any
     since: float | None
 
     def completed(self) -> None:
-        """Count that it has ended well."""
+        """Count a wait whose overdub completed."""
         self._ended("completed")
 
     def failed(self) -> None:
-        """Count that HeyGen says the overdub failed."""
+        """Count a wait whose overdub failed, as HeyGen reports."""
         self._ended("failed")
 
     def _ended(self, status: str) -> None:
         tags = _tags(self.ti)
-        _send(False, "incr", f"heygen.overdubs.{status}", tags=tags)
+        _send("incr", f"heygen.overdubs.{status}", tags=tags)
         if self.since is not None:
-            # As a timedelta, or each backend would take the number for a unit of its own.
+            # The backends give a plain number different units.
             took = timedelta(seconds=max(0.0, time.time() - self.since))
-            _send(False, "timing", "heygen.overdubs.wait", took, tags=tags | {"status": status})
+            _send("timing", "heygen.overdubs.wait", took, tags=tags | {"status": status})
 
 
 def _tags(ti: Any) -> dict[str, str]:
     return {"dag_id": ti.dag_id, "task_id": ti.task_id}
 
 
-def _send(in_triggerer: bool, kind: str, *args: Any, tags: dict[str, str]) -> None:
+def _send(kind: str, *args: Any, tags: dict[str, str], in_triggerer: bool = False) -> None:
     try:
-        send: Callable[..., None] = getattr(_stats(in_triggerer), kind)
-        send(*args, tags=tags)
+        stats = triggerer_stats() if in_triggerer else Stats
+        getattr(stats, kind)(*args, tags=tags)
     except Exception as error:
-        _complain(f"Metrics of HeyGen are lost ({type(error).__name__}: {error}).")
-
-
-def _stats(in_triggerer: bool) -> Any:
-    if in_triggerer:
-        from airflow_provider_heygen.compat import triggerer_stats
-
-        return triggerer_stats()
-    from airflow.providers.common.compat.sdk import Stats
-
-    return Stats
+        _warn_once(f"Metrics of HeyGen are lost ({type(error).__name__}: {error}).")
 
 
 @cache
-def _complain(text: str) -> None:
-    log.warning("%s", text)  # once, not for each poll
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)

@@ -2,19 +2,16 @@
 The two transports over :mod:`.api`: requests on the worker, aiohttp in the triggerer.
 
 Both send the same calls under the same network settings, send the credential to the connection's own origin
-only, and raise the same exceptions. The important one is what a network fault proves: whether a request that
-failed may have reached HeyGen. Neither library says so by the class of its exception, so each attempt
-records whether it got a connection. Without one, nothing was sent; with one, the outcome is unknown.
+only, and raise the same exceptions. The class of a library's exception does not prove whether the request
+may have reached HeyGen. Each attempt therefore records whether it had a connection to send over.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import http.client
 import os
 import re
-import socket
 import ssl
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -27,13 +24,11 @@ from weakref import WeakKeyDictionary
 import aiohttp
 import certifi
 import requests
-from requests.adapters import HTTPAdapter
-from requests.auth import AuthBase
-from requests.exceptions import RequestException
-from urllib3.connection import HTTPConnection
-from urllib3.exceptions import HTTPError, NameResolutionError
-from urllib3.exceptions import TimeoutError as Urllib3TimeoutError
-from urllib3.util.ssl_match_hostname import CertificateError
+from requests_toolbelt.adapters.socket_options import TCPKeepAliveAdapter
+from urllib3.connection import port_by_scheme
+from urllib3.exceptions import HTTPError
+from urllib3.util import parse_url
+from yarl import URL
 
 from airflow_provider_heygen import __version__
 from airflow_provider_heygen.exceptions import (
@@ -42,12 +37,12 @@ from airflow_provider_heygen.exceptions import (
     HeyGenTransientError,
     HeyGenUnreachableError,
 )
+from airflow_provider_heygen.upload import Chunks
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
     from requests_toolbelt import MultipartEncoder
-    from urllib3.connectionpool import HTTPConnectionPool
 
     from airflow_provider_heygen.api import Call
     from airflow_provider_heygen.connection import HeyGenConnection
@@ -57,8 +52,15 @@ T = TypeVar("T")
 # HeyGen's gateway is known to refuse the default agents of HTTP libraries (contract notes, section 2).
 USER_AGENT = f"airflow-provider-heygen/{__version__}"
 
-MAX_HEADER_BYTES = 65536
-"""The longest line of a response header. It is the limit of :mod:`http.client`; aiohttp's own is 8190."""
+
+@dataclass
+class _Attempt:
+    """One request, and whether it had a connection, past the proxy's CONNECT and the TLS handshake."""
+
+    connected: bool = False
+
+
+_attempt: ContextVar[_Attempt] = ContextVar("_attempt")  # of the worker's current request
 
 
 def send(
@@ -75,13 +77,9 @@ def send(
     """
     data, headers = None, dict(call.headers)
     if form is not None:
-        # Here, so that upload may import this module.
-        from airflow_provider_heygen.upload import Chunks
-
         data, headers["Content-Type"] = Chunks(form), form.content_type
-    timeout = (settings.connect_timeout, _read_timeout(settings, call, upload=form is not None))
     attempt = _Attempt()
-    token = _attempt.set(attempt)
+    _attempt.set(attempt)
     try:
         response = session.request(
             call.method,
@@ -90,16 +88,14 @@ def send(
             json=call.json,
             data=data,
             headers=headers,
-            timeout=timeout,
-            allow_redirects=False,
+            timeout=(settings.connect_timeout, _read_timeout(settings, call, upload=form is not None)),
         )
     except HeyGenError:
         raise  # the file cannot be read; some of them are a ValueError
     except (OSError, ValueError, HTTPError) as error:  # a RequestException is an OSError
-        wrong = None if attempt.connected else _wrong_setting(settings, proxies=isinstance(error, ValueError))
-        raise (wrong or _fault(error, attempt, call, settings)) from None
-    finally:
-        _attempt.reset(token)
+        # Raises HeyGenBadInputError if a setting is the reason.
+        proxy = None if attempt.connected else _options(settings)["proxy"]
+        raise _fault(error, attempt, call, settings, proxy) from None
     if response.status_code < 200:
         # http.client takes a 1xx for the response. The real one must not pass for that of the next request.
         session.close()
@@ -146,6 +142,36 @@ def _read_timeout(settings: HeyGenConnection, call: Call[Any], *, upload: bool =
     return settings.read_timeout if call.method == "GET" else settings.write_timeout
 
 
+def _fault(
+    error: Exception, attempt: _Attempt, call: Call[Any], settings: HeyGenConnection, proxy: str | None
+) -> HeyGenError:
+    """Return what an exception of either library proves: without a connection, nothing was sent."""
+    # Wrappers may quote the proxy's password. __context__ may belong to an earlier attempt.
+    while inner := next((e for e in (error.__cause__, *error.args) if isinstance(e, Exception)), None):
+        error = inner
+    what = f"{type(error).__name__} during {call.what} at {settings.base_url}"
+    connection = f"of Airflow connection '{settings.conn_id}'"
+    if attempt.connected:
+        if str(error).startswith("\x15\x03") or r"b'\x15\x03" in str(error):  # an alert of TLS
+            return HeyGenUnreachableError(
+                f"{what}, nothing was sent that could be read. The port speaks TLS. Use https in the host"
+                f" {connection}."
+            )
+        return HeyGenTransientError(
+            f"{what}, no answer arrived that can be read.", outcome_unknown=call.method != "GET"
+        )
+    why = getattr(error, "strerror", None) or "no connection"
+    if refusal := re.match(r"(?:Tunnel connection failed: )?(\d{3})\b", str(error)):
+        why = f"the proxy returned {refusal[1]} to CONNECT"
+    via = f" through the proxy {proxy}" if proxy else ""
+    suspects = ["'proxies'"] if proxy else []
+    suspects += ["'verify'", "'cert'"] if isinstance(error, ssl.SSLError) else []
+    suspects += ["the host"]
+    return HeyGenUnreachableError(
+        f"{what}, nothing was sent{via}: {why}. Check {' or '.join(suspects)} {connection}."
+    )
+
+
 # --- Sessions of the worker -----------------------------------------------------------------------------
 
 
@@ -157,13 +183,19 @@ def new_session(settings: HeyGenConnection, *, credential: bool) -> requests.Ses
 
     :param credential: whether to send the credential, to the connection's own scheme, host and port only.
     """
+    name, value = settings.auth_header
+    origin = _origin(settings.base_url)
+
+    def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if credential and _origin(request.url) == origin:
+            request.headers[name] = value
+        return request
+
     session = _Session()
     for scheme in ("http://", "https://"):
-        session.mount(scheme, _Adapter())
-    # Without an auth, requests would look into ~/.netrc.
-    session.auth = _Credential(settings) if credential else _no_credential
-    if credential:
-        session.headers["User-Agent"] = USER_AGENT
+        session.mount(scheme, _Adapter(idle=120, interval=30, count=20))  # as Airflow's HTTP connection
+    session.auth = authorize  # without an auth, requests would look into ~/.netrc
+    session.headers["User-Agent"] = USER_AGENT
     session.proxies = dict(settings.proxies)
     session.verify = settings.verify
     session.cert = settings.cert
@@ -171,29 +203,9 @@ def new_session(settings: HeyGenConnection, *, credential: bool) -> requests.Ses
     return session
 
 
-class _Credential(AuthBase):
-    """The one credential header, for requests to the connection's own origin."""
-
-    def __init__(self, settings: HeyGenConnection) -> None:
-        self.header = settings.auth_header
-        # Written the way requests writes the URL of each request.
-        url = requests.Request("GET", settings.base_url).prepare().url
-        self.origin = _origin(str(url))
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        name, value = self.header
-        if _origin(str(request.url)) == self.origin:
-            request.headers[name] = value
-        return request
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-
-
-def _no_credential(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    return request
+def _origin(url: str | None) -> tuple[str | None, str | None, int | None]:
+    parts = parse_url(url or "")  # as urllib3 does before it connects
+    return parts.scheme, parts.host, parts.port or port_by_scheme.get(parts.scheme or "")
 
 
 class _Session(requests.Session):
@@ -205,69 +217,35 @@ class _Session(requests.Session):
         return super().merge_environment_settings(url, proxies, stream, verify, cert)
 
     def get_redirect_target(self, resp: Any) -> None:  # noqa: ARG002
-        # Redirects are not followed; requests would still parse them, and fail on a bad one.
+        # With allow_redirects=False, requests would still parse the URL and fail on a bad one.
         return None
 
 
-# As in Airflow's HTTP connection: a firewall must not drop a connection on which HeyGen is still working.
-_SOCKET_OPTIONS = [
-    *HTTPConnection.default_socket_options,
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    *(
-        (socket.IPPROTO_TCP, getattr(socket, name), value)
-        for name, value in (("TCP_KEEPIDLE", 120), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 20))
-        if hasattr(socket, name)  # macOS names the first differently
-    ),
-]
-
-
-class _Adapter(HTTPAdapter):
+class _Adapter(TCPKeepAliveAdapter):  # type: ignore[misc]
     """An adapter whose connections record in the current attempt that they are established."""
 
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **{"socket_options": _SOCKET_OPTIONS, **kwargs})
-        self._record(self.poolmanager)
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        return super().proxy_manager_for(proxy, socket_options=self.socket_options, **kwargs)
 
-    def proxy_manager_for(self, proxy: Any, **kwargs: Any) -> Any:
-        known = proxy in self.proxy_manager
-        manager = super().proxy_manager_for(proxy, **{"socket_options": _SOCKET_OPTIONS, **kwargs})
-        if not known:
-            self._record(manager)
-        return manager
-
-    def proxy_headers(self, proxy: Any) -> dict[str, str]:
+    def proxy_headers(self, proxy: str) -> dict[str, str]:
         return _proxy_headers(proxy)
 
-    @staticmethod
-    def _record(manager: Any) -> None:
-        pools = manager.pool_classes_by_scheme
-        manager.pool_classes_by_scheme = {scheme: _recording(pool) for scheme, pool in pools.items()}
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+        pool = super().get_connection_with_tls_context(*args, **kwargs)
+        pool.ConnectionCls = _recording(type(pool).ConnectionCls)
+        return pool
 
 
 @cache
-def _recording(pool: type[HTTPConnectionPool]) -> type[HTTPConnectionPool]:
-    """Return a pool class, of whatever kind (SOCKS has its own), whose connections record their state."""
-    base: Any = pool.ConnectionCls
-
+def _recording(base: Any) -> Any:
     class Connection(base):  # type: ignore[misc]
-        def connect(self) -> None:
-            attempt = _attempt.get(_Attempt())  # none, when get_conn() is used directly
-            try:
-                super().connect()  # name look-up, TCP, the proxy's CONNECT, TLS
-            except Exception as error:
-                attempt.fault, attempt.proxy = error, str(self.proxy or "") or None
-                raise
-            attempt.connected = True
-
         def request(self, *args: Any, **kwargs: Any) -> None:
-            if self.sock is not None:  # kept alive, or TLS
-                _attempt.get(_Attempt()).connected = True
+            if self.is_closed:
+                self.connect()  # name look-up, TCP, the proxy's CONNECT, TLS
+            _attempt.get(_Attempt()).connected = True
             super().request(*args, **kwargs)
 
-    class Pool(pool):  # type: ignore[misc, valid-type]
-        ConnectionCls = Connection
-
-    return Pool
+    return Connection
 
 
 # --- Sessions of the triggerer --------------------------------------------------------------------------
@@ -282,7 +260,6 @@ class _Shared:
     users: int = 0
 
 
-# One session for all triggers of an event loop with the same settings, kept while one of them uses it.
 _sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Shared]] = WeakKeyDictionary()
 
 
@@ -300,7 +277,7 @@ async def shared_session(
     # The credential is sent with each request, so a rotated key needs no new session.
     key = settings.model_dump_json(include={"base_url", "proxies", "verify", "cert", "trust_env"})
     if key not in of_loop:
-        options = await asyncio.to_thread(_aiohttp_options, settings)
+        options = await asyncio.to_thread(_options, settings)  # reads certificate files
         if key not in of_loop:  # another task may have been quicker
             of_loop[key] = _Shared(_new_aiohttp_session(), options)
     shared = of_loop[key]
@@ -316,9 +293,7 @@ async def shared_session(
 
 def _new_aiohttp_session() -> aiohttp.ClientSession:
     async def record(_session: Any, context: Any, _params: Any) -> None:
-        attempt = getattr(context, "trace_request_ctx", None)
-        if isinstance(attempt, _Attempt):
-            attempt.connected = True
+        context.trace_request_ctx.connected = True
 
     trace = aiohttp.TraceConfig()
     trace.on_connection_create_end.append(record)  # after the proxy's CONNECT and TLS
@@ -329,8 +304,7 @@ def _new_aiohttp_session() -> aiohttp.ClientSession:
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": USER_AGENT},
         trace_configs=[trace],
-        max_line_size=MAX_HEADER_BYTES,
-        max_field_size=MAX_HEADER_BYTES,
+        max_field_size=65536,  # the limit of http.client
     )
     # aiohttp would repeat a lost DELETE by itself and return the 404 of its second attempt.
     session._retry_connection = False
@@ -340,60 +314,39 @@ def _new_aiohttp_session() -> aiohttp.ClientSession:
 # --- Network settings -----------------------------------------------------------------------------------
 
 
-def _aiohttp_options(settings: HeyGenConnection) -> dict[str, Any]:
+def _options(settings: HeyGenConnection) -> dict[str, Any]:
     """
     Return for aiohttp the proxy and TLS settings that requests would use, from connection and environment.
 
-    aiohttp's own ``trust_env`` is left off: it would read ``~/.netrc`` and add a second credential. Reads
-    certificate files, so call it off the event loop.
+    aiohttp's own ``trust_env`` is left off: it would read ``~/.netrc`` and add a second credential.
+
+    :raises HeyGenBadInputError: one of them cannot be used.
     """
-    found = _network(settings)
-    proxy, headers = _proxy(settings, found)
+    session = new_session(settings, credential=False)
+    found = session.merge_environment_settings(settings.base_url, {}, None, None, None)
+    proxy = requests.utils.select_proxy(settings.base_url, found["proxies"])
+    headers = {}
+    if proxy:
+        try:
+            proxy = requests.utils.prepend_scheme_if_needed(proxy, "http")  # type: ignore[no-untyped-call]
+            headers = _proxy_headers(proxy)
+            url = URL(proxy)
+            usable = url.scheme in ("http", "https") and url.port != 0
+            str(url.host).encode("idna")  # as the look-up of its address does
+            proxy = str(url.with_user(None))
+        except ValueError:
+            usable = False
+        if not usable:
+            raise HeyGenBadInputError(
+                f"The 'proxies' of Airflow connection '{settings.conn_id}' (or of the environment) must be"
+                " http or https URLs: a triggerer can use no others. Nothing was sent."
+            ) from None
     uses_tls = any(urlsplit(url or "").scheme == "https" for url in (settings.base_url, proxy))
     return {
         "proxy": proxy,
         "proxy_headers": headers,
-        "ssl": _tls_context(settings, found) if uses_tls else True,
+        "ssl": _tls_context(settings, found["verify"], found["cert"]) if uses_tls else True,
     }
-
-
-def _wrong_setting(settings: HeyGenConnection, *, proxies: bool) -> HeyGenBadInputError | None:
-    """Return which setting made requests fail before it sent anything, if one of them cannot be used."""
-    found = _network(settings)
-    try:
-        if proxies:
-            _proxy(settings, found)
-        if urlsplit(settings.base_url).scheme == "https":
-            _tls_context(settings, found)
-    except HeyGenBadInputError as error:
-        return error
-    return None
-
-
-def _network(settings: HeyGenConnection) -> dict[str, Any]:
-    session = new_session(settings, credential=False)
-    return dict(session.merge_environment_settings(settings.base_url, {}, None, None, None))
-
-
-def _proxy(settings: HeyGenConnection, found: dict[str, Any]) -> tuple[str | None, dict[str, str]]:
-    """Return the proxy's URL without user name and password, and the header that holds them."""
-    try:
-        proxy = requests.utils.select_proxy(settings.base_url, found["proxies"])
-        if not proxy:
-            return None, {}
-        proxy = requests.utils.prepend_scheme_if_needed(proxy, "http")  # type: ignore[no-untyped-call]
-        parts = urlsplit(proxy)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        (parts.hostname or "").encode("idna")  # as the look-up of its address does
-        headers = _proxy_headers(proxy)
-    except ValueError:
-        usable = False
-    if not usable:
-        raise HeyGenBadInputError(
-            f"The 'proxies' of Airflow connection '{settings.conn_id}' (or of the environment) must be"
-            " http or https URLs: a triggerer can use no others. Nothing was sent."
-        )
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl(), headers
 
 
 def _proxy_headers(proxy: str) -> dict[str, str]:
@@ -402,192 +355,27 @@ def _proxy_headers(proxy: str) -> dict[str, str]:
     if not (user or password):
         return {}
     pair = f"{user}:{password}"
-    try:
-        encoded = pair.encode("latin-1")  # what both libraries send
-    except UnicodeEncodeError:
-        encoded = pair.encode()  # at which both libraries fail
+    # Both libraries send latin-1, and fail at any other character.
+    encoded = pair.encode("latin-1" if max(pair) <= "\xff" else "utf-8")
     return {"Proxy-Authorization": f"Basic {base64.b64encode(encoded).decode()}"}
 
 
-def _tls_context(settings: HeyGenConnection, found: dict[str, Any]) -> ssl.SSLContext:
-    verify, cert = found["verify"], found["cert"]
-    if verify is False:
-        context = ssl.create_default_context()
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    else:
-        bundle = certifi.where() if verify is True else str(verify)
-        where = "capath" if os.path.isdir(bundle) else "cafile"
-        try:
-            context = ssl.create_default_context(**{where: bundle})  # type: ignore[arg-type]
-        except (OSError, ValueError) as error:
-            raise _unusable("verify", settings, error) from None
-    if cert:
-        try:
+def _tls_context(settings: HeyGenConnection, verify: Any, cert: Any) -> ssl.SSLContext:
+    bundle = certifi.where() if verify in (True, False) else str(verify)
+    file, directory = (None, bundle) if os.path.isdir(bundle) else (bundle, None)
+    name = "verify"
+    try:
+        context = ssl.create_default_context(cafile=file, capath=directory)
+        if not verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        name = "cert"
+        if cert:
             context.load_cert_chain(*([cert] if isinstance(cert, str) else cert))
-        except (OSError, ValueError) as error:
-            raise _unusable("cert", settings, error) from None
+    except (OSError, ValueError) as error:
+        raise HeyGenBadInputError(
+            f"The '{name}' file of Airflow connection '{settings.conn_id}' (or of the environment) cannot be"
+            f" used: {getattr(error, 'strerror', None) or error}. It must be a readable file in PEM format."
+            " Nothing was sent."
+        ) from None
     return context
-
-
-def _unusable(name: str, settings: HeyGenConnection, error: Exception) -> HeyGenBadInputError:
-    # OpenSSL does not say more than this about the content of a file.
-    is_content = isinstance(error, (ssl.SSLError, ValueError)) or not isinstance(error, OSError)
-    reason = "it is not valid PEM, or key and certificate differ" if is_content else error.strerror  # type: ignore[attr-defined]
-    return HeyGenBadInputError(
-        f"The '{name}' file of Airflow connection '{settings.conn_id}' (or of the environment)"
-        f" cannot be used: {reason}. Nothing was sent."
-    )
-
-
-# --- What a fault proves --------------------------------------------------------------------------------
-
-
-@dataclass
-class _Attempt:
-    """
-    How far one request got.
-
-    :param connected: whether there was a connection to send it over, past the proxy's CONNECT and TLS.
-        Without one, nothing was sent.
-    :param fault: what ended the attempt to connect, if the library tells that.
-    :param proxy: the proxy that it went through, if the library tells that.
-    """
-
-    connected: bool = False
-    fault: BaseException | None = None
-    proxy: str | None = None
-
-
-# The exceptions cannot carry it: those of an earlier attempt may be in their chain.
-_attempt: ContextVar[_Attempt] = ContextVar("_attempt")
-
-
-def _fault(
-    error: Exception,
-    attempt: _Attempt,
-    call: Call[Any],
-    settings: HeyGenConnection,
-    proxy: str | None = None,
-) -> HeyGenError:
-    # A library's text may quote the proxy's password; its class is safe.
-    what = f"{type(error).__name__} during {call.what} at {settings.base_url}"
-    connection = f"of Airflow connection '{settings.conn_id}'"
-    if attempt.connected:
-        if _is_tls_alert(error):
-            return HeyGenUnreachableError(
-                f"{what}, nothing was sent that could be read. The port speaks TLS. Use https in the host"
-                f" {connection}."
-            )
-        lost = "no answer arrived"
-        if _is_malformed(error):
-            lost += " that can be read: it is not valid HTTP, or a header has more than 64 kB"
-        return HeyGenTransientError(f"{what}, {lost}.", outcome_unknown=call.method != "GET")
-    if _is_wrong_setting(error, attempt):
-        return HeyGenBadInputError(
-            f"{what}, nothing was sent. Check the host, 'verify', 'cert' and 'proxies' {connection}."
-        )
-    why, setting = _why(attempt.fault or error, attempt.proxy or proxy)
-    return HeyGenUnreachableError(f"{what}, nothing was sent. {why}. Check {setting} {connection}.")
-
-
-def _is_wrong_setting(error: Exception, attempt: _Attempt) -> bool:
-    if isinstance(error, ssl.SSLError):  # that of a bad certificate is a ValueError, too
-        return False
-    known = isinstance(error, (RequestException, aiohttp.ClientError, TimeoutError, HTTPError))
-    return isinstance(error, ValueError) or not (known or attempt.fault)
-
-
-def _why(fault: BaseException, proxy: str | None) -> tuple[str, str]:
-    """Return why there is no connection, and the setting to check."""
-    chain = tuple(_causes(fault))
-    status = next(filter(None, map(_proxy_status, chain)), None)
-    if status is not None:
-        hint = ": it requires a user name and password, or others" if status == 407 else ""
-        return f"The proxy answered {status} to CONNECT{hint}", "'proxies'"
-    for error in chain:
-        # aiohttp's own wrappers are SSLErrors, too, but do not have the reason.
-        if isinstance(error, (ssl.SSLError, CertificateError)) and not isinstance(error, aiohttp.ClientError):
-            return _why_tls(error, proxy)
-    words, is_far = next(
-        (words, is_far)
-        for kinds, words, is_far in _REASONS
-        if any(isinstance(error, kinds) for error in chain)
-    )
-    if proxy is None:
-        return f"The host {words}", "the host"
-    if is_far:
-        return f"The proxy, or the host behind it, {words}", "'proxies' and the host"
-    return f"The proxy {words}", "'proxies'"
-
-
-# Classes, what they say, and whether the host behind a proxy may be the cause.
-_REASONS: tuple[tuple[tuple[type[BaseException], ...], str, bool], ...] = (
-    ((socket.gaierror, NameResolutionError), "was not found by its name", False),
-    ((ConnectionRefusedError,), "refused the connection", False),
-    ((TimeoutError, Urllib3TimeoutError), "did not answer in time", True),
-    ((ConnectionError, aiohttp.ServerDisconnectedError), "closed the connection", True),
-    ((BaseException,), "could not be reached", True),
-)
-
-
-def _why_tls(error: BaseException, proxy: str | None) -> tuple[str, str]:
-    # A proxy that is spoken to by TLS may be the one whose TLS failed.
-    also = "'proxies', " if proxy and urlsplit(proxy).scheme == "https" else ""
-    reason = getattr(error, "reason", None) or ""
-    code = getattr(error, "verify_code", None)
-    if isinstance(error, CertificateError) or code in (62, 64):  # X509_V_ERR_HOSTNAME_MISMATCH, _IP_ADDRESS_
-        return "The certificate is for another host", f"{also}'verify' and the host"
-    if isinstance(error, ssl.SSLCertVerificationError):
-        state = "has expired" if code == 10 else "is not trusted"  # X509_V_ERR_CERT_HAS_EXPIRED
-        return f"The certificate {state}", f"{also}'verify'"
-    if reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL"):
-        return "The port does not speak TLS", f"{also}the host and its port"
-    if "ALERT" in reason:
-        return "The server rejected the TLS handshake", f"{also}'cert' and the host"
-    return "The TLS handshake failed", f"{also}the host, 'verify' and 'cert'"
-
-
-def _proxy_status(error: BaseException) -> int | None:
-    """Return the status with which a proxy refused CONNECT, if this is what the error says."""
-    if isinstance(error, aiohttp.ClientHttpProxyError):
-        return error.status
-    # http.client has no class of its own for it.
-    found = re.search(r"^Tunnel connection failed: (\d{3})\b", str(error)) if type(error) is OSError else None
-    return int(found[1]) if found else None
-
-
-def _is_tls_alert(error: BaseException) -> bool:
-    """Return whether the response to a request in the clear is an alert of TLS, which did not read it."""
-    for cause in _causes(error):
-        if isinstance(cause, http.client.BadStatusLine) and str(cause).startswith("\x15\x03"):
-            return True
-        if isinstance(cause, aiohttp.ClientResponseError) and r"b'\x15\x03" in cause.message:
-            return True
-    return False
-
-
-def _is_malformed(error: BaseException) -> bool:
-    broken_off = (http.client.RemoteDisconnected, http.client.IncompleteRead)
-    return any(
-        isinstance(cause, (http.client.HTTPException, aiohttp.ClientResponseError))
-        and not isinstance(cause, broken_off)
-        for cause in _causes(error)
-    )
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """
-    Return an exception and those that a library wrapped in it.
-
-    Leaves out ``__context__``, which may belong to an earlier attempt.
-    """
-    waiting, seen = [error], set()
-    while waiting:
-        cause = waiting.pop(0)
-        if id(cause) in seen:
-            continue
-        seen.add(id(cause))
-        yield cause
-        inner = (cause.__cause__, getattr(cause, "reason", None), *cause.args)
-        waiting += [wrapped for wrapped in inner if isinstance(wrapped, BaseException)]

@@ -69,7 +69,7 @@ def statsd(monkeypatch):
         "METRICS_ALLOW_LIST": "heygen",
     }.items():
         monkeypatch.setenv(f"AIRFLOW__METRICS__{name}", value)
-    metrics._complain.cache_clear()
+    metrics._warn_once.cache_clear()
     set_up()
     yield listening
     listening.close()

@@ -45,7 +45,7 @@ def send(call, settings):
 
 
 def asend(call, settings):
-    return asyncio.run(transport.asend(call, settings))
+    return asyncio.run(asyncio.wait_for(transport.asend(call, settings), 60))
 
 
 both_transports = pytest.mark.parametrize("send", [send, asend], ids=["sync", "async"])
@@ -135,182 +135,137 @@ def nobody(_):
 
 
 @contextmanager
-def of_listener(listener):
-    yield listener.port
-
-
 def trusted(context):
     """A TLS server with a certificate of the test's authority."""
-    return of_listener(context["listen"](tls=context["authority"].server()))
+    yield context["listen"](tls=context["authority"].server()).port
 
+
+HTTP, HTTPS, HEYGEN = "http://127.0.0.1:{port}", "https://127.0.0.1:{port}", "https://api.heygen.com"
+PROXY = {"proxies": {"https": f"http://me:{SECRET}@127.0.0.1:{{port}}"}}
+HASTY = {"connect_timeout": 0.3, "read_timeout": 0.3, "write_timeout": 0.3}
+TLS = "Check 'verify' or 'cert' or the host"
+BY_PROXY = "Check 'proxies' or the host"
 
 # What there is at the port, the connection's host and extras, and what the message says.
-DIRECT = {
-    "refused": (nobody, "http://127.0.0.1:{port}", {}, "refused the connection. Check the host of"),
-    "refused, https": (nobody, "https://127.0.0.1:{port}", {}, "refused the connection. Check the host of"),
-    "no such name": (
-        nobody,
-        "https://nowhere.invalid:{port}",
-        {},
-        "not found by its name. Check the host of",
-    ),
+NEVER_SENT = {
+    "refused": (nobody, HTTP, {}, "Check the host"),
+    "refused, https": (nobody, HTTPS, {}, "Check the host"),
+    "no such name": (nobody, "https://nowhere.invalid:{port}", {}, "Check the host"),
     "no answer to SYN": (
         lambda _: full_backlog(),
-        "https://127.0.0.1:{port}",
+        HTTPS,
         {"connect_timeout": 0.3},
-        "did not answer in time. Check the host of",
+        "TimeoutError .* Check the host",
     ),
-    "unknown authority": (trusted, "https://127.0.0.1:{port}", {}, "not trusted. Check 'verify' of"),
+    "unknown authority": (trusted, HTTPS, {}, f"certificate verify failed.* {TLS}"),
     "certificate of another host": (
         trusted,
         "https://localhost:{port}",
         {"verify": "{ca}"},
-        "for another host. Check 'verify' and the host of",
+        f"not valid for 'localhost'.* {TLS}",
     ),
-    "https to an http port": (
-        refusal("400"),
-        "https://127.0.0.1:{port}",
-        {},
-        "does not speak TLS. Check the host and its port of",
-    ),
-    "handshake cut off": (peer_that(hang_up), "https://127.0.0.1:{port}", {}, ". Check the host"),
-    "handshake reset": (peer_that(reset), "https://127.0.0.1:{port}", {}, ". Check the host"),
-    "handshake not answered": (
-        peer_that(keep_silent),
-        "https://127.0.0.1:{port}",
-        {"connect_timeout": 0.3},
-        "did not answer in time. Check the host of",
-    ),
-    "handshake rejected": (
-        peer_that(saying(b"\x15\x03\x03\x00\x02\x02\x28")),  # handshake_failure
-        "https://127.0.0.1:{port}",
-        {},
-        "rejected the TLS handshake. Check 'cert' and the host of",
-    ),
+    "https to an http port": (refusal("400"), HTTPS, {}, TLS),
+    "handshake cut off": (peer_that(hang_up), HTTPS, {}, "or the host|Check the host"),
+    "handshake reset": (peer_that(reset), HTTPS, {}, "or the host|Check the host"),
+    "handshake not answered": (peer_that(keep_silent), HTTPS, HASTY, "TimeoutError .* Check the host"),
+    "handshake rejected": (peer_that(saying(b"\x15\x03\x03\x00\x02\x02\x28")), HTTPS, {}, TLS),
     "http to a TLS port": (
         peer_that(saying(b"\x15\x03\x03\x00\x02\x02\x46")),
-        "http://127.0.0.1:{port}",
+        HTTP,
         {},
-        "Use https in the host of",
+        "Use https in the host",
     ),
-}
-
-PROXIED = {
-    "proxy down": (
-        nobody,
-        "https://api.heygen.com",
-        {},
-        "The proxy refused the connection. Check 'proxies' of",
-    ),
+    "proxy down": (nobody, HEYGEN, PROXY, f"through the proxy http://127.0.0.1:\\d+: .* {BY_PROXY}"),
     "proxy down, http": (
         nobody,
         "http://localhost:1",
-        {},
-        "The proxy refused the connection. Check 'proxies' of",
+        {"proxies": {"http": f"http://me:{SECRET}@127.0.0.1:{{port}}"}},
+        BY_PROXY,
     ),
     "proxy has no address": (
         nobody,
-        "https://api.heygen.com",
-        {"proxy_host": "nowhere.invalid"},
-        "The proxy was not found by its name. Check 'proxies' of",
+        HEYGEN,
+        {"proxies": {"https": f"http://me:{SECRET}@nowhere.invalid:1"}},
+        f"through the proxy http://nowhere.invalid:1: .* {BY_PROXY}",
     ),
-    "proxy does not answer a SYN": (
-        lambda _: full_backlog(),
-        "https://api.heygen.com",
-        {"connect_timeout": 0.3},
-        "did not answer in time. Check 'proxies' and the host of",
-    ),
+    "proxy does not answer a SYN": (lambda _: full_backlog(), HEYGEN, PROXY | HASTY, BY_PROXY),
     **{
         f"proxy answers {status}": (
             refusal(status),
-            "https://api.heygen.com",
-            {},
-            f"The proxy answered {status} to CONNECT",
+            HEYGEN,
+            PROXY,
+            f"returned {status} to CONNECT.* {BY_PROXY}",
         )
-        for status in (407, 403, 502, 503, 504)
+        for status in (407, 403, 502)
     },
-    "proxy hangs up": (peer_that(hang_up), "https://api.heygen.com", {}, "Check 'proxies' and the host of"),
-    "proxy keeps silent": (
-        peer_that(keep_silent),
-        "https://api.heygen.com",
-        {"connect_timeout": 0.3, "read_timeout": 0.3, "write_timeout": 0.3},
-        "Check 'proxies' and the host of",
-    ),
-    "no TLS behind the proxy": (
-        refusal("200"),
-        "https://api.heygen.com",
-        {"connect_timeout": 0.5, "read_timeout": 0.5, "write_timeout": 0.5},
-        "of Airflow connection 'mine'.",
+    "proxy hangs up": (peer_that(hang_up), HEYGEN, PROXY, BY_PROXY),
+    "proxy keeps silent": (peer_that(keep_silent), HEYGEN, PROXY | HASTY, BY_PROXY),
+    "no TLS behind the proxy": (refusal("200"), HEYGEN, PROXY | HASTY, "Check 'proxies' or .*the host"),
+    "https proxy without TLS": (
+        refusal("400"),
+        HEYGEN,
+        {"proxies": {"https": f"https://me:{SECRET}@127.0.0.1:{{port}}"}},
+        "Check 'proxies' or .*the host",
     ),
 }
 
 
-def assert_never_sent(raised, call, base_url, text):
+def assert_never_sent(raised, base_url, text):
     error = raised.value
     assert type(error) is HeyGenUnreachableError, error
     assert error.outcome_unknown is False
-    assert re.match(
-        rf"\w+ during {re.escape(call.what)} at {re.escape(base_url)}, nothing was sent", str(error)
-    )
-    assert text in str(error)
-    assert "Airflow connection 'mine'." in str(error)
+    assert re.match(rf"\w+ during the create at {re.escape(base_url)}, nothing was sent", str(error))
+    assert re.search(rf"(?:{text}) of Airflow connection 'mine'\.$", str(error))
     assert SECRET not in str(error)
     assert error.__suppress_context__ or error.__context__ is None
 
 
 @both_transports
-@pytest.mark.parametrize("call", [create_call(), POLL], ids=["create", "poll"])
-@pytest.mark.parametrize("case", DIRECT.values(), ids=DIRECT)
-def test_never_sent(listen, authority, send, call, case):
+@pytest.mark.parametrize("case", NEVER_SENT.values(), ids=NEVER_SENT)
+def test_never_sent(listen, authority, send, case):
     place, url, extra, text = case
     with place({"listen": listen, "authority": authority}) as port:
-        extra = {name: authority.file if value == "{ca}" else value for name, value in extra.items()}
+        extra = json.loads(json.dumps(extra).replace("{port}", str(port)).replace("{ca}", authority.file))
         settings = settings_for(url.format(port=port), **extra)
         with pytest.raises(HeyGenUnreachableError) as raised:
-            send(call, settings)
-    assert_never_sent(raised, call, settings.base_url, text)
+            send(create_call(), settings)
+    assert_never_sent(raised, settings.base_url, text)
 
 
 @both_transports
-@pytest.mark.parametrize("by", ["connection", "environment"])
-@pytest.mark.parametrize("call", [create_call(), POLL], ids=["create", "poll"])
-@pytest.mark.parametrize("case", PROXIED.values(), ids=PROXIED)
-def test_never_sent_by_the_proxy(monkeypatch, listen, send, call, case, by):
-    place, url, extra, text = case
-    extra = dict(extra)
-    host = extra.pop("proxy_host", "127.0.0.1")
-    scheme = url.partition(":")[0]
-    with place({"listen": listen}) as port:
-        proxy = f"http://me:{SECRET}@{host}:{port}"
-        if by == "connection":
-            extra["proxies"] = {scheme: proxy}
-        else:
-            monkeypatch.setenv(f"{scheme}_proxy", proxy)
-        settings = settings_for(url, **extra)
-        with pytest.raises(HeyGenUnreachableError) as raised:
-            send(call, settings)
-    assert_never_sent(raised, call, url, text)
+def test_never_sent_by_the_proxy_of_the_environment(monkeypatch, send):
+    monkeypatch.setenv("https_proxy", f"http://me:{SECRET}@127.0.0.1:{unused_port()}")
+    with pytest.raises(HeyGenUnreachableError) as raised:
+        send(create_call(), settings_for(HEYGEN))
+    assert_never_sent(raised, HEYGEN, BY_PROXY)
 
 
 @both_transports
-def test_certificate_behind_a_proxy(listen, authority, send):
+def test_certificate_behind_a_proxy(monkeypatch, listen, authority, send):
+    """Nor does it help that the machine trusts it: only the connection, or requests' own list, decides."""
+    monkeypatch.setenv("SSL_CERT_FILE", authority.file)
     proxy, gateway = listen(), listen(tls=authority.server())
     settings = settings_for(gateway.url, proxies={"https": proxy.url})
-    with pytest.raises(HeyGenUnreachableError, match=r"not trusted\. Check 'verify'") as raised:
+    with pytest.raises(HeyGenUnreachableError) as raised:
         send(create_call(), settings)
-    assert_never_sent(raised, create_call(), gateway.url, "not trusted")
+    assert_never_sent(
+        raised, gateway.url, "verify failed.* Check 'proxies' or 'verify' or 'cert' or the host"
+    )
     assert gateway.seen == []
 
 
 @both_transports
 @pytest.mark.parametrize("call", [create_call(), POLL], ids=["create", "poll"])
-@pytest.mark.parametrize("tls", [True, False], ids=["https", "http"])
+@pytest.mark.parametrize("by_proxy", [False, True], ids=["direct", "proxy"])
+@pytest.mark.parametrize("scheme", ["https", "http"])
 @pytest.mark.parametrize(
     "answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"], ids=["none", "half"]
 )
-def test_broken_after_sending(listen, authority, send, call, tls, answer):
-    gateway = listen(lambda _: answer, tls=authority.server() if tls else None)
-    settings = settings_for(gateway.url, verify=authority.file)
+def test_broken_after_sending(listen, authority, send, call, by_proxy, scheme, answer):
+    gateway = listen(lambda _: answer, tls=authority.server() if scheme == "https" else None)
+    proxy = listen() if scheme == "https" else gateway
+    extra = {"proxies": {scheme: proxy.url}} if by_proxy else {}
+    settings = settings_for(gateway.url, verify=authority.file, **extra)
     with pytest.raises(HeyGenTransientError, match="no answer arrived") as raised:
         send(call, settings)
     assert not isinstance(raised.value, HeyGenUnreachableError)
@@ -362,6 +317,7 @@ def test_an_earlier_failure_proves_nothing(listen, send):
     except HeyGenUnreachableError:
         with pytest.raises(HeyGenTransientError) as raised:
             send(create_call(), settings_for(gateway.url))
+    assert re.match(r"(Remote|Server)Disconnected", str(raised.value))
     assert raised.value.outcome_unknown
 
 
@@ -369,17 +325,14 @@ def test_an_earlier_failure_proves_nothing(listen, send):
 
 
 @both_transports
-@pytest.mark.parametrize("by", ["connection", "environment"])
 @pytest.mark.parametrize(
     "proxy",
     [f"ftp://{SECRET}", f"http://[{SECRET}", f"http://{SECRET}@:x", "http://", f"http://me:{SECRET}@a..b:1"],
 )
-def test_useless_proxy(monkeypatch, send, proxy, by):
-    if by == "environment":
-        monkeypatch.setenv("https_proxy", proxy)
-    extra = {"proxies": {"https": proxy}} if by == "connection" else {}
+def test_useless_proxy(monkeypatch, send, proxy):
+    monkeypatch.setenv("https_proxy", proxy)
     with pytest.raises(HeyGenBadInputError, match="'proxies' of Airflow connection 'mine'") as raised:
-        send(create_call(), settings_for("https://api.heygen.com", **extra))
+        send(create_call(), settings_for(HEYGEN))
     assert SECRET not in str(raised.value)
     assert raised.value.__suppress_context__ or raised.value.__context__ is None
 
@@ -387,13 +340,8 @@ def test_useless_proxy(monkeypatch, send, proxy, by):
 @both_transports
 @pytest.mark.parametrize(
     ("name", "content"),
-    [  # a directory of 'verify' may hold certificates
-        ("verify", None),
-        ("verify", "this is no certificate"),
-        ("cert", None),
-        ("cert", "this is no certificate"),
-        ("cert", "a directory"),
-    ],
+    # A directory of 'verify' may hold certificates.
+    [("verify", None), ("verify", "this is no certificate"), ("cert", "a directory")],
 )
 def test_useless_file(listen, authority, tmp_path, send, name, content):
     path = tmp_path / "file.pem"
@@ -409,14 +357,13 @@ def test_useless_file(listen, authority, tmp_path, send, name, content):
 
 
 @both_transports
-@pytest.mark.parametrize("by", ["connection", "environment"])
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize(
     ("given", "sent"),
     [("p%E2%82%ACw", "p€w".encode()), ("p%C3%A9w", b"p\xe9w"), ("p%3A%40%2Fw", b"p:@/w"), ("", b"")],
     ids=["euro", "latin-1", "reserved", "empty"],
 )
-def test_password_of_the_proxy(monkeypatch, listen, authority, send, scheme, by, given, sent):
+def test_password_of_the_proxy(send, scheme, given, sent):
     got = []
     behave = saying(b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n")
 
@@ -430,11 +377,8 @@ def test_password_of_the_proxy(monkeypatch, listen, authority, send, scheme, by,
 
     with peer(lambda connection: behave(Reading(connection))) as port:
         proxy = f"http://m%C3%A9:{given}@127.0.0.1:{port}"
-        if by == "environment":
-            monkeypatch.setenv(f"{scheme}_proxy", proxy)
-        extra = {"proxies": {scheme: proxy}} if by == "connection" else {}
         with pytest.raises((HeyGenTransientError, HeyGenPermanentError)) as raised:
-            send(POLL, settings_for(f"{scheme}://heygen.invalid", **extra))
+            send(POLL, settings_for(f"{scheme}://heygen.invalid", proxies={scheme: proxy}))
     assert "407" in str(raised.value)
     (header,) = re.findall(rb"(?im)^proxy-authorization: basic (\S+)", got[0])
     user = "mé".encode("latin-1" if given != "p%E2%82%ACw" else "utf-8")
@@ -456,14 +400,12 @@ def test_the_proxys_password_stays_with_the_proxy(listen, authority, send):
 
 
 @both_transports
-@pytest.mark.parametrize("size", [9_000, 60_000, 65_000])
-def test_long_header(listen, send, size):
-    gateway = listen(lambda _: (200, {"Content-Security-Policy": "a" * size}, OVERDUB))
+def test_long_header(listen, send):
+    gateway = listen(lambda _: (200, {"Content-Security-Policy": "a" * 65_000}, OVERDUB))
     assert send(POLL, settings_for(gateway.url)).status == "running"
 
 
 @both_transports
-@pytest.mark.parametrize("call", [create_call(), POLL], ids=["create", "poll"])
 @pytest.mark.parametrize(
     "answer",
     [
@@ -473,11 +415,11 @@ def test_long_header(listen, send, size):
     ],
     ids=["header", "status line", "no HTTP"],
 )
-def test_unreadable_response(listen, send, call, answer):
+def test_unreadable_response(listen, send, answer):
     gateway = listen(lambda _: answer)
-    with pytest.raises(HeyGenTransientError, match=r"no answer arrived that can be read.*64 kB") as raised:
-        send(call, settings_for(gateway.url))
-    assert raised.value.outcome_unknown is (call.method == "POST")
+    with pytest.raises(HeyGenTransientError, match=r"no answer arrived that can be read") as raised:
+        send(create_call(), settings_for(gateway.url))
+    assert raised.value.outcome_unknown
 
 
 # --- The credential -------------------------------------------------------------------------------------
@@ -506,22 +448,27 @@ OTHER = [
 ]
 
 
-@pytest.mark.parametrize("auth_type", ["api_key", "oauth"])
+@pytest.fixture
+def netrc(monkeypatch, tmp_path):
+    """A password for every host, which is for other programs."""
+    path = tmp_path / "netrc"
+    path.write_text("default login me password pw\n")
+    path.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(path))
+
+
 @pytest.mark.parametrize(
     ("base_url", "url", "same"), [(*pair, True) for pair in SAME] + [(*pair, False) for pair in OTHER]
 )
-def test_credential_of_its_own_origin(monkeypatch, tmp_path, base_url, url, same, auth_type):
-    netrc = tmp_path / "netrc"
-    netrc.write_text("default login me password pw\n")
-    netrc.chmod(0o600)
-    monkeypatch.setenv("NETRC", str(netrc))
-    settings = settings_for(base_url, auth_type=auth_type)
-    with transport.new_session(settings, credential=True) as session:
-        headers = session.prepare_request(requests.Request("GET", url)).headers
-    assert headers["User-Agent"] == transport.USER_AGENT
-    name, value = settings.auth_header
-    assert headers.get(name) == (value if same else None)
-    assert {"Authorization", "X-Api-Key"} & set(headers) == ({name} if same else set())
+def test_credential_of_its_own_origin(netrc, base_url, url, same):
+    for auth_type in ("api_key", "oauth"):
+        settings = settings_for(base_url, auth_type=auth_type)
+        with transport.new_session(settings, credential=True) as session:
+            headers = session.prepare_request(requests.Request("GET", url)).headers
+        assert headers["User-Agent"] == transport.USER_AGENT
+        name, value = settings.auth_header
+        assert headers.get(name) == (value if same else None)
+        assert {"Authorization", "X-Api-Key"} & set(headers) == ({name} if same else set())
 
 
 def test_no_redirect_takes_the_credential_along(listen):
@@ -537,21 +484,29 @@ def test_no_redirect_takes_the_credential_along(listen):
     assert gateway.seen[0].headers["X-Api-Key"] == "sk-secret"
 
 
-def test_a_session_without_credential(listen, monkeypatch, tmp_path):
-    netrc = tmp_path / "netrc"
-    netrc.write_text("default login me password pw\n")
-    netrc.chmod(0o600)
-    monkeypatch.setenv("NETRC", str(netrc))
+@both_transports
+def test_no_redirect_is_followed(listen, send):
+    other = listen()
+    gateway = listen(lambda _: (307, {"Location": f"{other.url}/v3/x"}, b""))
+    with pytest.raises(HeyGenGatewayError, match="307"):
+        send(POLL, settings_for(gateway.url))
+    assert other.seen == []
+
+
+@pytest.mark.parametrize("proxies", [{}, {"https": "http://proxy.example:3128"}], ids=["direct", "proxy"])
+def test_a_quiet_connection_is_kept_alive(proxies):
+    """A firewall must not drop a connection on which HeyGen is still working."""
+    with transport.new_session(settings_for(HEYGEN), credential=True) as session:
+        request = session.prepare_request(requests.Request("GET", HEYGEN))
+        pool = session.get_adapter(HEYGEN).get_connection_with_tls_context(request, True, proxies)
+    assert (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1) in pool.conn_kw["socket_options"]
+
+
+def test_a_session_without_credential(listen, netrc):
     server = listen()
     with transport.new_session(settings_for(server.url), credential=False) as session:
         session.get(server.url)
     assert not {"Authorization", "X-Api-Key"} & set(server.seen[0].headers)
-
-
-def test_no_session_is_left(listen):
-    gateway = listen(lambda _: (200, {}, OVERDUB))
-    asend(POLL, settings_for(gateway.url))
-    assert not any(transport._sessions.values())
 
 
 # --- The extra of the connection ------------------------------------------------------------------------
