@@ -78,7 +78,7 @@ def send(
         # Here, so that upload may import this module.
         from airflow_provider_heygen.upload import Chunks
 
-        data, headers["Content-Type"] = Chunks(form), form.content_type
+        data, headers["Content-Type"] = Chunks(form, settings.upload_timeout), form.content_type
     timeout = (settings.connect_timeout, _read_timeout(settings, call, upload=form is not None))
     attempt = _Attempt()
     token = _attempt.set(attempt)
@@ -260,8 +260,11 @@ def _recording(pool: type[HTTPConnectionPool]) -> type[HTTPConnectionPool]:
             attempt.connected = True
 
         def request(self, *args: Any, **kwargs: Any) -> None:
-            if self.sock is not None:  # kept alive, or TLS
-                _attempt.get(_Attempt()).connected = True
+            if self.is_closed:
+                self.connect()
+            _attempt.get(_Attempt()).connected = True
+            # urllib3 would send a body under the connect timeout.
+            self.timeout: Any = getattr(kwargs.get("body"), "write_timeout", None) or self.timeout
             super().request(*args, **kwargs)
 
     class Pool(pool):  # type: ignore[misc, valid-type]
