@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import re
 import time
 import uuid
@@ -40,6 +41,9 @@ _PART_BYTES = 8 << 20
 # Stores that show an object when its upload is completed, and not before: a temporary name would only cost a
 # copy of it. Seen in s3fs, gcsfs and adlfs; any other file system gets the temporary name.
 _SHOWN_WHEN_WHOLE = {"s3", "s3a", "s3n", "gs", "gcs", "abfs", "abfss", "adl", "az"}
+
+# Content codings of IANA's registry; others, such as S3's "aws-chunked" or an empty one, encode nothing.
+_CODINGS = {"br", "compress", "dcb", "dcz", "deflate", "gzip", "x-compress", "x-gzip", "zstd"}
 
 _NO_FILE = {"application/json", "application/xml", "application/xhtml+xml", "text/html", "text/xml"}
 
@@ -142,6 +146,7 @@ class _Target:
         self.written = 0
         self.size: int | None = None
         self.version: tuple[str, str] | None = None
+        self._boxes = _Boxes()
 
     def __str__(self) -> str:
         return redact_links(str(self._path))
@@ -175,19 +180,21 @@ class _Target:
                 self._open()
             self._file.write(chunk)
         self.written += len(chunk)
+        self._boxes.add(chunk)
 
     def check(self, what: str) -> None:
         """
-        Raise unless it is as long as announced.
+        Raise unless it is as long as announced; or, where nothing was, if the video is no whole mp4.
 
-        :raises HeyGenTransientError: it is not; one that is too long is dropped.
+        :raises HeyGenTransientError: if it is not whole; one that is too long is dropped.
         """
         written, size = self.written, self.size
-        if written and written == (size or written):
+        if written == size or (size is None and written and (what != "video" or self._boxes.whole)):
             return
         if size is not None and written > size:
             self.discard()
-        raise HeyGenTransientError(f"The download of the {what} ended after {written} of {size} bytes.")
+        of = "an unknown number of" if size is None else size
+        raise HeyGenTransientError(f"The download of the {what} ended after {written} of {of} bytes.")
 
     def publish(self) -> None:
         """Let everybody see it, at once and whole."""
@@ -200,7 +207,7 @@ class _Target:
     def discard(self) -> None:
         """Forget what was written."""
         file, self._file = self._file, None
-        self.written, self.size, self.version = 0, None, None
+        self.written, self.size, self.version, self._boxes = 0, None, None, _Boxes()
         if file is None:
             return
         # What went wrong before is what matters.
@@ -220,17 +227,51 @@ class _Target:
         if self._direct:
             self._file = self._fs.open(self._path.path, "wb", block_size=_PART_BYTES)
             return
-        folder = self._path.parent
+        folder, _, name = self._path.path.rpartition("/")
         # fsspec's mv takes these characters for a pattern, and a name may have no more than 255 bytes.
-        stem = re.sub(r"[*?\[\]]", "_", self._path.name)[:60]
+        stem = re.sub(r"[*?\[\]]", "_", name)[:60]
         if self._local:
-            folder.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(Path(folder.path), stem)
-        self._name = (folder / f".{stem}.{uuid.uuid4().hex[:8]}.part").path
+            Path(f"{folder}/").mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(Path(f"{folder}/"), stem)
+        self._name = f"{folder}/.{stem}.{uuid.uuid4().hex[:8]}.part"
         self._file = self._fs.open(self._name, "wb")
         if self._local:
             with contextlib.suppress(OSError):
                 fcntl.flock(self._file, fcntl.LOCK_SH)
+
+
+class _Boxes:
+    """
+    Walks over the boxes of an mp4 as it is written (ISO/IEC 14496-12, section 4.2).
+
+    :ivar whole: whether the file ends where a box does and has the boxes of a video. A box that reaches to
+        the end of the file by definition proves nothing.
+    """
+
+    def __init__(self) -> None:
+        self.whole = False
+        self._kinds: set[bytes] = set()
+        self._head, self._left = b"", 0.0
+
+    def add(self, chunk: bytes) -> None:
+        """Take the next bytes."""
+        if self._left < len(chunk):
+            data, at = self._head + chunk, self._left
+            while (start := int(at)) < len(data):
+                size, kind = int.from_bytes(data[start : start + 4]), data[start + 4 : start + 8]
+                length = 16 if size == 1 else 8
+                if len(data) < start + length:
+                    break
+                if size == 1:
+                    size = int.from_bytes(data[start + 8 : start + 16])
+                self._kinds.add(kind)
+                at += size if size >= length else math.inf
+                if at == math.inf:
+                    break
+            self._head, self._left = data[start:] if at < len(data) else b"", max(0.0, at - len(data))
+        else:
+            self._left -= len(chunk)
+        self.whole = not self._head and not self._left and self._kinds >= {b"moov", b"mdat"}
 
 
 def _remove_leftovers(folder: Path, stem: str) -> None:
@@ -285,10 +326,11 @@ def _missing_part(
     with response:
         status = response.status_code
         kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        encoded = _CODINGS & set(re.split(r"[\s,]+", response.headers.get("Content-Encoding", "").lower()))
         usable = (
             kind not in _NO_FILE
             and not (what == "video" and kind.startswith("text/"))
-            and response.headers.get("Content-Encoding", "identity") == "identity"
+            and not encoded
             and response.headers.get("Content-Length") != "0"
         )
         if status == 200 and usable:
@@ -305,8 +347,8 @@ def _missing_part(
                 )
         else:
             raise HeyGenTransientError(
-                f"{_the_link(what)} at {host} answered {status} ({kind or 'no type'}) instead"
-                f" of the {what}; it may have expired.",
+                f"{_the_link(what)} at {host} answered {status} ({', '.join([kind or 'no type', *encoded])})"
+                f" instead of the {what}; it may have expired.",
                 status_code=status,
             )
         yield response
@@ -376,7 +418,11 @@ def _follow(
         )
         if not response.is_redirect:
             return response, host
-        base, link = link, response.headers["Location"]
+        base, location = link, response.headers["Location"].encode("latin-1")  # the bytes that were sent
+        try:
+            link = location.decode()
+        except UnicodeDecodeError:
+            link = "".join(chr(byte) if byte < 128 else f"%{byte:02X}" for byte in location)
         response.close()
     raise HeyGenPermanentError(f"{_the_link(what)} was redirected more than {MAX_REDIRECTS} times.")
 

@@ -84,7 +84,7 @@ class Dubbing:
             # Before anything is sent: these raise if they are wrong.
             self._deadline()
             seconds(self.task.poke_interval, "poke_interval")
-            files = inputs(uris, self.hook.settings)
+            files = inputs(uris, self.hook.settings, self.ledger.files)
             overdub_id = self._submit(request, files)
             self.ti.xcom_push(key="overdub_id", value=overdub_id)
             self.ti.xcom_push(key="asset_ids", value=self.ledger.asset_ids)
@@ -134,7 +134,6 @@ class Dubbing:
             self.again = True
 
     def _defer(self, error: HeyGenError, not_before: float) -> None:
-        kept = self.ledger.kept.model_dump(mode="json") if self.ledger.kept else None
         trigger: BaseTrigger = HeyGenSlotTrigger(
             heygen_conn_id=self.task.heygen_conn_id,
             since=self.since,
@@ -147,7 +146,7 @@ class Dubbing:
         raise TaskDeferred(
             trigger=trigger,
             method_name="execute_again",
-            kwargs={"since": self.since, "until": self.until, "kept": kept},
+            kwargs={"since": self.since, "until": self.until, "kept": self.ledger.kept},
             timeout=backstop(self.until, not_before - time.time()),
         )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import ipaddress
+import json
 import logging
 import os
 import re
@@ -18,7 +20,7 @@ from airflow_provider_heygen.connection import HeyGenConnection, is_loopback
 from airflow_provider_heygen.exceptions import HeyGenBadInputError, HeyGenError, HeyGenPermanentError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from os import PathLike
 
     from airflow.providers.common.compat.sdk import ObjectStoragePath
@@ -52,26 +54,68 @@ def mask_links(*values: Any) -> None:
 
 def storage_path(path: str | PathLike[str] | ObjectStoragePath, what: str) -> ObjectStoragePath:
     """
-    Give an ObjectStoragePath for a local path or a storage URI.
+    Return the ObjectStoragePath of exactly the file that a local path or a storage URI names.
 
-    :param what: how to call it in an error.
-    :raises HeyGenBadInputError: it is empty, or no installed provider knows its scheme.
+    :param what: how to call the file in an error.
+    :raises HeyGenBadInputError: if that is empty, relative or a folder, if no installed provider knows its
+        scheme, or if ObjectStoragePath would take it for another file.
     """
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
-    if not isinstance(path, ObjectStoragePath) and not str(path).strip():
-        raise HeyGenBadInputError(f"The path of {what} is empty.")
+    text = str(path)
+    named = f"The path of {what}, {redact_links(text)!r},"
+    if text.strip() in ("", "None"):
+        raise HeyGenBadInputError(
+            f"The path of {what} is empty or the text 'None', which is what a template makes of a missing"
+            " value."
+        )
+    if text != text.strip():
+        raise HeyGenBadInputError(f"{named} begins or ends with white space. Remove it.")
+    uri = re.sub(r"^[A-Za-z][A-Za-z0-9+.-]*(?=://)", lambda scheme: scheme[0].lower(), text)
+    local = re.sub(r"(?i)^file:(//(localhost)?)?", "", text)
+    if local != text or not re.match(r"[a-z][a-z0-9+.-]*://", uri):
+        local = os.path.expanduser(local)
+        if not local.startswith("/"):
+            raise HeyGenBadInputError(
+                f"{named} is neither absolute nor the URI of a file (file:///data/talk.mp4,"
+                " s3://bucket/talk.mp4 ...). A relative path depends on the worker's own directory."
+            )
+        local = re.sub(r"/+", "/", local)
+        # Without a scheme, ObjectStoragePath takes "::" for a part of the name.
+        uri = local if "::" in local else f"file://{local}"
+    if uri.endswith("/"):
+        raise HeyGenBadInputError(f"{named} ends with a slash, so it names a folder. Name a file.")
     try:
-        if isinstance(path, str):  # before universal_pathlib 0.3 only lower case was a scheme
-            path = re.sub(r"^[A-Za-z0-9+.-]+(?=://)", lambda scheme: scheme[0].lower(), path)
-        found = ObjectStoragePath(path)
+        found = ObjectStoragePath(uri)
         _ = found.fs  # resolves the scheme now, where an error can say what is meant
     except (ImportError, ValueError) as error:
         raise HeyGenBadInputError(
-            f"The path of {what}, {redact_links(str(path))}, cannot be used: {error}."
-            " Is the Airflow provider of that storage installed?"
+            f"{named} cannot be used: {error}. Is the Airflow provider of that storage installed?"
         ) from None
+    # It drops what follows "::", line breaks and a last "?" or "#"; its paths may leave out a host.
+    whole = re.sub(r"^[^:/]*://([^/?#]*@)?", "", uri)
+    if found.path.strip("/") not in (whole.strip("/"), whole.partition("/")[2]):
+        raise HeyGenBadInputError(
+            f"{named} has characters (such as '::' or a line break) with which Airflow's ObjectStoragePath"
+            f" takes it for another file, {redact_links(str(found))!r}. Choose another name."
+        )
     return found
+
+
+def fingerprint(path: ObjectStoragePath, info: Mapping[str, Any] | None = None) -> str | None:
+    """
+    Return what tells one version of a file from another without reading it; ``None`` if nothing does.
+
+    :param info: what its file system says of the file; asked for if not given.
+    """
+    with contextlib.suppress(Exception):
+        if info is None:
+            path.fs.invalidate_cache()
+            info = path.fs.info(path.path)
+        version = [str(info.get(name) or "") for name in ("ETag", "etag", "mtime", "created", "ino")]
+        if any(version[:3]):
+            return hashlib.sha256(json.dumps([str(path), info["size"], version]).encode()).hexdigest()
+    return None
 
 
 @contextlib.contextmanager

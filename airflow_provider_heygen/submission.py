@@ -47,6 +47,7 @@ class Submission(BaseModel):
     :param labels: a digest of the other labels, to notice a change.
     :param resource: HeyGen's name for the resource, under which it was sent, if it was known then.
     :param assets: what was uploaded for it: the SHA-256 of each file, and the asset it has become.
+    :param files: SHA-256 and MIME type of each file by its fingerprint, so that it is read once.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -66,6 +67,7 @@ class Submission(BaseModel):
     labels: str = ""
     resource: str | None = None
     assets: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, tuple[str, str]] = Field(default_factory=dict)
 
     @classmethod
     def load(cls, stored: Any) -> Submission | None:

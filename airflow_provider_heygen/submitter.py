@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_heygen import metrics, waiting
-from airflow_provider_heygen.api import MediaAsset, Overdub
+from airflow_provider_heygen.api import MediaAsset
 from airflow_provider_heygen.compat import task_state_store
 from airflow_provider_heygen.exceptions import (
     HeyGenError,
     HeyGenNotFoundError,
     HeyGenOutcomeUnknownError,
-    HeyGenOverdubFailedError,
 )
 from airflow_provider_heygen.submission import (
     STATE_KEY,
@@ -29,7 +29,7 @@ from airflow_provider_heygen.submission import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Mapping
 
     from airflow.providers.common.compat.sdk import Context
 
@@ -42,14 +42,14 @@ log = logging.getLogger(__name__)
 
 class Ledger:
     """
-    The record of a task instance's submissions, in Airflow's task state store (3.3+).
+    The submission record of a task instance, in Airflow's task state store (3.3+).
 
     Before 3.3 it lasts as long as the try; what an earlier try may have sent is derived from the task
     instance.
 
     :param durable: without it the record lasts as long as the try, and nothing is derived.
     :param again: this run goes on after a deferral in which nothing was waited for but HeyGen's patience.
-    :param kept: what the run before that deferral had of :attr:`kept`, as JSON.
+    :param kept: :attr:`kept` of the run before that deferral.
     """
 
     def __init__(self, context: Context, *, durable: bool, again: bool = False, kept: Any = None) -> None:
@@ -58,26 +58,38 @@ class Ledger:
         self.again = again
         self.dag_run_began = context["dag_run"].start_date
         self.store: Any = task_state_store(context) if durable else None
-        self.kept = Submission.load(kept)
-        """The record of this try, where there is no store."""
+        self._kept = kept
+
+    @cached_property
+    def record(self) -> Submission | None:
+        """What this and earlier runs of the task instance have written; read once."""
+        if self.store is None:
+            return Submission.load(self._kept)
+        record = Submission.load(self.store.get(STATE_KEY))
+        if record is not None and record.max_tries != self.ti.max_tries:
+            # Somebody has cleared the task, perhaps because of what was uploaded.
+            return record.model_copy(update={"assets": {}, "files": {}})
+        return record
+
+    @property
+    def kept(self) -> Any:
+        """The record as JSON, where no store keeps it over a deferral."""
+        return self.record.model_dump(mode="json") if self.store is None and self.record else None
+
+    @property
+    def files(self) -> Mapping[str, tuple[str, str]]:
+        """What is known of files by their fingerprint."""
+        return self.record.files if self.record else {}
 
     def recall(self, body_digest: str) -> Submission | None:
-        """Give what an earlier run of this task instance has left behind."""
-        if self.store is not None:
-            submission = Submission.load(self.store.get(STATE_KEY))
-            if submission is not None and submission.max_tries != self.ti.max_tries:
-                # Somebody has cleared the task, perhaps because of what was uploaded.
-                submission = submission.model_copy(update={"assets": {}})
-            return submission
-        if self.kept is not None:
-            return self.kept
-        if not self.durable or (self.ti.try_number == 1 and not self.again):
-            return None
-        began = self.dag_run_began.timestamp() if self.dag_run_began else time.time()
-        # When an earlier try sent it is not known, only that it did not after this one began.
-        found = {"began": began, "sent": True, "sent_at": time.time()}
-        self.kept = self.begin(body_digest, None).model_copy(update=found)
-        return self.kept
+        """Return what an earlier run of this task instance has left behind."""
+        derive = self.durable and self.store is None and (self.ti.try_number > 1 or self.again)
+        if self.record is None and derive:
+            began = self.dag_run_began.timestamp() if self.dag_run_began else time.time()
+            # When an earlier try sent it is not known, only that it did not after this one began.
+            found = {"began": began, "sent": True, "sent_at": time.time()}
+            self.record = self.begin(body_digest, None).model_copy(update=found)
+        return self.record
 
     def begin(self, body_digest: str, before: Submission | None) -> Submission:
         """Begin a new submission; nothing is written yet."""
@@ -94,44 +106,35 @@ class Ledger:
 
     def write(self, submission: Submission, **changes: Any) -> None:
         """Write it down, changed, for whoever runs this task instance next."""
-        submission = submission.model_copy(update={**changes, "max_tries": self.ti.max_tries})
+        self.record = submission.model_copy(update={**changes, "max_tries": self.ti.max_tries})
         if self.store is not None:
-            self.store.set(STATE_KEY, submission.model_dump(mode="json"))
-        else:
-            self.kept = submission
-
-    @property
-    def current(self) -> Submission | None:
-        """The submission record as it is now."""
-        return self.kept if self.store is None else Submission.load(self.store.get(STATE_KEY))
+            self.store.set(STATE_KEY, self.record.model_dump(mode="json"))
 
     @property
     def in_doubt(self) -> bool:
         """Whether a create request was sent whose outcome is unknown."""
-        submission = self.current
-        return submission is not None and submission.sent and submission.overdub_id is None
+        return self.record is not None and self.record.sent and self.record.overdub_id is None
 
     @property
     def asset_ids(self) -> list[str]:
         """The assets that were uploaded for the overdub."""
-        return list(self.current.assets.values()) if self.current else []
+        return list(self.record.assets.values()) if self.record else []
 
     def delivered(self) -> None:
         """Note that the task hands on its result: a clear after this wants another overdub."""
-        submission = Submission.load(self.store.get(STATE_KEY)) if self.store is not None else None
-        if submission is not None:
-            self.write(submission, delivered=True)
+        if self.record is not None and self.store is not None:
+            self.write(self.record, delivered=True)
 
 
 def submit(
     request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger, files: Mapping[str, Source]
 ) -> str:
     """
-    Start the overdub, or go on with the one that an earlier run of this task has started. Gives its id.
+    Start the overdub, or reattach to the one that an earlier run of this task has started. Return its id.
 
     :param files: those of ``video`` and ``audio`` that are to be uploaded for it, in place of what the
         request has there.
-    :raises HeyGenError: it could not be started; the ledger knows whether something may have been sent.
+    :raises HeyGenError: if it could not be started; the ledger knows whether something may have been sent.
     """
     # The bytes are what is wished for: the asset they become is another one after each upload.
     request = _with_assets(request, {name: f"sha256:{file.digest}" for name, file in files.items()})
@@ -139,15 +142,7 @@ def submit(
     submission = ledger.recall(body_digest)
     step = next_step(submission, body_digest, ledger.ti.max_tries)
     if submission is not None and step in (Step.LOOK, Step.SEARCH):
-        cleared = submission.max_tries != ledger.ti.max_tries
-        try:
-            overdub_id, seen = _see(submission, request, hook)
-        except HeyGenOutcomeUnknownError:
-            if not cleared:
-                raise
-            # The user was told what cannot be determined, and has decided, for later tries, too.
-            overdub_id, seen = "", Seen.MISSING
-            submission = submission.model_copy(update={"sent": False})
+        submission, overdub_id, seen = _see(submission, request, hook, ledger)
         step = next_step(submission, body_digest, ledger.ti.max_tries, seen)
         if step is Step.ATTACH:
             _reattach(submission, overdub_id, request, hook, ledger)
@@ -226,9 +221,11 @@ def upload_once(file: Source, hook: HeyGenHook, ledger: Ledger) -> str:
 
 
 def _upload(
-    files: Iterable[Source], submission: Submission, hook: HeyGenHook, ledger: Ledger, generation: int = 1
+    files: Collection[Source], submission: Submission, hook: HeyGenHook, ledger: Ledger, generation: int = 1
 ) -> Submission:
-    """Upload what is not uploaded yet; gives the submission with all of its assets."""
+    """Upload what is not uploaded yet; return the submission with all of its assets."""
+    seen = {file.fingerprint: (file.digest, file.mime_type) for file in files if file.fingerprint}
+    submission = submission.model_copy(update={"files": seen})
     for file in files:
         if file.digest in submission.assets:
             log.info("%s is uploaded already, as asset %s.", file, submission.assets[file.digest])
@@ -249,51 +246,41 @@ def _with_assets(request: CreateOverdubRequest, asset_ids: Mapping[str, str]) ->
     return request.model_copy(update=media)
 
 
-def _see(submission: Submission, request: CreateOverdubRequest, hook: HeyGenHook) -> tuple[str, Seen]:
-    """Find out what HeyGen has of an earlier submission; return its id, if there is one."""
+def _see(
+    submission: Submission, request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger
+) -> tuple[Submission, str, Seen]:
+    """Find out what HeyGen has of an earlier submission; return that, and its id, if there is one."""
     hook.created_under = submission.resource
-    overdub: Overdub | None
-    if submission.overdub_id is None:
-        if submission.labels:  # without a store, it is not known what an earlier try has sent
-            sent = {"title": submission.title, "callback_id": submission.callback_id}
-            request = request.model_copy(update=sent)
+    if submission.overdub_id is not None:
+        # What HeyGen has started is not submitted again because a poll fails: the wait copes with that.
+        until = submission.answered + waiting.FRESH_SECONDS
+        watch = waiting.Watch(
+            submission.overdub_id,
+            poke_interval=waiting.GONE_SECONDS,
+            deadline=None,
+            not_found_until=until,
+            log=log,
+        )
+        end = watch.settle(hook)
+        status = end["status"] if isinstance(end, dict) else ""
+        seen = {"failed": Seen.FAILED, "gone": Seen.MISSING}.get(status, Seen.ALIVE)
+        return submission, submission.overdub_id, seen
+    if submission.labels:  # without a store, it is not known what an earlier try has sent
+        sent = {"title": submission.title, "callback_id": submission.callback_id}
+        request = request.model_copy(update=sent)
+    try:
         overdub = hook.find_created(
             request, submission.key, since=submission.began, sent_at=submission.sent_at
         )
-        if overdub is None:
-            return "", Seen.MISSING
-    else:
-        overdub = _look(submission.overdub_id, submission.answered, hook)
-        if overdub is None:
-            return submission.overdub_id, Seen.MISSING
-    try:
-        overdub.raise_for_failure()
-    except HeyGenOverdubFailedError:
-        return overdub.overdub_id, Seen.FAILED
-    return overdub.overdub_id, Seen.ALIVE
-
-
-def _look(overdub_id: str, answered: float, hook: HeyGenHook) -> Overdub | None:
-    """
-    Poll an overdub that was started; return ``None`` only if it is certainly gone.
-
-    What HeyGen has started is not submitted again because a poll fails: the wait copes with that.
-    """
-    unseen = Overdub.model_validate({"id": overdub_id})
-    for number in (1, 2):
-        try:
-            return hook.get_overdub(overdub_id)
-        except HeyGenNotFoundError as error:
-            log.warning("%s", error)
-            fresh = time.time() < answered + waiting.FRESH_SECONDS
-            if fresh or hook.is_listed(overdub_id) is not False:
-                return unseen
-        except HeyGenError as error:
-            log.warning("%s", error)
-            return unseen
-        if number == 1:
-            time.sleep(waiting.GONE_SECONDS)
-    return None
+    except HeyGenOutcomeUnknownError:
+        if submission.max_tries == ledger.ti.max_tries:
+            raise
+        # The user was told what cannot be determined, and has decided by a clear, for later tries, too.
+        return submission.model_copy(update={"sent": False}), "", Seen.MISSING
+    if overdub is None:
+        return submission, "", Seen.MISSING
+    failed = overdub.is_final and not overdub.is_completed
+    return submission, overdub.overdub_id, Seen.FAILED if failed else Seen.ALIVE
 
 
 def _relabel(

@@ -77,7 +77,7 @@ def send(
     """
     data, headers = None, dict(call.headers)
     if form is not None:
-        data, headers["Content-Type"] = Chunks(form), form.content_type
+        data, headers["Content-Type"] = Chunks(form, settings.upload_timeout), form.content_type
     attempt = _Attempt()
     _attempt.set(attempt)
     try:
@@ -243,6 +243,8 @@ def _recording(base: Any) -> Any:
             if self.is_closed:
                 self.connect()  # name look-up, TCP, the proxy's CONNECT, TLS
             _attempt.get(_Attempt()).connected = True
+            # urllib3 would send a body under the connect timeout.
+            self.timeout: Any = getattr(kwargs.get("body"), "write_timeout", None) or self.timeout
             super().request(*args, **kwargs)
 
     return Connection

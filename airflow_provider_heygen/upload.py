@@ -11,7 +11,7 @@ import hashlib
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from requests.exceptions import RequestException
@@ -23,7 +23,7 @@ from airflow_provider_heygen.exceptions import (
     HeyGenPermanentError,
     HeyGenTransientError,
 )
-from airflow_provider_heygen.media import check_link, explained, links_unlogged, storage_path
+from airflow_provider_heygen.media import check_link, explained, fingerprint, links_unlogged, storage_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _BLOCK_BYTES = 4 << 20
 _HEAD_BYTES = 512
 # By itself, urllib3 would send 16 kB at a time, which is slow. A piece has to be on its way within the
-# connection's connect_timeout, so a large one would fail on a slow line.
+# connection's upload_timeout, so a large one would fail on a slow line.
 _PIECE_BYTES = 256 << 10
 
 # What HeyGen takes (contract notes, section 6) and an overdub can be made from.
@@ -117,19 +117,22 @@ def _match(head: bytes) -> tuple[str | None, str | None, str | None]:
     return None, None, None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """
     A file that HeyGen could take, as it was when it was checked.
 
-    :param path: where it is.
     :param size: in bytes.
-    :param mime_type: told by its bytes.
+    :param mime_type: detected from its content.
+    :param fingerprint: see :func:`.fingerprint`.
+    :param known_digest: the SHA-256 of its content, if that is known without reading it.
     """
 
     path: ObjectStoragePath
     size: int
     mime_type: str
+    fingerprint: str | None = None
+    known_digest: str | None = None
 
     def __str__(self) -> str:
         return redact_links(str(self.path))
@@ -140,26 +143,33 @@ class Source:
         return self.path.name.encode(errors="replace").decode()
 
     @classmethod
-    def of(cls, path: Source | str | PathLike[str] | ObjectStoragePath, settings: HeyGenConnection) -> Source:
+    def of(
+        cls,
+        path: Source | str | PathLike[str] | ObjectStoragePath,
+        settings: HeyGenConnection,
+        known: Mapping[str, tuple[str, str]] | None = None,
+    ) -> Source:
         """
-        Check a file, or pass a checked one through. Reads no more of it than its beginning.
+        Check a file, or pass a checked one through. Read no more of it than its beginning.
 
         :param path: a local path or any URI that Airflow's ObjectStoragePath understands.
-        :raises HeyGenBadInputError: it is missing, a directory, empty, too large for the connection's
+        :param known: digest and MIME type by fingerprint, of files that need not be read at all.
+        :raises HeyGenBadInputError: if it is missing, a directory, empty, too large for the connection's
             ``resource``, or of a type that HeyGen does not take.
         """
         if isinstance(path, Source):
             return path
-        source = storage_path(path, "the file to upload")
-        name = redact_links(str(source))
+        found = storage_path(path, "the file to upload")
+        name = redact_links(str(found))
         with explained(name, "read"):
-            source.fs.invalidate_cache()  # what is remembered of it may no longer be so
-            if source.is_dir():
-                raise HeyGenBadInputError(f"{name} is a directory; name one file.")
+            found.fs.invalidate_cache()  # what is remembered of it may no longer be so
             try:
-                size = source.stat().st_size
+                info = found.fs.info(found.path)
             except (FileNotFoundError, NotADirectoryError):
                 raise HeyGenBadInputError(f"There is no file {name}; nothing was uploaded.") from None
+        size = info["size"]
+        if info["type"] == "directory":
+            raise HeyGenBadInputError(f"{name} is a directory; name one file.")
         if not size:
             raise HeyGenBadInputError(f"{name} is empty, or does not tell its size; nothing was uploaded.")
         if size > MAX_MULTIPART_BYTES and settings.resource == "overdubs":
@@ -169,17 +179,22 @@ class Source:
                 " account's API has direct uploads, set the extra 'resource' of Airflow connection"
                 f" '{settings.conn_id}' to 'lipsyncs'."
             )
-        with explained(name, "read"), source.open("rb", block_size=1 << 16) as file:  # type: ignore[no-untyped-call]
-            return cls(source, size, _media_type(file, name))
+        version = fingerprint(found, info)
+        if version and known and version in known:
+            digest, mime_type = known[version]
+            return cls(found, size, mime_type, version, digest)
+        with explained(name, "read"), found.open("rb", block_size=1 << 16) as file:  # type: ignore[no-untyped-call]
+            return cls(found, size, _media_type(file, name), version)
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """The SHA-256 of its bytes, hexadecimal; reads it once."""
-        sha256 = hashlib.sha256()
-        with self.open() as file:
-            for chunk in Chunks(file):
-                sha256.update(chunk)
-        return sha256.hexdigest()
+        """The SHA-256 of its content, hexadecimal; read once, if it is not known."""
+        if self.known_digest is None:
+            with self.open() as file:
+                for _ in Chunks(file):
+                    pass
+            self.known_digest = file.sha256.hexdigest()
+        return self.known_digest
 
     def open(self) -> Announced:
         """Open it for reading exactly as many bytes as were announced."""
@@ -188,10 +203,10 @@ class Source:
 
 class Announced:
     """
-    The bytes of a file whose length was told to the other side.
+    The content of a file whose length, and perhaps digest, was told to the other side.
 
-    :raises HeyGenError: the file cannot be opened, or has become shorter or longer.
-    :raises HeyGenTransientError: it cannot be read.
+    :raises HeyGenError: if the file cannot be opened, or its content is not what was announced.
+    :raises HeyGenTransientError: if it cannot be read.
     """
 
     def __init__(self, source: Source) -> None:
@@ -199,6 +214,7 @@ class Announced:
         with explained(source, "read"):
             self._file: Any = source.path.open("rb", block_size=_BLOCK_BYTES)  # type: ignore[no-untyped-call]
         self.len = source.size
+        self.sha256 = hashlib.sha256()
 
     def __enter__(self) -> Announced:
         return self
@@ -214,6 +230,9 @@ class Announced:
             chunk: bytes = self._file.read(wanted)
             self.len -= len(chunk)
             changed = (not chunk and wanted) or (not self.len and self._file.read(1))
+        self.sha256.update(chunk)
+        if not self.len:  # the last piece is not sent if it is not the last of the same file
+            changed = changed or self._source.known_digest not in (None, self.sha256.hexdigest())
         if changed:
             raise HeyGenError(
                 f"{self._source} has changed while it was read. Nothing was made of it; try again."
@@ -226,11 +245,13 @@ class Chunks:
     A body in pieces that are worth a system call.
 
     :param body: has ``len``, the bytes that are left, and ``read``.
+    :param write_timeout: seconds in which a piece has to be on its way; the connection applies it.
     """
 
-    def __init__(self, body: Any) -> None:
+    def __init__(self, body: Any, write_timeout: float | None = None) -> None:
         self._body = body
         self.len = body.len
+        self.write_timeout = write_timeout
 
     def __iter__(self) -> Iterator[bytes]:
         while chunk := self._body.read(_PIECE_BYTES):
@@ -257,7 +278,7 @@ def put(
             source.open() as file,
             session.put(
                 link,
-                data=Chunks(file),
+                data=Chunks(file, settings.upload_timeout),
                 headers=slot.upload_headers,
                 timeout=(settings.connect_timeout, settings.upload_timeout),
                 allow_redirects=False,
@@ -290,13 +311,12 @@ def put(
 
 def storage_uris(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Give those of ``video`` and ``audio`` that name a file in storage, which is to be uploaded.
+    Return those of ``video`` and ``audio`` that name a file in storage, which is to be uploaded.
 
     A file is named by a URI (``s3://bucket/key``, ``file:///data/a.mp4`` ...), plain or as
-    ``{"type": "url", "url": ...}``, or by an ObjectStoragePath. An ``http`` or ``https`` URL is HeyGen's to
-    fetch.
+    ``{"type": "url", "url": ...}``, or by a path object. An ``http`` or ``https`` URL is HeyGen's to fetch.
 
-    :raises HeyGenBadInputError: a text is neither, such as a bare path.
+    :raises HeyGenBadInputError: if a text is neither, such as a bare path.
     """
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
@@ -305,31 +325,34 @@ def storage_uris(fields: Mapping[str, Any]) -> dict[str, Any]:
         value = fields.get(name)
         if isinstance(value, dict) and value.get("type") == "url" and value.get("asset_id") is None:
             value = value.get("url")
-        if isinstance(value, ObjectStoragePath):
+        if isinstance(value, (ObjectStoragePath, PurePath)):
             found[name] = value
         elif isinstance(value, str):
-            scheme, separator, _ = value.partition("://")
-            if not separator:
+            scheme = re.match(r"(?i)(?:(file):|(.*?)://)", value, re.DOTALL)
+            if scheme is None:
                 raise HeyGenBadInputError(
                     f"{name}: must be a public https URL, or the URI of a file (file:///data/talk.mp4,"
                     " s3://bucket/talk.mp4 ...), or an asset; nothing was sent."
                 )
-            if scheme.lower() not in ("http", "https"):
+            if str(scheme[2]).lower() not in ("http", "https"):
                 found[name] = value
     return found
 
 
-def inputs(uris: Mapping[str, Any], settings: HeyGenConnection) -> dict[str, Source]:
+def inputs(
+    uris: Mapping[str, Any], settings: HeyGenConnection, known: Mapping[str, tuple[str, str]] | None = None
+) -> dict[str, Source]:
     """
     Check the files that an overdub is to be made from, all of them before the first is uploaded.
 
-    :param uris: what :func:`storage_uris` gave.
-    :raises HeyGenBadInputError: see :meth:`Source.of`; or it is no video, or for ``audio`` a picture.
+    :param uris: what :func:`storage_uris` returned.
+    :param known: see :meth:`Source.of`.
+    :raises HeyGenBadInputError: see :meth:`Source.of`; or if it is no video, or for ``audio`` a picture.
     """
     sources = {}
     for name, uri in uris.items():
         try:
-            source = sources[name] = Source.of(uri, settings)
+            source = sources[name] = Source.of(uri, settings, known)
         except HeyGenBadInputError as error:
             raise HeyGenBadInputError(f"{name}: {error}") from None
         kind = source.mime_type.partition("/")[0]

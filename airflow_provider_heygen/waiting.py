@@ -208,6 +208,18 @@ class Watch:
             time.sleep(step)
         return step
 
+    def settle(self, hook: HeyGenHook) -> float | WaitEvent:
+        """Poll for a caller that will not remember a 404: if the list confirms it, poll again to be sure."""
+        step = self.poll(hook)
+        if (
+            self.missing_since is None
+            or isinstance(step, dict)
+            or hook.is_listed(self.overdub_id) is not False
+        ):
+            return step
+        time.sleep(GONE_SECONDS)
+        return self.poll(hook)
+
     def _pause(self, seconds: float) -> float | WaitEvent:
         left = self.left
         return min(seconds, left) if left > 0 else self.timed_out()

@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from airflow.providers.common.compat.sdk import AirflowFailException, TaskDeferred
+from airflow.sdk import ObjectStoragePath
 from airflow_task import StateStore, Task
 
 from airflow_provider_heygen import upload, waiting
@@ -28,6 +29,7 @@ from airflow_provider_heygen.exceptions import (
     HeyGenTriggerEventError,
 )
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.media import storage_path
 from airflow_provider_heygen.operators.asset import HeyGenUploadAssetOperator
 from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
 from airflow_provider_heygen.submitter import Ledger
@@ -240,7 +242,7 @@ def test_an_overdub_deleted_meanwhile_is_started_anew(heygen, monkeypatch):
         hook.delete_overdub(heygen.jobs[0].id)
     # Just created and not found would be "not readable yet".
     monkeypatch.setattr(waiting, "FRESH_SECONDS", 0)
-    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.0)
+    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.001)
     with pytest.raises(HeyGenOverdubTimeoutError):
         task.start()
     assert len(heygen.jobs) == 2
@@ -613,6 +615,31 @@ def test_429_during_an_upload_defers_and_goes_on(heygen, pauses, files):
     assert (pauses, len(heygen.assets)) == ([], 2)
 
 
+@MEMORIES
+@pytest.mark.parametrize("storage", ["file", "s3"], indirect=True)
+def test_a_file_that_is_known_is_not_read_again(heygen, clips, storage, monkeypatch, store, durable):
+    audio = (clips / "a.mp3").read_bytes()
+    storage.write("v.mp4", (clips / "v.mp4").read_bytes())
+    storage.write("a.mp3", audio)
+    video, audio_uri = (str(storage_path(storage.uri(name), "it")) for name in ("v.mp4", "a.mp3"))
+    heygen.fail_next(method="POST", path="/v3/overdubs", status=429, headers={"Retry-After": "40"}, count=4)
+    make = dub(video=video, audio=audio_uri, deferrable=True, durable=durable)
+    task = Task(make, store=StateStore() if store else None)
+    deferred = task.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStoragePath, "open", killed)
+        deferred = task.resume(json.loads(json.dumps(deferred.kwargs)) and deferred, None)
+        deferred = task.resume(deferred, None)
+        # As many bytes, but others.
+        storage.write("a.mp3", audio[:-1] + b"x")
+        with pytest.raises(Killed):
+            task.resume(deferred, None)
+    assert len(heygen.assets) == 2
+    deferred = task.resume(deferred, None)
+    assert finish(task, task.resume(deferred, None)) == heygen.jobs[0].id
+    assert [asset.path.read_bytes() for asset in heygen.assets][1:] == [audio, audio[:-1] + b"x"]
+
+
 # --- Being told to wait ---------------------------------------------------------------------------------
 
 
@@ -770,7 +797,7 @@ CHANGES = {
 @pytest.mark.parametrize("record", ["nothing", "not sent", "sent unknown id", "answered", "delivered"])
 def test_how_many_overdubs_are_started(heygen, pauses, monkeypatch, record, answer, how, change):
     monkeypatch.setattr(waiting, "FRESH_SECONDS", 0)
-    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.0)
+    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.001)
     heygen.behaviour.idempotency = False  # nothing but our own record saves us
     heygen.behaviour.job_seconds = 1000
     state, fault, another = ANSWERS[answer]
@@ -822,7 +849,7 @@ def test_how_many_overdubs_are_started(heygen, pauses, monkeypatch, record, answ
 def test_one_404_is_nobodys_word(heygen, monkeypatch, fault, how):
     """Cases bug-01 and review-01."""
     monkeypatch.setattr(waiting, "FRESH_SECONDS", 0)
-    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.0)
+    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.001)
     heygen.behaviour.job_seconds = 60
     task = Task(dub(deferrable=True), store=StateStore())
     task.start()
@@ -836,7 +863,7 @@ def test_one_404_is_nobodys_word(heygen, monkeypatch, fault, how):
 @pytest.mark.parametrize("fault", [PAGE, {"status": 503}, {"status": 403}], ids=str)
 def test_gone_needs_the_list_and_a_second_404(heygen, monkeypatch, pauses, fault):
     monkeypatch.setattr(waiting, "FRESH_SECONDS", 0)
-    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.0)
+    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.001)
     heygen.behaviour.job_seconds = 60
     task = Task(dub(wait_for_completion=False), store=StateStore())
     first = task.start()
@@ -860,7 +887,7 @@ def test_gone_needs_the_list_and_a_second_404(heygen, monkeypatch, pauses, fault
         assert task.start() == first
     assert slept[0] == 30.0
     heygen.clear_faults()
-    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.0)
+    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.001)
     assert task.start() != first
 
 

@@ -366,7 +366,7 @@ def test_save_keeps_what_is_the_same_and_refuses_what_is_not(heygen, overdub_id,
 
 
 def test_save_to_what_a_template_found_missing(heygen):
-    with fails_for_good(HeyGenBadInputError, match="destination is the text 'None'"):
+    with fails_for_good(HeyGenBadInputError, match="destination is empty or the text 'None'"):
         run(HeyGenOverdubToObjectStorageOperator, overdub_id="od_1", destination="None")
     assert heygen.requests == []
 

@@ -6,9 +6,12 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
+from pathlib import PurePath
 
 import jinja2
 import pytest
@@ -300,16 +303,74 @@ def test_a_file_that_changes_its_length_on_the_way(heygen, pauses, tmp_path, siz
 
 
 @LIPSYNCS
-def test_a_file_that_changes_its_bytes_on_the_way(heygen, pauses, large):
-    source = upload.Source.of(large, HeyGenHook().settings)
-    assert source.digest == sha256(large)
-    with large.open("r+b") as file:
+@pytest.mark.parametrize("size", [1 * MB, 33 * MB], ids=["form", "direct"])
+def test_a_file_that_changes_its_bytes_on_the_way(heygen, pauses, tmp_path, size):
+    path = mp4(tmp_path / "v.mp4", size)
+    source = upload.Source.of(path, HeyGenHook().settings)
+    assert source.digest == sha256(path)
+    with path.open("r+b") as file:
         file.seek(1000)
         file.write(b"other")
-    with pytest.raises(HeyGenError, match=r"400 BadDigest.*has changed") as caught:
+    with pytest.raises(HeyGenError, match="has changed while it was read") as caught:
         HeyGenHook().upload_asset(source)
     assert not isinstance(caught.value, AirflowFailException)
-    assert heygen.assets == []
+    has_arrived(heygen, DIRECT[1] if size > 32 * MB else "POST /v3/assets")
+    assert (heygen.assets, pauses) == ([], [])
+
+
+@LIPSYNCS
+def test_a_file_that_is_damaged_on_the_way(heygen, pauses, large, listen):
+    storage = listen(lambda _: (400, {}, b"<Error><Code>BadDigest</Code></Error>"))
+    upload_to(heygen, storage.url)
+    with pytest.raises(HeyGenError, match=r"400 BadDigest.*has changed") as caught:
+        HeyGenHook().upload_asset(large)
+    assert not isinstance(caught.value, AirflowFailException)
+
+
+class SlowReader:
+    """A server that stops reading for longer than a connect may take, and then takes what comes."""
+
+    def __init__(self, seconds):
+        self.seconds, self.received = seconds, 0
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        connection, _ = self.socket.accept()
+        with connection, connection.makefile("rb") as stream:
+            length = 0
+            while line := stream.readline().strip():
+                name, _, value = line.partition(b":")
+                length = int(value) if name.lower() == b"content-length" else length
+            time.sleep(self.seconds)
+            while self.received < length and (chunk := stream.read1(MB)):
+                self.received += len(chunk)
+            body = b'{"data": {"asset_id": "asset_1"}}'
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        self.socket.close()
+
+
+@LIPSYNCS
+@pytest.mark.parametrize("size", [31 * MB, 33 * MB], ids=["form", "direct"])
+def test_an_upload_bears_silence_for_longer_than_a_connect(heygen, connect, pauses, tmp_path, size):
+    server = SlowReader(1.5)
+    timeouts = {"connect_timeout": 0.3, "upload_timeout": 30, "allow_private_hosts": True}
+    if size > 32 * MB:
+        connect(heygen.url, resource="lipsyncs", **timeouts)
+        upload_to(heygen, server.url)
+        heygen.fail_next(path=".*/complete", body='{"data": {}}')
+    else:
+        connect(server.url, **timeouts)
+    asset = HeyGenHook(max_attempts=1).upload_asset(mp4(tmp_path / "v.mp4", size))
+    assert asset.asset_id == "asset_1"
+    assert server.received >= size
+
+
+def test_an_upload_does_not_bear_more_silence_than_it_was_told_to(connect, pauses, tmp_path):
+    connect(SlowReader(30).url, connect_timeout=20, upload_timeout=0.3)
+    with pytest.raises(HeyGenTransientError, match="no answer arrived"):
+        HeyGenHook(max_attempts=1).upload_asset(mp4(tmp_path / "v.mp4", 31 * MB))
 
 
 def test_a_file_that_cannot_be_read_is_no_fault_of_the_network(heygen, pauses, tmp_path, monkeypatch):
@@ -681,8 +742,10 @@ def test_files_are_uploaded_and_dubbed(heygen, clips):
         lambda path: {"type": "url", "url": f"file://{path}"},
         lambda path: ObjectStoragePath(f"file://{path}"),
         lambda path: f"FILE://{path}",
+        lambda path: f"file:{path}",
+        lambda path: path,
     ],
-    ids=["mapping", "ObjectStoragePath", "upper case"],
+    ids=["mapping", "ObjectStoragePath", "upper case", "one slash", "pathlib"],
 )
 def test_other_forms_of_a_file(heygen, clips, form):
     video, audio = form(clips / "v.mp4"), "HTTPS://x.y/a.mp3"
@@ -724,6 +787,9 @@ def test_a_large_video_is_dubbed(heygen, clips, tmp_path):
         ({"video": "file://{clips}/p.png"}, "video: .*is image/png, no video"),
         ({"video": "{clips}/v.mp4"}, "video: .*file:///data/talk.mp4"),
         ({"video": "v.mp4"}, "video: .*file:///data/talk.mp4"),
+        ({"video": PurePath("v.mp4")}, "video: .* is neither absolute"),
+        ({"video": "\nhttps://x.y/v.mp4"}, "video: .* white space"),
+        ({"audio": "file:a.mp3"}, "audio: .* is neither absolute"),
         ({"audio": "http://x.y/a.mp3"}, "audio: must be a public https URL"),
         ({"mode": "fast"}, "mode"),
     ],
@@ -732,7 +798,10 @@ def test_a_large_video_is_dubbed(heygen, clips, tmp_path):
 def test_nothing_is_uploaded_before_all_is_checked(heygen, clips, changes, error):
     if not (clips / "p.png").exists():
         make(clips / "p.png", *PICTURE, "-frames:v", "1")
-    changes = {name: value.format(clips=clips) for name, value in changes.items()}
+    changes = {
+        name: str(value).format(clips=clips) if isinstance(value, str) else value
+        for name, value in changes.items()
+    }
     task = Task(dub(clips, **changes), store=StateStore())
     with pytest.raises(HeyGenTaskFailedError, match=error) as caught:
         task.start()

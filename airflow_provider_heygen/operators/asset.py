@@ -70,8 +70,9 @@ class HeyGenUploadAssetOperator(LinksMaskedOperator):
         from airflow_provider_heygen.upload import Source
 
         with fails_task(), HeyGenHook(self.heygen_conn_id) as hook:
-            source = Source.of(self.source, hook.settings)
-            self._asset_id = upload_once(source, hook, Ledger(context, durable=True))
+            ledger = Ledger(context, durable=True)
+            source = Source.of(self.source, hook.settings, ledger.files)
+            self._asset_id = upload_once(source, hook, ledger)
         context["ti"].xcom_push(key="asset_id", value=self._asset_id)
         return {"type": "asset_id", "asset_id": self._asset_id}
 

@@ -81,15 +81,12 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         with self._ends(), HeyGenHook(self.heygen_conn_id, max_attempts=1) as hook:
             _ = hook.settings  # a wrong connection is no trouble of HeyGen's, and is not waited out
             watch = Watch(self.overdub_id, log=self.log, **rules)
-            step = watch.poll(hook) if self.deferrable or self.reschedule else watch.follow(hook)
+            rescheduled = self.reschedule and not self.deferrable
+            once = watch.settle if rescheduled else watch.poll
+            step = once(hook) if rescheduled or self.deferrable else watch.follow(hook)
             if isinstance(step, dict):
                 return self._done(conclude(step, Wait(context["ti"], since)))
-            if self.reschedule and not self.deferrable:
-                if watch.missing_since is not None:
-                    # The next start of the task will not know that this one saw a 404.
-                    step = self._look_again(watch, hook)
-                    if isinstance(step, dict):
-                        return self._done(conclude(step, Wait(context["ti"], since)))
+            if rescheduled:
                 again = datetime.now(UTC) + timedelta(seconds=step)
                 raise AirflowRescheduleException(again)  # type: ignore[no-untyped-call]
         raise TaskDeferred(
@@ -100,14 +97,6 @@ class HeyGenOverdubSensor(BaseSensorOperator):
             kwargs={"since": since},
             timeout=backstop(deadline, poke_interval),
         )
-
-    def _look_again(self, watch: Any, hook: Any) -> Any:
-        from airflow_provider_heygen import waiting
-
-        if hook.is_listed(self.overdub_id) is not False:
-            return self.poke_interval
-        time.sleep(waiting.GONE_SECONDS)
-        return watch.poll(hook)
 
     def execute_complete(
         self, context: Context, event: Any = None, since: float | None = None

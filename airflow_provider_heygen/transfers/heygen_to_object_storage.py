@@ -10,8 +10,11 @@ from airflow.providers.common.compat.sdk import Asset, BaseOperator
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from airflow.providers.common.compat.sdk import Context
+    from airflow.providers.common.compat.sdk import Context, ObjectStoragePath
     from airflow.providers.openlineage.extractors import OperatorLineage
+
+STATE_KEY = "heygen_saved"
+"""The key in the task state store; its value is :attr:`max_tries` by fingerprint of what was written."""
 
 
 class HeyGenOverdubToObjectStorageOperator(BaseOperator):
@@ -27,11 +30,12 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
     ``overdub_id``, ``uri`` and ``size_bytes`` as extra of its event.
 
     :param overdub_id: the overdub; it must be completed. (templated)
-    :param destination: a local path, or any URI Airflow's ObjectStoragePath understands: ``file://``,
+    :param destination: an absolute path, or any URI Airflow's ObjectStoragePath understands: ``file://``,
         ``s3://conn_id@bucket/key``, ``gs://`` ... With a slash at its end, the file in there is named
         ``<overdub_id>.mp4``. (templated)
     :param overwrite: replace what is there. Without it, a file of the same size and with the same first MiB
-        is taken for this video and kept, and any other is an error.
+        is taken for this video and kept; one that this task instance wrote before it was cleared is replaced
+        (Airflow 3.3); any other is an error.
     :param captions: keep the captions, too, beside the video and with the suffix ``.srt``; their URI goes to
         XCom key ``captions``. The video is kept first; then it is an error if there are no captions. HeyGen
         has them under ``resource`` ``lipsyncs`` only.
@@ -74,31 +78,44 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
         from airflow_provider_heygen.api import check_id
         from airflow_provider_heygen.exceptions import HeyGenBadInputError
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
+        from airflow_provider_heygen.media import storage_path
 
-        destination = str(self.destination)
-        if destination == "None":
-            raise HeyGenBadInputError(
-                "destination is the text 'None', which is what a template makes of a missing value."
-            )
-        if destination.endswith("/"):
-            destination += f"{check_id(self.overdub_id)}.mp4"
-        if "://" not in destination:
-            destination = f"file://{os.path.abspath(destination)}"
+        text = str(self.destination)
+        video = storage_path(
+            f"{text}{check_id(self.overdub_id)}.mp4" if text.endswith("/") else text, "the destination"
+        )
+        destination = str(video)
+        captions = storage_path(f"{os.path.splitext(destination)[0]}.srt", "the captions")
+        if self.captions and str(captions) == destination:
+            raise HeyGenBadInputError("destination ends in '.srt', which is the name of the captions.")
         with HeyGenHook(self.heygen_conn_id) as hook:
-            size = hook.download_overdub(self.overdub_id, destination, overwrite=self.overwrite)
-            self._written[destination] = size
+            size = self._write(video, hook.download_overdub, context)
             self.log.info("Overdub %s is at %s (%.1f MB).", self.overdub_id, destination, size / 1e6)
             if self.captions:
-                captions = f"{os.path.splitext(destination)[0]}.srt"
-                self._written[captions] = hook.download_captions(
-                    self.overdub_id, captions, overwrite=self.overwrite
-                )
-                context["ti"].xcom_push(key="captions", value=captions)
+                self._write(captions, hook.download_captions, context)
+                context["ti"].xcom_push(key="captions", value=str(captions))
         for outlet in self.outlets:
             if isinstance(outlet, Asset):
                 extra = context["outlet_events"][outlet].extra
                 extra.update(overdub_id=self.overdub_id, uri=destination, size_bytes=size)
         return destination
+
+    def _write(self, path: ObjectStoragePath, download: Any, context: Context) -> int:
+        """Download a file, in place of one that this task instance has written before it was cleared."""
+        from airflow_provider_heygen.compat import task_state_store
+        from airflow_provider_heygen.media import fingerprint
+
+        store, overwrite = task_state_store(context), self.overwrite
+        written: dict[str | None, int] = {}
+        if store is not None:
+            max_tries = context["ti"].max_tries  # Airflow changes it at a clear
+            written = store.get(STATE_KEY) or {}
+            overwrite = overwrite or written.get(fingerprint(path), max_tries) != max_tries
+        size: int = download(self.overdub_id, path, overwrite=overwrite)
+        self._written[str(path)] = size
+        if store is not None and (version := fingerprint(path)):
+            store.set(STATE_KEY, {**written, version: max_tries})
+        return size
 
     def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage[Any, Any]:  # noqa: ARG002
         """Tell OpenLineage: out of the overdub came the files that are there, if the task failed, too."""
