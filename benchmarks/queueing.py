@@ -1,7 +1,7 @@
 """
 What a night of overdubs costs on an account with few slots: with the queue, with a pool, with neither.
 
-    python benchmarks/queueing.py [--plot PATH]
+    python benchmarks/queueing.py [--plot PATH] [--celery N]
 
 A model on a virtual clock: the operator, the triggers, the poller and its queue are the real ones, while
 HeyGen, Airflow's scheduler and its workers are simulated. N mapped deferrable tasks start at once. HeyGen
@@ -13,6 +13,9 @@ by jobs of other products, which no list shows. A start of a task takes a worker
 - **starts**: starts of a worker per overdub; 2 is ideal.
 - **makespan**: until the last overdub has ended, over N / S x the length of a job.
 - **order**: by how many places a task was overtaken, at most.
+
+``--celery N`` runs N tasks on a real Airflow with CeleryExecutor, two workers and two triggerers, once with
+ten slots and once with as many as there are tasks. Like ``make test-stack`` it needs PostgreSQL and Redis.
 
 *Pool* is Airflow's, with S slots and ``include_deferred``. *No queue* is the same provider whose tasks only
 wait for ``Retry-After`` (at least 15 s).
@@ -28,6 +31,7 @@ import os
 import random
 import selectors
 import sys
+import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -265,13 +269,58 @@ CASES = [
 ]
 
 
+def celery(n: int, slots: int = 10, job: float = 60.0) -> None:
+    """Run tasks on a real Airflow, with few slots and with enough."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    from stack.airflow import Stack
+    from stack.chaos import Chaos
+
+    with Stack(postgres=True, celery=True) as stack:
+        chaos = Chaos(stack)
+        chaos.add_server("few", concurrent_jobs=slots, retry_after=10, job_seconds=job)
+        chaos.add_server("enough", concurrent_jobs=n, retry_after=10, job_seconds=job)
+        stack.start("dubs")
+        for name in ("enough", "few"):
+            cpu, starts, began = stack.worker_cpu_seconds(), len(stack.worker_starts()), time.monotonic()
+            dubs = chaos.dubs({"heygen_conn_id": name} for _ in range(n))
+            report = dubs.report(patience=n / slots * job * 3 + 300)
+            took = time.monotonic() - began
+            posts = chaos.servers[name].requests("POST")
+            print(
+                f"Celery, N {n}, {name} slots: creates {len(posts) / n:.2f},"
+                f" starts {(len(stack.worker_starts()) - starts) / n:.2f},"
+                f" worker CPU {(stack.worker_cpu_seconds() - cpu) / n:.2f} s per overdub, {took:.0f} s"
+                f" ({took / (n / slots * job):.2f} of the ideal of {slots} slots)\n  {report}",
+                flush=True,
+            )
+
+
+def plot(path: Path) -> None:
+    """Draw the creates per overdub over N, with and without the queue."""
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for how in ("queue", "no queue"):
+        numbers = (20, 50, 100, 200, 500)
+        found = [simulate(Case(n=n, how=how, triggerers=2))["creates"] for n in numbers]
+        axis.plot(numbers, found, marker="o", label=f"with the {how}" if how == "queue" else how)
+    axis.set(xlabel="tasks on 10 slots", ylabel="create requests per overdub", yscale="log")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.savefig(path)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
     parser.add_argument(
         "--plot", type=Path, metavar="PATH", help="creates per overdub over N (needs matplotlib)"
     )
-    parser.parse_args()
+    parser.add_argument("--celery", type=int, metavar="N", help="run N tasks on a real Airflow instead")
+    arguments = parser.parse_args()
+    if arguments.celery:
+        celery(arguments.celery)
+        return
     print(f"{'':44} {'creates':>8} {'starts':>7} {'makespan':>9} {'order':>6} {'req/min':>8} {'failed':>7}")
     for case in CASES:
         said = ", ".join(
@@ -284,6 +333,8 @@ def main() -> None:
             f" {figures['failed']:7}",
             flush=True,
         )
+    if arguments.plot:
+        plot(arguments.plot)
 
 
 if __name__ == "__main__":
