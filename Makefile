@@ -32,6 +32,7 @@ bench: .venv/done .venv-bench/done  ## what importing, waiting and moving files 
 	.venv-bench/bin/python benchmarks/import_cost.py --runs 5
 	$(BIN)/python benchmarks/media.py
 	.venv-bench/bin/python benchmarks/polling.py
+	$(BIN)/python benchmarks/queueing.py
 
 docs: .venv/done       ## the documentation, in .local/docs/index.html
 	$(BIN)/python -m sphinx -q -W --keep-going docs .local/docs
