@@ -321,6 +321,21 @@ def test_an_earlier_failure_proves_nothing(listen, send):
     assert raised.value.outcome_unknown
 
 
+def test_a_file_that_cannot_be_read_is_no_fault_of_the_network(listen):
+    class Form:
+        len, content_type = 3, "multipart/form-data"
+
+        def read(self, _):
+            raise HeyGenBadInputError("gone")
+
+    settings = settings_for(listen().url)
+    with (
+        transport.new_session(settings, credential=True) as session,
+        pytest.raises(HeyGenBadInputError, match=r"^gone$"),
+    ):
+        transport.send(session, create_call(), settings, Form())
+
+
 # --- Settings that cannot work --------------------------------------------------------------------------
 
 
