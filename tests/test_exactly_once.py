@@ -183,7 +183,7 @@ def test_execution_timeout_holds_while_deferred(heygen):
     heygen.behaviour.job_seconds = 60
     task = Task(dub(deferrable=True, execution_timeout=timedelta(seconds=1)), store=StateStore())
     deferred = task.start()
-    assert task.xcoms == {"overdub_id": heygen.jobs[0].id}
+    assert task.xcoms == {"overdub_id": heygen.jobs[0].id, "asset_ids": []}
     with pytest.raises(HeyGenOverdubTimeoutError):
         finish(task, deferred)
     assert 1 <= (datetime.now(UTC) - task.ti.start_date).total_seconds() < 2
