@@ -84,6 +84,8 @@ class HeyGenConnection(BaseModel):
     verify: Annotated[bool | str, BeforeValidator(_bool_word)] = True
     cert: str | tuple[str, str] | None = None
     trust_env: bool = True
+    # In dollars, by mode; for the page *Watch*.
+    price_per_second: dict[str, float] = Field(default_factory=dict)
 
     @staticmethod
     def extra_of(connection: Connection) -> dict[str, Any]:

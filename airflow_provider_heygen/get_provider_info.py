@@ -60,6 +60,7 @@ def get_provider_info() -> dict[str, Any]:
                 "python-module": "airflow_provider_heygen.transfers.heygen_to_object_storage",
             }
         ],
+        "extra-links": ["airflow_provider_heygen.plugin.WatchLink"],
         "asset-uris": [
             {
                 "schemes": ["heygen"],

@@ -168,6 +168,8 @@ def test_requirements(metadata):
 def test_the_entry_point_by_which_airflow_finds_us(built):
     lines = of_dist_info(wheel_files(built.wheel), "entry_points.txt").decode().split("\n")
     assert [line for line in lines if line] == [
+        "[airflow.plugins]",
+        "heygen = airflow_provider_heygen.plugin:HeyGenPlugin",
         "[apache_airflow_provider]",
         "provider_info = airflow_provider_heygen.get_provider_info:get_provider_info",
     ]

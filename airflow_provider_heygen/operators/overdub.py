@@ -8,6 +8,7 @@ from airflow.providers.common.compat.sdk import BaseOperator, conf
 
 from airflow_provider_heygen.compat import is_deferral_timeout
 from airflow_provider_heygen.operators.asset import LinksMaskedOperator
+from airflow_provider_heygen.plugin import WatchLink
 
 # Whatever needs requests, aiohttp or pydantic is imported where a task runs, not where a DAG is parsed.
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
     )
     link_fields = ("video", "audio", "callback_url")
     template_fields_renderers = {"video": "json", "audio": "json", "extra_body": "json"}
+    operator_extra_links = (WatchLink(),)
     ui_color = "#e3d9ff"
 
     def __init__(

@@ -18,6 +18,7 @@ from airflow.providers.common.compat.sdk import (
 )
 
 from airflow_provider_heygen.compat import is_deferral_timeout
+from airflow_provider_heygen.plugin import WatchLink
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -43,6 +44,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
     """
 
     template_fields: Sequence[str] = ("overdub_id", "heygen_conn_id")
+    operator_extra_links = (WatchLink(),)
     ui_color = "#e3d9ff"
 
     def __init__(

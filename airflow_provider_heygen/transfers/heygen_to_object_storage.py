@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import Asset, BaseOperator
 
+from airflow_provider_heygen.plugin import WatchLink
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -47,6 +49,7 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
     """
 
     template_fields: Sequence[str] = ("overdub_id", "destination", "heygen_conn_id")
+    operator_extra_links = (WatchLink(),)
     ui_color = "#e3d9ff"
 
     def __init__(

@@ -11,21 +11,26 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
+import psutil
 import pytest
 from conftest import needs_the_web_ui
 
 from airflow_provider_heygen.emulator.media import make_audio, make_video
-from stack.airflow import HERE, Stack, why_no_postgres
-from stack.rest import Run, wait_for
+from airflow_provider_heygen.plugin import watch_path
+from stack.airflow import HERE, PARTS, Stack, _free_port, end, why_no_postgres
+from stack.rest import Rest, Run, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from playwright.sync_api import Browser, Locator
+    from playwright.sync_api import Browser, Locator, Page
 
     from stack.heygen import HeyGen
 
@@ -33,7 +38,7 @@ pytestmark = needs_the_web_ui
 
 VIEWPORT: Any = {"width": 1200, "height": 720}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-EXAMPLE, DUB_TALK = "example_heygen_overdub", "dub_talk"
+EXAMPLE, DUB_TALK, WATCH_TALK = "example_heygen_overdub", "dub_talk", "watch_talk"
 LINKS = {
     "STACK_VIDEO": "https://media.example.com/talk.mp4?X-Amz-Signature=5ignature0fTheVideo",
     "STACK_AUDIO": "https://user:pa55w0rdOfTheAudio@media.example.com/talk.de.mp3",
@@ -151,7 +156,8 @@ def chromium() -> str:
 def stack(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     dags, media = tmp_path_factory.mktemp("dags"), tmp_path_factory.mktemp("media")
     shutil.copy(HERE.parents[1] / "example_dags" / f"{EXAMPLE}.py", dags)
-    shutil.copy(HERE / "dags" / f"{DUB_TALK}.py", dags)
+    for dag_id in (DUB_TALK, WATCH_TALK):
+        shutil.copy(HERE / "dags" / f"{dag_id}.py", dags)
     make_video(media / "talk.mp4", 2)
     make_audio(media / "talk.de.mp3", 2)
     settings = {
@@ -161,7 +167,7 @@ def stack(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         **LINKS,
     }
     with Stack(postgres=not why_no_postgres(), settings=settings) as stack:
-        stack.start(EXAMPLE, DUB_TALK)
+        stack.start(EXAMPLE, DUB_TALK, WATCH_TALK)
         yield stack
 
 
@@ -172,7 +178,7 @@ def heygen(stack: Stack) -> HeyGen:
 
 
 @pytest.fixture(scope="module")
-def web(chromium: str, stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
+def browser(chromium: str) -> Iterator[Browser]:
     from playwright.sync_api import sync_playwright
 
     options = [
@@ -182,8 +188,13 @@ def web(chromium: str, stack: Stack, tmp_path_factory: pytest.TempPathFactory) -
     ]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=options)
-        yield Web(browser, stack, tmp_path_factory.mktemp("browser"))
+        yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def web(browser: Browser, stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Web:
+    return Web(browser, stack, tmp_path_factory.mktemp("browser"))
 
 
 @pytest.fixture(scope="module")
@@ -238,8 +249,8 @@ def test_the_form_has_our_extra_fields_with_help(web: Web) -> None:
     shown = web.dialog.inner_text()
     places = [shown.index(f"\n{label}\n") for label in EXTRA_FIELDS]
     assert places == sorted(places)
-    for label, start, end in zip(EXTRA_FIELDS, places, [*places[1:], None], strict=True):
-        assert EXTRA_FIELDS[label] in shown[start:end]
+    for label, start, stop in zip(EXTRA_FIELDS, places, [*places[1:], None], strict=True):
+        assert EXTRA_FIELDS[label] in shown[start:stop]
     height = web.dialog.evaluate("dialog => dialog.scrollHeight")
     web.page.set_viewport_size({"width": 1200, "height": height + 100})
     web.picture("connection-extra", web.dialog)
@@ -357,6 +368,205 @@ def test_the_example_says_what_it_does(web: Web, stack: Stack) -> None:
     web.open(f"dags/{EXAMPLE}/tasks/dub")
     web.button("Documentation").click()
     web.dialog.get_by_text("waits for it in the triggerer").wait_for()
+
+
+@pytest.fixture(scope="module")
+def watched(stack: Stack, heygen: HeyGen, runs: dict[str, Run]) -> dict[str, Run]:
+    """Runs whose overdubs have got so far."""
+    path = "connections/heygen_default"
+    extra = json.loads(stack.rest.call("GET", path)["extra"])
+    extra["price_per_second"] = {"speed": 0.05, "precision": 0.1}
+    body = {"connection_id": "heygen_default", "conn_type": "heygen", "extra": json.dumps(extra)}
+    stack.rest.call("PATCH", path, body, update_mask=["extra"])
+    watched = {
+        status: Run(stack.rest, WATCH_TALK, title=f"Talk, {status}")
+        for status in ("completed", "running", "failed")
+    }
+    for status, run in watched.items():
+        run.wait_for_state("dub", "deferred")
+        heygen.force(run.xcoms("dub")["overdub_id"], status, "No speaker <detected> in the video")
+    assert watched["failed"].wait()["dub"]["state"] == "failed"
+    assert watched["completed"].wait()["wait"]["state"] == "success"
+    return watched
+
+
+def page_of(run: Run, task_id: str = "dub") -> str:
+    return watch_path(run.dag_id, run.run_id, task_id, -1)
+
+
+def shown(page: Page) -> dict[str, str]:
+    """The details on the page Watch."""
+    names, values = (page.locator(f"dl {tag}").all_inner_texts() for tag in ("dt", "dd"))
+    return dict(zip(names, values, strict=True))
+
+
+def play(page: Page) -> dict[str, float]:
+    """Play the dubbed video for a moment; give what the browser knows of it."""
+    player = page.locator("video").first
+    player.evaluate("video => { video.muted = true; return video.play(); }")
+    # The page lets no script run that the browser would have to evaluate from a text.
+    wait_for("the video to play", lambda: player.evaluate("video => video.currentTime > 0.2"))
+    properties = ("readyState", "videoWidth", "videoHeight", "duration")
+    return {name: player.evaluate(f"video => video.{name}") for name in properties}
+
+
+def plays(page: Page) -> bool:
+    video = play(page)
+    return video["readyState"] >= 2 and video["videoWidth"] > 0 and 1 < video["duration"] < 10
+
+
+@pytest.mark.parametrize("task_id", ["dub", "wait"])
+def test_the_link_in_the_ui_leads_to_the_video(
+    web: Web, stack: Stack, watched: dict[str, Run], task_id: str
+) -> None:
+    source = Path(stack.env["HEYGEN_EXAMPLE_MEDIA"], "talk.mp4")
+    web.page.route("https://media.example.com/**", lambda route: route.fulfill(path=source))
+    web.open(f"dags/{WATCH_TALK}/runs/{watched['completed'].run_id}/tasks/{task_id}/details")
+    web.page.get_by_role("link", name="Watch", exact=True).click()
+    web.page.wait_for_url(f"{web.url}/{page_of(watched['completed'], task_id)}")
+    assert web.page.get_by_role("heading").inner_text() == "Talk, completed"
+    assert plays(web.page)
+    details = shown(web.page)
+    assert details.pop("Overdub") == watched["completed"].xcoms("dub")["overdub_id"]
+    assert details.pop("Status") == "completed"
+    assert details.pop("Length") == "2.5 s"
+    assert details == ({"Mode": "precision", "Cost": "$0.25"} if task_id == "dub" else {})
+    sources = [video.get_attribute("src") for video in web.page.locator("video").all()]
+    assert sources == ["-1/video", *["https://media.example.com/talk.mp4"][: task_id == "dub"]]
+    if task_id == "dub":
+        player = web.page.locator("video").last
+        wait_for("the source to be loaded", lambda: player.evaluate("video => video.readyState > 0"))
+        web.picture("watch")
+
+
+def test_a_running_overdub_can_be_watched_from_its_deferred_task(web: Web, watched: dict[str, Run]) -> None:
+    run = watched["running"]
+    assert run.tasks()["dub"]["state"] == "deferred"
+    web.open_task(run, "details")
+    web.page.get_by_role("link", name="Watch", exact=True).click()
+    web.page.wait_for_url(re.compile("/heygen/watch/"))
+    assert shown(web.page)["Status"] == "running"
+    assert web.page.locator("video").count() == 0
+
+
+def test_a_failed_overdub_shows_the_reason(web: Web, watched: dict[str, Run]) -> None:
+    web.open(page_of(watched["failed"]))
+    assert shown(web.page)["Status"] == "failed"
+    assert shown(web.page)["Reason"] == "No speaker <detected> in the video"
+    assert web.page.locator("video").count() == 0
+
+
+def test_each_load_of_the_page_plays_by_a_new_url(
+    web: Web, stack: Stack, heygen: HeyGen, watched: dict[str, Run]
+) -> None:
+    """And none of them is anywhere: not in a log, not in the database, not in the page."""
+    followed: list[str] = []
+    pages = []
+    web.page.on(
+        "response",
+        lambda response: followed.append(response.headers["location"]) if response.status == 302 else None,
+    )
+    for _ in range(2):
+        web.open(page_of(watched["completed"]))
+        assert plays(web.page)
+        pages.append(web.page.content())
+    queries = {urlsplit(url).query for url in followed}
+    assert len(queries) >= 2
+    assert all("Signature=" in query for query in queries)
+    places = {str(path): path.read_text(errors="replace") for path in logs_of(stack)}
+    tables = stack.tables()
+    # Nothing in this stack's database is encrypted.
+    assert heygen.key in str(tables.pop("connection"))
+    places |= {"the page": "".join(pages), "the database": str(tables)}
+    assert "/heygen/watch/" in places[str(stack.home / "api-server.stdout")]
+    secrets = (heygen.key, "Signature=", *queries)
+    assert [(place, secret) for place, text in places.items() for secret in secrets if secret in text] == []
+
+
+def logs_of(stack: Stack) -> list[Path]:
+    """All that Airflow has printed and logged; HeyGen's own output is in a folder beside that."""
+    found = [path for path in stack.home.rglob("*") if path.suffix in (".log", ".stdout")]
+    assert len(found) > len(PARTS)
+    return found
+
+
+def test_the_button_leads_to_the_video(web: Web, heygen: HeyGen, watched: dict[str, Run]) -> None:
+    """The emulator does not send it as an attachment, so the browser opens it."""
+    web.open(page_of(watched["completed"]))
+    web.page.get_by_role("link", name="Download").click()
+    web.page.wait_for_url(f"{heygen.url}/files/*")
+    assert plays(web.page)
+
+
+@pytest.fixture(scope="module")
+def guarded(stack: Stack, watched: dict[str, Run]) -> Iterator[str]:
+    """A second API server of the same Airflow, with a login: only ann may read the DAG."""
+    port = _free_port()
+    users = {"ann": "viewer", "bob": "viewer"}
+    passwords = stack.home / "passwords.json"
+    passwords.write_text(json.dumps({name: name for name in users}))
+    env = {
+        **stack.env,
+        "PYTHONPATH": str(HERE.parent),
+        "AIRFLOW__API__PORT": str(port),
+        "AIRFLOW__CORE__AUTH_MANAGER": "stack.auth.OneMayWatch",
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "False",
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": ",".join(map(":".join, users.items())),
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(passwords),
+    }
+    with (stack.home / "guarded.stdout").open("ab") as output:
+        command = [sys.executable, "-m", "airflow", "api-server", "--workers", "1"]
+        server = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for("the API server with a login", Rest(url).is_up)
+        yield url
+    finally:
+        end(psutil.Process(server.pid).children(recursive=True))
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def visitor(browser: Browser) -> Iterator[Page]:
+    """A browser that nobody has used yet."""
+    with browser.new_context(viewport=VIEWPORT) as context:
+        yield context.new_page()
+
+
+def log_in(page: Page, name: str) -> None:
+    page.get_by_label("Username").fill(name)
+    page.get_by_label("Password").fill(name)
+    page.get_by_role("button", name="Sign in").click()
+
+
+def test_a_browser_without_a_login_is_led_there_and_back(
+    guarded: str, visitor: Page, watched: dict[str, Run]
+) -> None:
+    page = f"{guarded}/{page_of(watched['completed'])}"
+    visitor.goto(page)
+    assert "/login" in visitor.url
+    log_in(visitor, "ann")
+    visitor.wait_for_url(re.compile("/heygen/watch/"))
+    assert unquote(visitor.url) == unquote(page)
+    assert plays(visitor)
+
+
+def test_a_user_who_may_not_read_the_dag_sees_nothing_of_it(
+    guarded: str, visitor: Page, heygen: HeyGen, watched: dict[str, Run]
+) -> None:
+    overdub_id = watched["completed"].xcoms("dub")["overdub_id"]
+    asked = heygen.requests(path=f"/v3/overdubs/{overdub_id}")
+    page = f"{guarded}/{page_of(watched['completed'])}"
+    visitor.goto(page)
+    log_in(visitor, "bob")
+    visitor.wait_for_url(re.compile("/heygen/watch/"))
+    for path in ("", "/video"):
+        answer = visitor.goto(page + path)
+        assert answer is not None
+        assert answer.status == 403
+        assert overdub_id not in visitor.content()
+    assert heygen.requests(path=f"/v3/overdubs/{overdub_id}") == asked
 
 
 def test_the_browser_was_sent_no_secret(web: Web, heygen: HeyGen, runs: dict[str, Run]) -> None:
