@@ -651,7 +651,7 @@ def _error(
     message = message if message.endswith((".", "!", "?")) else f"{message}."
     trace = f" (request {facts['request_id']})" if facts["request_id"] else ""
     in_doubt = call.method != "GET"
-    step = _next_step(call, status, code, connection)
+    step = _next_step(call, status, facts, connection)
     if not envelope or status < 200:
         # A page of something in between. It may also stand for a response that HeyGen did give.
         message += (
@@ -665,8 +665,6 @@ def _error(
         # 429 and the waiting codes say that nothing was done, 408 and 5xx say nothing at all.
         in_doubt = in_doubt and (status >= 500 or status == 408)
         return HeyGenTransientError(message + trace, outcome_unknown=in_doubt, **facts)
-    step += f" (field '{facts['param']}')" if facts["param"] else ""
-    step += f"; see {facts['doc_url']}" if facts["doc_url"] else ""
     kind = HeyGenNotFoundError if status == 404 else HeyGenPermanentError
     return kind(f"{message} {step}.{trace}", **facts)
 
@@ -680,8 +678,11 @@ def _is_transient(call: Call[Any], status: int, code: str | None) -> bool:
     return waits or status >= 500 or (status == 429 and not spent)
 
 
-def _next_step(call: Call[Any], status: int, code: str | None, connection: HeyGenConnection) -> str:
+def _next_step(
+    call: Call[Any], status: int, facts: Mapping[str, str | None], connection: HeyGenConnection
+) -> str:
     """Return what to do about an error, without a full stop."""
+    code = facts["code"]
     if 300 <= status < 400:
         step = _REDIRECT
     elif status == 404 and code != "asset_not_found" and call.is_collection and connection.resource:
@@ -692,12 +693,14 @@ def _next_step(call: Call[Any], status: int, code: str | None, connection: HeyGe
         step = _NEXT_STEP_BY_CODE.get(code or "", _NEXT_STEP.get(status, "Correct the request"))
         if status == 404 and connection.resource and call.scope.startswith("lipsync"):
             step += "; or the connection's extra 'resource' ('{resource}') is the wrong name"
-    return step.format(
+    step = step.format(
         conn_id=connection.conn_id,
         auth_type=connection.auth_type,
         resource=connection.resource,
         scope=call.scope,
     )
+    step += f" (field '{facts['param']}')" if facts["param"] else ""
+    return step + (f"; see {facts['doc_url']}" if facts["doc_url"] else "")
 
 
 def _retry_after(value: str | None) -> float | None:

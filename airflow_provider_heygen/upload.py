@@ -175,9 +175,8 @@ class Source:
         if size > MAX_MULTIPART_BYTES and settings.resource == "overdubs":
             raise HeyGenBadInputError(
                 f"{name} has {size / 2**20:.1f} MiB, HeyGen takes {MAX_MULTIPART_BYTES >> 20} MiB per upload"
-                " under 'overdubs'. Make it smaller, or pass a public https URL as video or audio, or, if the"
-                " account's API has direct uploads, set the extra 'resource' of Airflow connection"
-                f" '{settings.conn_id}' to 'lipsyncs'."
+                " under 'overdubs'. Make it smaller, or, if the account has 'lipsyncs', remove the extra"
+                f" 'resource' of Airflow connection '{settings.conn_id}', or set it to 'lipsyncs'."
             )
         version = fingerprint(found, info)
         if version and known and version in known:

@@ -254,15 +254,12 @@ class HeyGenHook(BaseHook):
             searches again.
         :raises HeyGenTransientError: if HeyGen cannot be searched now. A retry may succeed.
         """
-        sent_under = sent_under or self.created_under or self.settings.resource or NAMES[0]
+        sent_under = sent_under or self._fixed_resource or NAMES[0]
         search = _Search(self, request, idempotency_key, since, max(sent_at, since))
         settled_at = sent_at + SETTLE_SECONDS
         delay = 5.0
         while True:
-            try:
-                search.read()
-            except HeyGenPermanentError as error:
-                search.doubts = [f"the list cannot be read: {error}"]
+            search.read()
             if search.found is not None:
                 return search.found
             # A key is known under the name with which it was sent.
@@ -283,20 +280,16 @@ class HeyGenHook(BaseHook):
                 " that the provider sends a unique one by which it can find an overdub.",
                 outcome_unknown=True,
             )
-        if sent_under != self.resource and self._answers_now(sent_under):
-            return self.find_created(request, idempotency_key, since=since, sent_under=sent_under)
-        return None
+        if sent_under == self.resource or not self._answers_now(sent_under):
+            return None
+        return self.find_created(request, idempotency_key, since=since, sent_under=sent_under)
 
     def _answers_now(self, name: str) -> bool:
         """Return whether HeyGen has the resource under a name that returned 404 before, and keep it then."""
         try:
-            self._send(api.list_overdubs(1, None).under(name))
-        except HeyGenError as error:
-            if error.status_code == 404:
-                return False
+            return _run(self._answers(name, self._once))
+        except HeyGenPermanentError as error:
             raise HeyGenTransientError(str(error), outcome_unknown=True) from None
-        self._keep_name(name)
-        return True
 
     def update_overdub(self, overdub_id: str, title: str) -> api.Overdub:
         """Rename an overdub."""
@@ -522,7 +515,11 @@ class HeyGenHook(BaseHook):
     @property
     def known_resource(self) -> str | None:
         """HeyGen's name for the resource: of a past create request, as set, or as found."""
-        return self.created_under or self.settings.resource or _found.get(self._account)
+        return self._fixed_resource or _found.get(self._account)
+
+    @property
+    def _fixed_resource(self) -> str | None:
+        return self.created_under or self.settings.resource
 
     @property
     def resource(self) -> str:
@@ -612,9 +609,12 @@ class HeyGenHook(BaseHook):
         async def send(named: api.Call[Any]) -> Any:
             if named.method != "GET":
                 before()
-            return transport.send(self._session, named, self.settings, form)
+            return await self._once(named, form)
 
         return _run(self._under_its_name(call, send))
+
+    async def _once(self, call: api.Call[Any], form: MultipartEncoder | None = None) -> Any:
+        return transport.send(self._session, call, self.settings, form)
 
     async def _acall(self, call: api.Call[T]) -> T:
         result: T = await tenacity.AsyncRetrying(**self._retry_options())(self.asend, call)
@@ -657,14 +657,14 @@ class HeyGenHook(BaseHook):
         for any other call only a second one counts.
         """
         is_heygens = isinstance(error, HeyGenNotFoundError)
-        if self.created_under or self.settings.resource:
-            return False
-        if self.known_resource and not (is_heygens and call.is_collection and call.method == "GET"):
+        of_collection = is_heygens and call.is_collection
+        if self._fixed_resource or (self.known_resource and not of_collection):
             return False
         if call.method == "POST":
-            if not is_heygens or error.param or error.code == "asset_not_found":
+            of_content = error.param or error.code == "asset_not_found"
+            if self.known_resource or of_content or not is_heygens:
                 return False
-        elif not (is_heygens and call.is_collection) and await self._answers(name, send):
+        elif not of_collection and await self._answers(name, send):
             return False
         if await self._answers(NAMES[1 - NAMES.index(name)], send):
             return True
@@ -737,6 +737,12 @@ class _Search:
 
     def read(self) -> None:
         """Read the list once, and fetch those that could be the overdub and have no ``callback_id`` there."""
+        try:
+            self._read()
+        except HeyGenPermanentError as error:
+            self.doubts = [f"the list cannot be read: {error}"]
+
+    def _read(self) -> None:
         self.doubts, self.pages, whole = [], 0, False
         self._candidates, self._newest_first, self._created_last = {}, True, math.inf
         for page in self.hook._pages():
