@@ -16,7 +16,7 @@ import contextvars
 import logging
 import math
 import random
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,7 +33,7 @@ from airflow_provider_heygen.slots import COUNT_SECONDS, Place, Slots
 from airflow_provider_heygen.waiting import seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import AsyncGenerator, Callable, Coroutine
 
     from airflow_provider_heygen.connection import HeyGenConnection
     from airflow_provider_heygen.waiting import WaitEvent, Watch
@@ -394,30 +394,46 @@ class _Poller:
         began = self.now
         wanted = {job.overdub_id for job in due if not job.urgent}
         reading = self._pages.begin(began, len(wanted), sum(not job.sought for job in due))
-        doubtful = [job for job in self.jobs.values() if any(w.watch.may_be_gone for w in job.waiters)]
-        doubtful = doubtful if self._settled_at + SETTLE_SECONDS <= began else []
-        tokens: list[str | None] = [None]
-        ids, running = set[str](), set[str]()
-        while reading or counting or doubtful:
-            asked_at, left = self.now, len(wanted)
-            page = await self._ask(hook, api.skim_overdubs(api.MAX_PAGE_SIZE, tokens[-1]))
-            for overdub_id, row in page.rows.items():
-                self._take_row(overdub_id, row, asked_at)
-            unfinished = {name for name, row in page.rows.items() if row.get("status") not in _FINAL}
-            ids, running, wanted = ids | page.rows.keys(), running | unfinished, wanted - page.rows.keys()
-            reading = reading and self._pages.more(left - len(wanted), len(wanted))
-            reading = reading and self.now - began + self._took < max(interval, len(wanted) * self._spacing)
-            counting = counting and bool(unfinished)
-            if page.next_token is None:
-                break
-            if page.next_token in tokens or len(tokens) == MAX_LISTED_PAGES:
-                doubtful = []  # it goes in circles or too far: there may be more
-                break
-            tokens.append(page.next_token)
+        doubtful = self._may_be_gone() if self._settled_at + SETTLE_SECONDS <= began else []
+        if not (reading or counting or doubtful):
+            return
+        ids, running, complete = set[str](), set[str](), False
+        async with aclosing(self._list_pages(hook)) as pages:
+            async for asked_at, rows, complete in pages:  # noqa: B007 - complete is used after it
+                left = len(wanted)
+                for overdub_id, row in rows.items():
+                    self._take_row(overdub_id, row, asked_at)
+                unfinished = {name for name, row in rows.items() if row.get("status") not in _FINAL}
+                ids, running, wanted = ids | rows.keys(), running | unfinished, wanted - rows.keys()
+                reading = reading and self._pages.more(left - len(wanted), len(wanted))
+                until = began + max(interval, len(wanted) * self._spacing)
+                reading = reading and self.now + self._took < until
+                counting = counting and bool(unfinished)
+                if not (reading or counting or doubtful):
+                    break
         self._pages.end()
         self._running, self._listed_at = running, self.now
         for job in due:
             job.sought = True
+        if complete:
+            self._settle(doubtful, ids)
+
+    async def _list_pages(self, hook: HeyGenHook) -> AsyncGenerator[tuple[float, dict[str, Any], bool]]:
+        """Read the list: when a page was asked for, its rows by id, and whether it is the last one."""
+        token, tokens = None, set[str]()
+        for _ in range(MAX_LISTED_PAGES):
+            asked_at = self.now
+            page = await self._ask(hook, api.skim_overdubs(api.MAX_PAGE_SIZE, token))
+            token = page.next_token
+            yield asked_at, page.rows, token is None
+            if token is None or token in tokens:  # or it goes in circles: there may be more
+                return
+            tokens.add(token)
+
+    def _may_be_gone(self) -> list[_Job]:
+        return [job for job in self.jobs.values() if any(w.watch.may_be_gone for w in job.waiters)]
+
+    def _settle(self, doubtful: list[_Job], ids: set[str]) -> None:
         for job in doubtful:
             self._settled_at = self.now
             self._tell(job, lambda watch: watch.absent(job.overdub_id in ids))  # noqa: B023 - at once
