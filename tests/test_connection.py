@@ -75,6 +75,7 @@ def test_defaults(connect):
         "verify": True,
         "cert": None,
         "trust_env": True,
+        "price_per_second": {},
     }
     assert settings.auth_header == ("X-Api-Key", "key")
 

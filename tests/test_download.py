@@ -640,7 +640,7 @@ def test_forms_of_a_local_file(heygen, tmp_path, monkeypatch, overdub_id, form, 
     monkeypatch.setenv("HOME", str(home))
     text = form.format(home=home)
     if kind is pathlib.Path and text.lower().startswith("file:"):
-        pytest.skip("pathlib knows no URIs")
+        kind = str  # pathlib knows no URIs
     monkeypatch.chdir(tmp_path)
     heygen.jobs[0].output.write_bytes(mp4(2000))
     returned, _ = transfer(overdub_id, kind(text))

@@ -1273,8 +1273,8 @@ def test_a_changed_connection_is_learned_anew():
 def test_gets_that_hang_leave_the_list_alone():
     server = Server(jobs(300, spread=300), hangs="get")
     ends = run(server, [watch(name, deadline=1000.0) for name in server.ends])
-    assert Counter(end.event["status"] for end in ends)["completed"] >= 297  # the last get a GET each
-    assert late(server, ends)[296] < 15
+    assert Counter(end.event["status"] for end in ends)["completed"] >= 290  # the last few get a GET each
+    assert late(server, ends)[289] < 15
 
 
 @pytest.mark.parametrize("at", [60.5, 61.5, 62.5, 63.5])

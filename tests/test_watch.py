@@ -34,11 +34,11 @@ from airflow_provider_heygen.transfers.heygen_to_object_storage import HeyGenOve
 
 with DAG("watched") as dag:
     dub = HeyGenCreateOverdubOperator.partial(
-        task_id="dub", audio="https://example.com/talk.mp3", title={TITLE!r}, wait_for_completion=False
+        task_id="dub", audio="https://example.com/talk.mp3", wait_for_completion=False
     ).expand_kwargs([
-        {{"video": {SOURCE!r}, "mode": "precision"}},
-        {{"video": "{SOURCE}?Signature={SECRET}"}},
-        {{"video": {{"type": "url", "url": {SOURCE!r}}}, "mode": "speed"}},
+        {{"video": {SOURCE!r}, "mode": "precision", "title": {TITLE!r}}},
+        {{"video": "{SOURCE}?Signature={SECRET}", "title": "1"}},
+        {{"video": {{"type": "url", "url": {SOURCE!r}}}, "mode": "speed", "title": "2"}},
     ])
     overdub_id = "{{{{ ti.xcom_pull('dub', map_indexes=0) }}}}"
     wait = HeyGenOverdubSensor(task_id="wait", overdub_id=overdub_id, poke_interval=0.05)
@@ -112,8 +112,8 @@ def address(run, task_id="dub", map_index=0):
 
 def job(heygen, map_index=0, since=0):
     """A job of the run, whose mapped tasks may have run in any order."""
-    mode = ("precision", None, "speed")[map_index]
-    return next(job for job in heygen.jobs[since:] if job.request.mode == mode)
+    title = (TITLE, "1", "2")[map_index]
+    return next(job for job in heygen.jobs[since:] if job.request.title == title)
 
 
 def get(url):

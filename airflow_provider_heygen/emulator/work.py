@@ -9,7 +9,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import requests
 from tenacity import before_sleep_log, retry, stop_after_attempt, wait_exponential
 
 from airflow_provider_heygen.emulator import media
@@ -149,6 +148,8 @@ class Worker:
 
 
 def _download(url: str, target: Path) -> None:
+    import requests  # here, for whoever parses a file that starts an emulator
+
     response = requests.get(url, timeout=30)
     response.raise_for_status()
     if len(response.content) > MAX_INPUT_BYTES:
@@ -163,5 +164,7 @@ def _download(url: str, target: Path) -> None:
     retry_error_callback=lambda _: False,
 )
 def _call_back(url: str, event: dict[str, Any]) -> bool:
+    import requests
+
     requests.post(url, json=event, headers={"User-Agent": "heygen-emulator"}, timeout=5).raise_for_status()
     return True
