@@ -24,7 +24,7 @@ from conftest import needs_the_web_ui
 
 from airflow_provider_heygen.emulator.media import make_audio, make_video
 from airflow_provider_heygen.plugin import watch_path
-from stack.airflow import HERE, PARTS, Stack, _free_port, end, why_no_postgres
+from stack.airflow import HERE, Stack, _free_port, end, why_no_postgres
 from stack.rest import Rest, Run, wait_for
 
 if TYPE_CHECKING:
@@ -486,7 +486,7 @@ def test_each_load_of_the_page_plays_by_a_new_url(
 def logs_of(stack: Stack) -> list[Path]:
     """All that Airflow has printed and logged; HeyGen's own output is in a folder beside that."""
     found = [path for path in stack.home.rglob("*") if path.suffix in (".log", ".stdout")]
-    assert len(found) > len(PARTS)
+    assert len(found) > len(stack.parts)
     return found
 
 
