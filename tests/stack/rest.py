@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
-PATIENCE = 2400
+PATIENCE = 300
 """Seconds after which a wait is taken for endless. No test measures time."""
 
 
