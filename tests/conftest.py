@@ -307,7 +307,7 @@ class Storage:
         return (self.path / name).read_bytes()
 
     def write(self, name: str, content: bytes) -> None:
-        (self.path / name).write_bytes(content)
+        self.path.fs.pipe_file((self.path / name).path, content)
 
     def names(self) -> list[str]:
         """All that is there, a file with a temporary name or half an upload, too."""
