@@ -37,9 +37,7 @@ os.environ.update(
 import tenacity  # noqa: E402
 from airflow import __version__ as airflow_version  # noqa: E402
 from airflow.sdk import ObjectStoragePath  # noqa: E402
-from airflow.sdk.io import attach  # noqa: E402
 from airflow_task import build_execution_api_once  # noqa: E402
-from fsspec.implementations.memory import MemoryFileSystem  # noqa: E402
 from packaging.version import Version  # noqa: E402
 
 from airflow_provider_heygen.emulator import Behaviour, Emulator  # noqa: E402
@@ -343,14 +341,10 @@ def s3(_s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Storage:
     return storage
 
 
-@pytest.fixture(params=["file", "memory", "s3"])
+@pytest.fixture(params=["file", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    """An empty place, on each kind of storage in turn."""
+    """An empty place, on each kind of storage in turn: files that can be renamed, objects that cannot."""
     if request.param == "s3":
         found: Storage = request.getfixturevalue("s3")
         return found
-    if request.param == "file":
-        return Storage(str(tmp_path))
-    attach("memory", fs=MemoryFileSystem())
-    MemoryFileSystem.store.clear()  # it outlives each file system
-    return Storage(f"memory://{tmp_path.name}")
+    return Storage(str(tmp_path))

@@ -393,7 +393,6 @@ HeyGenHook().download_overdub("od_1", sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("storage", ["file", "s3"], indirect=True)
 def test_killed_and_retried(heygen, storage, video, slow):
     server = slow(video)
     leads_to(heygen, server.url)
@@ -547,7 +546,6 @@ def test_a_bad_answer_says_nothing_of_what_is_there(cdn, pauses, storage, fault)
     assert storage.read("v.mp4") == b""
 
 
-@pytest.mark.parametrize("storage", ["file", "s3"], indirect=True)
 def test_another_has_written_it_meanwhile(heygen, storage, video, slow):
     server = slow(video)
     leads_to(heygen, server.url)
@@ -720,7 +718,6 @@ def saving(overdub_id, destination, store, **kwargs):
     )
 
 
-@pytest.mark.parametrize("storage", ["file", "s3"], indirect=True)
 @pytest.mark.parametrize("resource", ["lipsyncs"])
 def test_a_clear_replaces_what_the_task_has_written(heygen, storage, overdub_id, video):
     """Create and save are cleared: there is another video, and the old one is in its place."""
@@ -735,7 +732,6 @@ def test_a_clear_replaces_what_the_task_has_written(heygen, storage, overdub_id,
     assert "v.mp4" not in json.dumps(task.store)
 
 
-@pytest.mark.parametrize("storage", ["file", "s3"], indirect=True)
 @pytest.mark.parametrize("by", ["another", "another instance", "no store", "no clear"])
 def test_what_the_task_has_not_written_is_not_replaced(heygen, storage, overdub_id, by):
     task = saving(overdub_id, storage.uri("v.mp4"), None if by == "no store" else StateStore())
@@ -1076,7 +1072,6 @@ CUT = {
 }
 
 
-@pytest.mark.parametrize("storage", ["file", "s3"], indirect=True)
 @pytest.mark.parametrize("video", WHOLE.values(), ids=WHOLE)
 def test_length_unknown(cdn, storage, video):
     cdn.faults = [{"video": video, "always": {"Content-Length": None}}]
@@ -1087,7 +1082,6 @@ def test_length_unknown(cdn, storage, video):
         HeyGenHook().download_overdub("od_1", storage.uri("v.mp4"))
 
 
-@pytest.mark.parametrize("storage", ["file", "s3"], indirect=True)
 @pytest.mark.parametrize("video", CUT.values(), ids=CUT)
 def test_a_video_of_unknown_length_that_is_cut_off(cdn, pauses, storage, video):
     fault = {"video": video, "headers": {"ETag": None}, "always": {"Content-Length": None}, "ranges": False}

@@ -616,7 +616,6 @@ def test_429_during_an_upload_defers_and_goes_on(heygen, pauses, files):
 
 
 @MEMORIES
-@pytest.mark.parametrize("storage", ["file", "s3"], indirect=True)
 def test_a_file_that_is_known_is_not_read_again(heygen, clips, storage, monkeypatch, store, durable):
     audio = (clips / "a.mp3").read_bytes()
     storage.write("v.mp4", (clips / "v.mp4").read_bytes())

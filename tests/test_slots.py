@@ -103,7 +103,8 @@ def test_no_slot_is_free_for_long_and_the_order_is_kept(ceiling, tasks, seed):
         world.submit(task)
     world.finish(range(tasks))
     assert world.longest_idle <= 2 * COUNT_SECONDS + SPREAD_SECONDS
-    assert all(abs(place - task) <= 10 for place, task in enumerate(world.order))
+    # A task that is refused twice may be overtaken by two rounds of others.
+    assert all(abs(place - task) <= max(10, 2 * ceiling) for place, task in enumerate(world.order))
     assert sum(world.attempts.values()) <= 2.5 * tasks + 5
 
 

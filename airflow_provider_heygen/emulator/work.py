@@ -55,6 +55,9 @@ class Worker:
             job.output, job.duration = await self._render(job)
         except MediaError as error:
             job.fail(str(error))
+        except Exception as error:  # such as an ffmpeg that cannot be started: no job may run for ever
+            log.exception("Could not render job %s", job.id)
+            job.fail(f"The emulator could not render it: {error}")
         job.rendered_at = time.time()
         while not job.ended:
             # A forced status wakes us at once, and one that is not final has no end of its own.

@@ -195,8 +195,8 @@ def _run(stack: Stack, folder: Path, watch: Watch) -> Outcome:
     wait_for("them to be deferred", lambda: all(run.states()[name] == "deferred" for name in deferred))
     time.sleep(3)  # let Airflow see the end of their processes, too; see MIN_HEARTBEAT_INTERVAL
     midway = stack.tables()
-    # The troubles are those of a GET of one overdub; the list must not tell of its end. (A list that is 404, too,
-    # would have the hook find the overdub under the other name of the resource.)
+    # The troubles are those of a GET of one overdub; the list must not tell of its end. (If the list was 404,
+    # too, the hook would find the overdub under the other name of the resource.)
     heygen.add_fault("/v3/overdubs", method="GET", status=500, count=10_000)
     for name in steered:
         _steer(_server(servers, name), name, jobs[name])
