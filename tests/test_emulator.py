@@ -686,6 +686,15 @@ def test_broken_media_fail_the_job(api, files):
         assert (job["status"], "corrupted" in job["failure_message"]) == ("failed", True)
 
 
+def test_a_job_that_cannot_be_rendered_fails(api, monkeypatch):
+    def broken(*_, **__):
+        raise OSError("no ffmpeg today")
+
+    monkeypatch.setattr(media, "mux", broken)
+    job = api.ended(api.create({**BY_URL, "start_time": 0.321}))
+    assert (job["status"], "no ffmpeg today" in job["failure_message"]) == ("failed", True)
+
+
 def test_own_links_as_inputs(heygen, api, files):
     video, audio = (api.upload(files / name)["url"] for name in ("v.mp4", "short.mp3"))
     body = {"video": {"type": "url", "url": video}, "audio": {"type": "url", "url": audio}}
