@@ -4,7 +4,7 @@ A check against HeyGen itself: one short overdub, from upload to deletion.
     HEYGEN_API_KEY=... make live-check VIDEO=talk.mp4 AUDIO=talk.de.mp3
 
 The video must show a speaker. A few seconds are enough: every second costs money. The check asks before it
-uploads anything or starts an overdub, prints each step, saves the result as `.local/live-check.mp4`, and deletes
+uploads anything, prints each step, saves the result as `.local/live-check.mp4`, and deletes
 the overdub and the assets. All other tests use the emulator.
 """
 
