@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import shutil
 import time
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ from airflow_provider_heygen.exceptions import (
     HeyGenTransientError,
     HeyGenTriggerEventError,
 )
+from airflow_provider_heygen.hooks import heygen as heygen_hook
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.media import storage_path
 from airflow_provider_heygen.operators.asset import HeyGenUploadAssetOperator
@@ -166,6 +168,32 @@ def test_all_answers_of_a_try_are_lost(heygen, pauses, idempotency):
     heygen.clear_faults()
     assert task.start() == heygen.jobs[0].id
     assert len(heygen.jobs) == 1
+
+
+@SERVERS
+@STORES
+@pytest.mark.parametrize("resource", [None])
+@pytest.mark.parametrize("resources", ["overdubs", "lipsyncs", "both"])
+def test_200_retries_while_answers_are_lost(heygen, pauses, monkeypatch, resources, store, idempotency):
+    """40 tasks of 5 retries each, one job each, while the provider does not know the resource's name."""
+    heygen.behaviour.resources, heygen.behaviour.idempotency = resources, idempotency
+    monkeypatch.setattr(heygen_hook, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.01)
+    dice, began = random.Random(13), time.monotonic()
+    for number in range(1, 41):
+        task = Task(dub(wait_for_completion=False), store=StateStore() if store else None)
+        task.ti.run_id = f"run {number}"
+        for _ in range(5):
+            monkeypatch.setattr(heygen_hook, "_found", {})  # as in a new process
+            for method in dice.sample(["GET", "POST"], dice.choice([1, 2])):
+                losses = [{"drop": "after"}, {"drop": "before"}, {"status": 500}, {"truncate": True}]
+                heygen.fail_next(method=method, count=dice.choice([1, 2, 1000]), **dice.choice(losses))
+            with suppress(HeyGenTransientError, HeyGenOutcomeUnknownError):
+                task.start()
+            heygen.clear_faults()
+        assert task.start() == heygen.jobs[-1].id
+        assert len(heygen.jobs) == number
+    assert time.monotonic() - began < 20
 
 
 @MODES
