@@ -141,7 +141,7 @@ class Dubbing:
             deadline=self.until,
             again=self.again,
         )
-        if error.status_code != 429:  # of slots, this says nothing
+        if not error.no_slot:
             trigger = DateTimeTrigger(moment=datetime.fromtimestamp(not_before, UTC))
         raise TaskDeferred(
             trigger=trigger,

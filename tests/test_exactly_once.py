@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from airflow.providers.common.compat.sdk import AirflowFailException, TaskDeferred
+from airflow.providers.standard.triggers.temporal import DateTimeTrigger
 from airflow.sdk import ObjectStoragePath
 from airflow_task import StateStore, Task
 
@@ -639,6 +640,8 @@ def test_429_during_an_upload_defers_and_goes_on(heygen, pauses, files):
     task = Task(dub(deferrable=True, **files), store=StateStore())
     deferred = task.start()
     assert deferred.method_name == "execute_again"
+    # A 429 to an upload does not mean that HeyGen has no free slot, so the task does not join that queue.
+    assert isinstance(deferred.trigger, DateTimeTrigger)
     assert finish(task, task.resume(deferred, None)) == heygen.jobs[0].id
     assert (pauses, len(heygen.assets)) == ([], 2)
 
