@@ -1,4 +1,5 @@
 PYTHON ?= python3
+PORT ?= 8080
 BIN := .venv/bin
 EXTRAS := emulator,dev
 UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
@@ -11,8 +12,8 @@ export AIRFLOW__CORE__LOAD_EXAMPLES := False
 demo: .venv/done       ## dub a real video with a real Airflow DAG, on the HeyGen emulator
 	@$(BIN)/python example_dags/run_local.py demo
 
-ui: .venv/done         ## Airflow's web UI with the example DAGs and the emulator
-	@$(BIN)/python example_dags/run_local.py ui
+ui: .venv/done         ## Airflow's web UI with the example DAGs and the emulator, at PORT
+	@$(BIN)/python example_dags/run_local.py ui --port $(PORT)
 
 test: lint             ## lint, types, tests
 	$(BIN)/python -m pytest --ignore tests/stack --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -64,8 +65,9 @@ clean:
 
 # Make the environment $(1) with the packages $(2): with uv in seconds, where it works, otherwise with pip.
 define environment
-$(PYTHON) -m venv $(if $(UV),--without-pip) $(1)
-$(if $(UV),uv pip install --python $(1)/bin/python,$(1)/bin/python -m pip install) --quiet $(2)
+@echo "Installing into $(1) with $(or $(UV),pip), which takes $(if $(UV),some seconds,about a minute)."
+@$(PYTHON) -m venv $(if $(UV),--without-pip) $(1)
+@$(if $(UV),uv pip install --python $(1)/bin/python,$(1)/bin/python -m pip install) --quiet $(2)
 endef
 
 .venv/done: pyproject.toml constraints.txt
