@@ -1111,7 +1111,8 @@ def test_command_line(number, tmp_path):
             connection = json.loads(connection)
             assert connection == {
                 "conn_type": "heygen",
-                "host": url,
+                "host": url.rpartition(":")[0],
+                "port": int(url.rpartition(":")[2]),
                 "password": "k",
                 "extra": {
                     "allow_http": True,

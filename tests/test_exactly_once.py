@@ -393,13 +393,13 @@ def test_a_create_that_outlives_our_patience_is_waited_for(heygen, connect, monk
     heygen.behaviour.create_latency = 2
     task = Task(dub(), store=StateStore() if store else None)
     connection = heygen.connection()
-    connect(connection["host"], connection["password"], **connection["extra"], write_timeout=0.5)
+    connect(heygen.url, connection["password"], **connection["extra"], write_timeout=0.5)
     with monkeypatch.context() as patch:
         patch.setattr(HeyGenHook, "_log_pause", killed)
         with pytest.raises(Killed):
             task.start()
     due = time.monotonic() + 3
-    connect(connection["host"], connection["password"], **connection["extra"])
+    connect(heygen.url, connection["password"], **connection["extra"])
     assert task.start() == heygen.jobs[0].id
     time.sleep(max(0.0, due - time.monotonic()))
     assert len(heygen.jobs) == 1
