@@ -12,6 +12,7 @@ import asyncio
 import base64
 import os
 import re
+import socket
 import ssl
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -182,6 +183,12 @@ def _fault(
             f"{what}, no answer arrived that can be read.", outcome_unknown=call.method != "GET"
         )
     why = getattr(error, "strerror", None) or "no connection"
+    if isinstance(error, socket.gaierror):
+        why = f"host name not resolved ({why})"
+    elif isinstance(error, ConnectionRefusedError):
+        why = "connection refused"  # aiohttp would add the address
+    elif isinstance(error, TimeoutError):
+        why = f"timed out after {settings.connect_timeout:g} s (a firewall?)"
     if refusal := re.match(r"(?:Tunnel connection failed: )?(\d{3})\b", str(error)):
         why = f"the proxy returned {refusal[1]} to CONNECT"
     via = f" through the proxy {proxy}" if proxy else ""
