@@ -599,7 +599,7 @@ _DIRECT_UPLOADS = "/v3/assets/direct-uploads"
 
 _NEXT_STEP_BY_CODE = {
     "download_failed": "HeyGen could not fetch an input: the URL must be public https straight to the file,"
-    " which may have 32 MB; or upload the file and pass its asset_id",
+    " which may have 32 MB; or set upload_links=True, and the worker downloads the file and uploads it",
     "asset_not_found": "Upload the file with the same credential and pass the new asset_id",
     "insufficient_api_key_scope": "Add the scope '{scope}' to the API key of Airflow connection '{conn_id}'",
 }

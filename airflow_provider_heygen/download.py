@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import math
+import os
 import re
 import time
 import uuid
@@ -22,7 +23,7 @@ from airflow_provider_heygen.exceptions import (
     HeyGenPermanentError,
     HeyGenTransientError,
 )
-from airflow_provider_heygen.media import CHUNK_BYTES, check_link, explained, links_unlogged
+from airflow_provider_heygen.media import CHUNK_BYTES, check_link, explained, links_unlogged, storage_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -87,7 +88,10 @@ def save(
             with attempt:
                 link = fresh_link()
                 try:
-                    with _missing_part(link, what, target, session, settings) as response:
+                    with (
+                        _explained(what, link),
+                        _missing_part(link, what, target, session, settings) as response,
+                    ):
                         if there is not None and not overwrite:
                             head = _first(response, CHUNK_BYTES)
                             _check_head(what, head)
@@ -106,11 +110,6 @@ def save(
                                 _check_head(what, chunk)
                             target.write(chunk)
                             progress.add(len(chunk), target)
-                except (RequestException, HTTPError) as error:
-                    # Its text would quote the link.
-                    raise HeyGenTransientError(
-                        f"{type(error).__name__} while downloading the {what} from {urlsplit(link).hostname}."
-                    ) from None
                 finally:
                     if target.written >= furthest + CHUNK_BYTES:
                         furthest, attempt.retry_state.attempt_number = target.written, 1
@@ -120,6 +119,46 @@ def save(
         target.publish()
         progress.end()
         return target.written
+
+
+def peek(
+    link: str,
+    what: str,
+    *,
+    attempts: tenacity.Retrying,
+    session: requests.Session,
+    settings: HeyGenConnection,
+) -> tuple[bytes, int | None, tuple[str, str] | None]:
+    """
+    Return what a URL and its server tell of a file: up to 64 KiB of its beginning, its size and its version.
+
+    :returns: size and version are ``None`` if the server does not report them; a version is name and value
+        of ``ETag`` or ``Last-Modified``.
+    :raises HeyGenError: see :func:`save`.
+    """
+    target = _Target(storage_path(os.devnull, what))  # nothing is written
+    for attempt in attempts:
+        with (
+            attempt,
+            links_unlogged(),
+            _explained(what, link),
+            _missing_part(link, what, target, session, settings) as response,
+        ):
+            head = _first(response, 1 << 16)
+            _check_head(what, head)
+            return head, target.size, target.version
+    raise AssertionError
+
+
+@contextlib.contextmanager
+def _explained(what: str, link: str) -> Iterator[None]:
+    try:
+        yield
+    except (RequestException, HTTPError) as error:
+        # Its text would quote the link.
+        raise HeyGenTransientError(
+            f"{type(error).__name__} while downloading the {what} from {urlsplit(link).hostname}."
+        ) from None
 
 
 class _Target:

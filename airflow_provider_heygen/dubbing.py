@@ -84,7 +84,7 @@ class Dubbing:
             # Before anything is sent: these raise if they are wrong.
             self._deadline()
             seconds(self.task.poke_interval, "poke_interval")
-            files = inputs(uris, self.hook.settings, self.ledger.files)
+            files = inputs(uris, self.hook, self.ledger.files)
             overdub_id = self._submit(request, files)
             self.ti.xcom_push(key="overdub_id", value=overdub_id)
             self.ti.xcom_push(key="asset_ids", value=self.ledger.asset_ids)
@@ -103,7 +103,7 @@ class Dubbing:
     def _request(self) -> tuple[CreateOverdubRequest, dict[str, Any]]:
         with fails_task():
             fields = self.task.request_fields()
-            uris = storage_uris(fields)
+            uris = storage_uris(fields, links=self.task.upload_links)
             fields |= {name: {"type": "asset_id", "asset_id": "not-yet"} for name in uris}
             given = {name: value for name, value in fields.items() if value is not None}
             return CreateOverdubRequest.of(given), uris
@@ -141,7 +141,7 @@ class Dubbing:
             deadline=self.until,
             again=self.again,
         )
-        if error.status_code != 429:  # of slots, this says nothing
+        if not error.no_slot:
             trigger = DateTimeTrigger(moment=datetime.fromtimestamp(not_before, UTC))
         raise TaskDeferred(
             trigger=trigger,

@@ -34,6 +34,7 @@ class HeyGenError(AirflowException):
     :param outcome_unknown: whether the request may have taken effect although its response was lost or came
         from a gateway. Search for the overdub before you repeat a create request.
     :param overdub_id: the overdub, if known.
+    :param no_slot: whether HeyGen returned 429 to a create request. A 429 to an upload says nothing of slots.
     """
 
     message: str
@@ -46,6 +47,7 @@ class HeyGenError(AirflowException):
     retry_after: float | None = None
     outcome_unknown: bool = False
     overdub_id: str | None = None
+    no_slot: bool = False
 
     def __post_init__(self) -> None:
         super().__init__(self.message)

@@ -199,6 +199,7 @@ def _create(
     try:
         overdub_id = hook.create_overdub(request, idempotency_key=submission.key, before_sending=note)
     except HeyGenError as error:
+        error.no_slot = error.status_code == 429 and not error.outcome_unknown
         # This run may be sure that it started nothing; it does not speak for an earlier one.
         if error.outcome_unknown:
             ledger.write(submission, sent=True, sent_at=time.time())

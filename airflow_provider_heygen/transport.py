@@ -12,6 +12,7 @@ import asyncio
 import base64
 import os
 import re
+import socket
 import ssl
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -37,10 +38,9 @@ from airflow_provider_heygen.exceptions import (
     HeyGenTransientError,
     HeyGenUnreachableError,
 )
-from airflow_provider_heygen.upload import Chunks
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from requests_toolbelt import MultipartEncoder
 
@@ -49,8 +49,30 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# By itself, urllib3 would send 16 kB at a time, which is slow. A piece has to be on its way within the
+# connection's upload_timeout, so a large one would fail on a slow line.
+_PIECE_BYTES = 256 << 10
+
 # HeyGen's gateway is known to refuse the default agents of HTTP libraries (contract notes, section 2).
 USER_AGENT = f"airflow-provider-heygen/{__version__}"
+
+
+class Chunks:
+    """
+    A body in pieces that are worth a system call.
+
+    :param body: has ``len``, the bytes that are left, and ``read``.
+    :param write_timeout: seconds in which a piece has to be on its way; the connection applies it.
+    """
+
+    def __init__(self, body: Any, write_timeout: float | None = None) -> None:
+        self._body = body
+        self.len = body.len
+        self.write_timeout = write_timeout
+
+    def __iter__(self) -> Iterator[bytes]:
+        while chunk := self._body.read(_PIECE_BYTES):
+            yield chunk
 
 
 @dataclass
@@ -161,6 +183,12 @@ def _fault(
             f"{what}, no answer arrived that can be read.", outcome_unknown=call.method != "GET"
         )
     why = getattr(error, "strerror", None) or "no connection"
+    if isinstance(error, socket.gaierror):
+        why = f"host name not resolved ({why})"
+    elif isinstance(error, ConnectionRefusedError):
+        why = "connection refused"  # aiohttp would add the address
+    elif isinstance(error, TimeoutError):
+        why = f"timed out after {settings.connect_timeout:g} s (a firewall?)"
     if refusal := re.match(r"(?:Tunnel connection failed: )?(\d{3})\b", str(error)):
         why = f"the proxy returned {refusal[1]} to CONNECT"
     via = f" through the proxy {proxy}" if proxy else ""

@@ -8,11 +8,17 @@ it, ``puremagic`` (1.30) takes an m4a for an mp4, and ``filetype`` has had no re
 from __future__ import annotations
 
 import hashlib
+import io
+import json
+import os
 import re
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import PurePath
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import PurePath, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from requests.exceptions import RequestException
 
@@ -24,9 +30,10 @@ from airflow_provider_heygen.exceptions import (
     HeyGenTransientError,
 )
 from airflow_provider_heygen.media import check_link, explained, fingerprint, links_unlogged, storage_path
+from airflow_provider_heygen.transport import Chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from os import PathLike
 
     import requests
@@ -34,13 +41,11 @@ if TYPE_CHECKING:
 
     from airflow_provider_heygen.api import DirectUpload
     from airflow_provider_heygen.connection import HeyGenConnection
+    from airflow_provider_heygen.hooks.heygen import HeyGenHook
 
 # What storage is asked for at once; s3fs would take 50 MB.
 _BLOCK_BYTES = 4 << 20
 _HEAD_BYTES = 512
-# By itself, urllib3 would send 16 kB at a time, which is slow. A piece has to be on its way within the
-# connection's upload_timeout, so a large one would fail on a slow line.
-_PIECE_BYTES = 256 << 10
 
 # What HeyGen takes (contract notes, section 6) and an overdub can be made from.
 _TAKEN = {
@@ -122,13 +127,14 @@ class Source:
     """
     A file that HeyGen could take, as it was when it was checked.
 
+    :param path: its ObjectStoragePath; ``None`` if it is behind a URL.
     :param size: in bytes.
     :param mime_type: detected from its content.
     :param fingerprint: see :func:`.fingerprint`.
     :param known_digest: the SHA-256 of its content, if that is known without reading it.
     """
 
-    path: ObjectStoragePath
+    path: Any
     size: int
     mime_type: str
     fingerprint: str | None = None
@@ -140,7 +146,7 @@ class Source:
     @property
     def name(self) -> str:
         """Its name as it can be sent; that of a local file need not be text."""
-        return self.path.name.encode(errors="replace").decode()
+        return str(self.path.name.encode(errors="replace").decode())
 
     @classmethod
     def of(
@@ -172,12 +178,7 @@ class Source:
             raise HeyGenBadInputError(f"{name} is a directory; name one file.")
         if not size:
             raise HeyGenBadInputError(f"{name} is empty, or does not tell its size; nothing was uploaded.")
-        if size > MAX_MULTIPART_BYTES and settings.resource == "overdubs":
-            raise HeyGenBadInputError(
-                f"{name} has {size / 2**20:.1f} MiB, HeyGen takes {MAX_MULTIPART_BYTES >> 20} MiB per upload"
-                " under 'overdubs'. Make it smaller, or, if the account has 'lipsyncs', remove the extra"
-                f" 'resource' of Airflow connection '{settings.conn_id}', or set it to 'lipsyncs'."
-            )
+        _check_size(name, size, settings)
         version = fingerprint(found, info)
         if version and known and version in known:
             digest, mime_type = known[version]
@@ -199,6 +200,78 @@ class Source:
         """Open it for reading exactly as many bytes as were announced."""
         return Announced(self)
 
+    def open_file(self) -> Any:
+        """Open it as its storage does."""
+        return self.path.open("rb", block_size=_BLOCK_BYTES)
+
+
+@dataclass
+class LinkedSource(Source):
+    """
+    A file behind a URL, downloaded when it is first read, into a temporary file that no crash leaves behind.
+
+    :param link: the URL.
+    :param what: how to call the file in an error.
+    :param hook: downloads it.
+    """
+
+    link: str = field(kw_only=True, repr=False)
+    what: str = field(kw_only=True)
+    hook: HeyGenHook = field(kw_only=True)
+
+    def __str__(self) -> str:
+        return redact_links(self.link)
+
+    @property
+    def name(self) -> str:
+        """The last part of its URL's path."""
+        return PurePosixPath(unquote(urlsplit(self.link).path)).name or "file"
+
+    @classmethod
+    def at(cls, link: str, what: str, hook: HeyGenHook, known: Mapping[str, tuple[str, str]]) -> LinkedSource:
+        """
+        Check the file behind a URL. Read no more of it than its beginning, if its server reports the size.
+
+        A URL may be signed again for each try: then the ``ETag`` identifies a version of the file.
+
+        :param known: see :meth:`Source.of`.
+        :raises HeyGenError: see :meth:`Source.of` and :func:`.download.save`.
+        """
+        head, size, version = hook.peek(link, what)
+        source = cls(None, size or 0, "", link=link, what=what, hook=hook)
+        if size is None:
+            source.size = source.file.seek(0, os.SEEK_END)
+        _check_size(str(source), source.size, hook.settings)
+        if size and version:
+            place = str(source) if version[0] == "ETag" else link
+            source.fingerprint = hashlib.sha256(json.dumps([place, size, version]).encode()).hexdigest()
+            source.known_digest, _ = known.get(source.fingerprint, (None, None))
+        source.mime_type = _media_type(io.BytesIO(head), str(source))
+        return source
+
+    @cached_property
+    def file(self) -> Any:
+        """The downloaded file, which has no name (any more)."""
+        with TemporaryDirectory(prefix="heygen-") as folder:
+            path = storage_path(f"{folder}/{self.what}", self.what)
+            self.hook.fetch(self.link, path, self.what)
+            return open(path.path, "rb")
+
+    def open_file(self) -> Any:
+        """Open it from its beginning."""
+        file = os.fdopen(os.dup(self.file.fileno()), "rb")
+        file.seek(0)
+        return file
+
+
+def _check_size(name: str, size: int, settings: HeyGenConnection) -> None:
+    if size > MAX_MULTIPART_BYTES and settings.resource == "overdubs":
+        raise HeyGenBadInputError(
+            f"{name} has {size / 2**20:.1f} MiB, HeyGen takes {MAX_MULTIPART_BYTES >> 20} MiB per upload"
+            " under 'overdubs'. Make it smaller, or, if the account has 'lipsyncs', remove the extra"
+            f" 'resource' of Airflow connection '{settings.conn_id}', or set it to 'lipsyncs'."
+        )
+
 
 class Announced:
     """
@@ -211,7 +284,7 @@ class Announced:
     def __init__(self, source: Source) -> None:
         self._source = source
         with explained(source, "read"):
-            self._file: Any = source.path.open("rb", block_size=_BLOCK_BYTES)  # type: ignore[no-untyped-call]
+            self._file: Any = source.open_file()
         self.len = source.size
         self.sha256 = hashlib.sha256()
 
@@ -237,24 +310,6 @@ class Announced:
                 f"{self._source} has changed while it was read. Nothing was made of it; try again."
             )
         return chunk
-
-
-class Chunks:
-    """
-    A body in pieces that are worth a system call.
-
-    :param body: has ``len``, the bytes that are left, and ``read``.
-    :param write_timeout: seconds in which a piece has to be on its way; the connection applies it.
-    """
-
-    def __init__(self, body: Any, write_timeout: float | None = None) -> None:
-        self._body = body
-        self.len = body.len
-        self.write_timeout = write_timeout
-
-    def __iter__(self) -> Iterator[bytes]:
-        while chunk := self._body.read(_PIECE_BYTES):
-            yield chunk
 
 
 def put(
@@ -308,13 +363,14 @@ def put(
     raise HeyGenPermanentError(f"{message}.", status_code=status)
 
 
-def storage_uris(fields: Mapping[str, Any]) -> dict[str, Any]:
+def storage_uris(fields: Mapping[str, Any], *, links: bool = False) -> dict[str, Any]:
     """
     Return those of ``video`` and ``audio`` that name a file in storage, which is to be uploaded.
 
     A file is named by a URI (``s3://bucket/key``, ``file:///data/a.mp4`` ...), plain or as
     ``{"type": "url", "url": ...}``, or by a path object. An ``http`` or ``https`` URL is HeyGen's to fetch.
 
+    :param links: whether ``http`` and ``https`` URLs are to be uploaded, too.
     :raises HeyGenBadInputError: if a text is neither, such as a bare path.
     """
     from airflow.providers.common.compat.sdk import ObjectStoragePath
@@ -333,13 +389,13 @@ def storage_uris(fields: Mapping[str, Any]) -> dict[str, Any]:
                     f"{name}: must be a public https URL, or the URI of a file (file:///data/talk.mp4,"
                     " s3://bucket/talk.mp4 ...), or an asset; nothing was sent."
                 )
-            if str(scheme[2]).lower() not in ("http", "https"):
+            if links or str(scheme[2]).lower() not in ("http", "https"):
                 found[name] = value
     return found
 
 
 def inputs(
-    uris: Mapping[str, Any], settings: HeyGenConnection, known: Mapping[str, tuple[str, str]] | None = None
+    uris: Mapping[str, Any], hook: HeyGenHook, known: Mapping[str, tuple[str, str]]
 ) -> dict[str, Source]:
     """
     Check the files that an overdub is to be made from, all of them before the first is uploaded.
@@ -348,12 +404,16 @@ def inputs(
     :param known: see :meth:`Source.of`.
     :raises HeyGenBadInputError: see :meth:`Source.of`; or if it is no video, or for ``audio`` a picture.
     """
-    sources = {}
+    sources: dict[str, Source] = {}
     for name, uri in uris.items():
         try:
-            source = sources[name] = Source.of(uri, settings, known)
+            if isinstance(uri, str) and re.match(r"(?i)https?://", uri):
+                sources[name] = LinkedSource.at(uri, f"source {name}", hook, known)
+            else:
+                sources[name] = Source.of(uri, hook.settings, known)
         except HeyGenBadInputError as error:
             raise HeyGenBadInputError(f"{name}: {error}") from None
+        source = sources[name]
         kind = source.mime_type.partition("/")[0]
         if kind == "image" or (name == "video" and kind != "video"):
             raise HeyGenBadInputError(f"{name}: {source} is {source.mime_type}, no {name}; nothing was sent.")

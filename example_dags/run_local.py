@@ -15,9 +15,10 @@ import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from airflow_provider_heygen.emulator import Behaviour, Emulator
 from airflow_provider_heygen.emulator.media import decode_audio, decode_frames, make_audio, make_video, probe
@@ -37,19 +38,21 @@ WORTH_TELLING = {
     "up_for_retry": "",
     "failed": "",
 }
-ENDED = {"success", "failed", "upstream_failed", "skipped"}
+ENDED = {"success", "failed"}
 
 
-def environment(heygen: Emulator, port: int) -> dict[str, str]:
-    """Give the settings of an Airflow that lives in the folder and talks to the emulator."""
+def environment(port: int) -> dict[str, str]:
+    """Return the settings of an Airflow that lives in the folder."""
     return {
-        **os.environ,
+        # Settings of another Airflow must not lead this one to its database.
+        **{name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW_")},
         # `airflow standalone` starts its parts by the name `airflow`.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "AIRFLOW_HOME": str(HOME / "airflow"),
         "AIRFLOW__CORE__DAGS_FOLDER": str(DAGS),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
         "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
+        "AIRFLOW__CORE__TEST_CONNECTION": "Enabled",
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
         "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://127.0.0.1:{port}/execution/",
         # A slow machine takes longer than Airflow's 5 s while everything starts.
@@ -58,7 +61,6 @@ def environment(heygen: Emulator, port: int) -> dict[str, str]:
         "AIRFLOW__API__PORT": str(port),
         "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(free_port()),
         "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(free_port()),
-        "AIRFLOW_CONN_HEYGEN_DEFAULT": json.dumps(heygen.connection()),
         "HEYGEN_EXAMPLE_MEDIA": str(MEDIA),
     }
 
@@ -86,13 +88,25 @@ def airflow(env: dict[str, str], *arguments: str) -> None:
         sys.exit(f"airflow {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
 
 
+def prepare(env: dict[str, str], heygen: Emulator) -> None:
+    """Make the inputs, and a database with the example DAGs and a connection to the emulator."""
+    make_inputs()
+    airflow(env, "db", "migrate")
+    connections = HOME / "connections.json"
+    connections.write_text(json.dumps({"heygen_default": heygen.connection()}))
+    airflow(env, "connections", "import", "--overwrite", str(connections))
+    airflow(env, "pools", "set", "heygen", "10", "jobs HeyGen runs at a time", "--include-deferred")
+    airflow(env, "dags", "reserialize")
+
+
 @contextmanager
-def running_airflow(env: dict[str, str], output: IO[bytes] | None) -> Iterator[subprocess.Popen[bytes]]:
+def running_airflow(env: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run scheduler, triggerer, DAG processor and API server; leave none of them behind."""
     command = [sys.executable, "-m", "airflow", "standalone"]
-    standalone = subprocess.Popen(
-        command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    with log.open("wb") as output:
+        standalone = subprocess.Popen(
+            command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         yield standalone
     finally:
@@ -104,14 +118,25 @@ def running_airflow(env: dict[str, str], output: IO[bytes] | None) -> Iterator[s
         standalone.wait()
 
 
-def task_states() -> dict[str, str]:
-    """Read how far each task of the newest run is, from Airflow's own database."""
+def is_healthy(port: int) -> bool:
+    """Return whether every part of Airflow is there."""
+    with suppress(OSError, ValueError):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v2/monitor/health", timeout=5) as response:
+            parts = json.load(response)
+        return all(part["status"] == "healthy" for part in parts.values())
+    return False
+
+
+def states_of_run() -> tuple[str, dict[str, str]]:
+    """Read how far the newest run and each of its tasks is, from Airflow's own database."""
     query = """
-        SELECT task_id, state FROM task_instance WHERE dag_id = ? AND run_id =
-            (SELECT run_id FROM dag_run WHERE dag_id = ? ORDER BY id DESC LIMIT 1)
+        SELECT run.state, task.task_id, task.state FROM dag_run AS run
+        LEFT JOIN task_instance AS task ON task.dag_id = run.dag_id AND task.run_id = run.run_id
+        WHERE run.id = (SELECT MAX(id) FROM dag_run WHERE dag_id = ?)
     """
     with closing(sqlite3.connect(f"file:{HOME / 'airflow' / 'airflow.db'}?mode=ro", uri=True)) as database:
-        return {task: state or "waiting" for task, state in database.execute(query, (DEMO_DAG, DEMO_DAG))}
+        rows = database.execute(query, (DEMO_DAG,)).fetchall()
+    return rows[0][0] if rows else "", {task: state or "waiting" for _, task, state in rows if task}
 
 
 def follow(heygen: Emulator, standalone: subprocess.Popen[bytes]) -> dict[str, str]:
@@ -120,12 +145,12 @@ def follow(heygen: Emulator, standalone: subprocess.Popen[bytes]) -> dict[str, s
     shown: dict[str, str] = {}
     said_last = ""
     while time.monotonic() - began < 300 and standalone.poll() is None:
-        states = task_states()
+        run, states = states_of_run()
         for task, state in states.items():
             if state in WORTH_TELLING and shown.get(task) != state:
                 shown[task] = state
                 print(f"\r   {task:<13} {state:<9} {WORTH_TELLING[state]:<40}", flush=True)
-        if states and all(state in ENDED for state in states.values()):
+        if run in ENDED:
             return states
         if sys.stdout.isatty():
             said = f", HeyGen says: {heygen.jobs[-1].status}" if heygen.jobs else ""
@@ -143,14 +168,12 @@ def demo() -> None:
     result.unlink(missing_ok=True)
     log = HOME / "demo.log"
     with Emulator(Behaviour(pending_seconds=3, running_seconds=7)) as heygen:
-        print("1. Make a test video and a new audio track, with ffmpeg.")
-        make_inputs()
-        print(f"2. A HeyGen emulator listens at {heygen.url}.")
-        env = environment(heygen, free_port())
-        print("3. Prepare Airflow's database and start Airflow: scheduler, triggerer and all.")
-        airflow(env, "db", "migrate")
-        airflow(env, "dags", "reserialize")
-        with log.open("wb") as output, running_airflow(env, output) as standalone:
+        print(f"1. A HeyGen emulator listens at {heygen.url}.", flush=True)
+        env = environment(free_port())
+        print("2. Make a test video, a new audio track and Airflow's database.", flush=True)
+        prepare(env, heygen)
+        print("3. Start Airflow: scheduler, triggerer and all.", flush=True)
+        with running_airflow(env, log) as standalone:
             print(f"4. Run the DAG {DEMO_DAG} (Airflow's log: {log}).")
             airflow(env, "dags", "trigger", DEMO_DAG)
             states = follow(heygen, standalone)
@@ -174,16 +197,27 @@ def demo() -> None:
 
 def ui(port: int) -> None:
     """Serve Airflow's web UI with the example DAGs, until Ctrl-C."""
-    with Emulator(Behaviour(pending_seconds=5, running_seconds=15)) as heygen:
-        make_inputs()
-        env = environment(heygen, port)
-        airflow(env, "db", "migrate")
-        airflow(env, "pools", "set", "heygen", "10", "jobs HeyGen runs at a time", "--include-deferred")
-        print(f"HeyGen emulator: {heygen.url}, its state: {heygen.url}/emulator/state")
-        print(f"Airflow: http://127.0.0.1:{port} (no login; ready in about half a minute). Ctrl-C ends both.")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with suppress(KeyboardInterrupt), running_airflow(env, None) as standalone:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        sys.exit(f"Port {port}: {os.strerror(error.errno or 0)}. Choose another one: make ui PORT={port + 1}")
+    log = HOME / "ui.log"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt), Emulator(Behaviour(pending_seconds=5, running_seconds=15)) as heygen:
+        print(f"HeyGen emulator: {heygen.url}, its state: {heygen.url}/emulator/state", flush=True)
+        print(f"Airflow starts, which takes about half a minute. Its output: {log}", flush=True)
+        env = environment(port)
+        prepare(env, heygen)
+        with running_airflow(env, log) as standalone:
+            while standalone.poll() is None and not is_healthy(port):
+                time.sleep(1)
+            if standalone.poll() is None:
+                print(
+                    f"Ready: http://127.0.0.1:{port} (no login). Ctrl-C ends Airflow and emulator.",
+                    flush=True,
+                )
             standalone.wait()
+        sys.exit(f"Airflow has ended; see {log}")
 
 
 if __name__ == "__main__":

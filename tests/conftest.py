@@ -104,7 +104,7 @@ def heygen(
     # The emulator has done what it was asked to when a connection breaks; nothing has to settle.
     monkeypatch.setattr(heygen_hook, "SETTLE_SECONDS", 0.1)
     connection = _emulator.connection(resource)
-    connect(connection["host"], connection["password"], **connection["extra"])
+    connect(_emulator.url, connection["password"], **connection["extra"])
     return _emulator
 
 

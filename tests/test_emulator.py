@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -1093,6 +1094,20 @@ def test_port_taken():
         Emulator(port=urlsplit(heygen.url).port).start()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["-m", "airflow_provider_heygen.emulator"], [str(ROOT / "example_dags" / "run_local.py"), "ui"]],
+    ids=["emulator", "make ui"],
+)
+def test_a_port_that_is_taken_is_reported_before_anything_starts(command):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        command = [sys.executable, *command, "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(f"Port {port}: Address already in use. Choose another .*\n", done.stderr)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_command_line(number, tmp_path):
     command = [sys.executable, "-m", "airflow_provider_heygen.emulator", "--port", "0", "--job-seconds", "0"]
@@ -1105,7 +1120,8 @@ def test_command_line(number, tmp_path):
             connection = json.loads(connection)
             assert connection == {
                 "conn_type": "heygen",
-                "host": url,
+                "host": url.rpartition(":")[0],
+                "port": int(url.rpartition(":")[2]),
                 "password": "k",
                 "extra": {
                     "allow_http": True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import shutil
 import time
 from contextlib import contextmanager, suppress
@@ -12,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from airflow.providers.common.compat.sdk import AirflowFailException, TaskDeferred
+from airflow.providers.standard.triggers.temporal import DateTimeTrigger
 from airflow.sdk import ObjectStoragePath
 from airflow_task import StateStore, Task
 
@@ -28,6 +30,7 @@ from airflow_provider_heygen.exceptions import (
     HeyGenTransientError,
     HeyGenTriggerEventError,
 )
+from airflow_provider_heygen.hooks import heygen as heygen_hook
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.media import storage_path
 from airflow_provider_heygen.operators.asset import HeyGenUploadAssetOperator
@@ -166,6 +169,32 @@ def test_all_answers_of_a_try_are_lost(heygen, pauses, idempotency):
     heygen.clear_faults()
     assert task.start() == heygen.jobs[0].id
     assert len(heygen.jobs) == 1
+
+
+@SERVERS
+@STORES
+@pytest.mark.parametrize("resource", [None])
+@pytest.mark.parametrize("resources", ["overdubs", "lipsyncs", "both"])
+def test_200_retries_while_answers_are_lost(heygen, pauses, monkeypatch, resources, store, idempotency):
+    """40 tasks of 5 retries each, one job each, while the provider does not know the resource's name."""
+    heygen.behaviour.resources, heygen.behaviour.idempotency = resources, idempotency
+    monkeypatch.setattr(heygen_hook, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.01)
+    dice, began = random.Random(13), time.monotonic()
+    for number in range(1, 41):
+        task = Task(dub(wait_for_completion=False), store=StateStore() if store else None)
+        task.ti.run_id = f"run {number}"
+        for _ in range(5):
+            monkeypatch.setattr(heygen_hook, "_found", {})  # as in a new process
+            for method in dice.sample(["GET", "POST"], dice.choice([1, 2])):
+                losses = [{"drop": "after"}, {"drop": "before"}, {"status": 500}, {"truncate": True}]
+                heygen.fail_next(method=method, count=dice.choice([1, 2, 1000]), **dice.choice(losses))
+            with suppress(HeyGenTransientError, HeyGenOutcomeUnknownError):
+                task.start()
+            heygen.clear_faults()
+        assert task.start() == heygen.jobs[-1].id
+        assert len(heygen.jobs) == number
+    assert time.monotonic() - began < 20
 
 
 @MODES
@@ -364,13 +393,13 @@ def test_a_create_that_outlives_our_patience_is_waited_for(heygen, connect, monk
     heygen.behaviour.create_latency = 2
     task = Task(dub(), store=StateStore() if store else None)
     connection = heygen.connection()
-    connect(connection["host"], connection["password"], **connection["extra"], write_timeout=0.5)
+    connect(heygen.url, connection["password"], **connection["extra"], write_timeout=0.5)
     with monkeypatch.context() as patch:
         patch.setattr(HeyGenHook, "_log_pause", killed)
         with pytest.raises(Killed):
             task.start()
     due = time.monotonic() + 3
-    connect(connection["host"], connection["password"], **connection["extra"])
+    connect(heygen.url, connection["password"], **connection["extra"])
     assert task.start() == heygen.jobs[0].id
     time.sleep(max(0.0, due - time.monotonic()))
     assert len(heygen.jobs) == 1
@@ -611,6 +640,8 @@ def test_429_during_an_upload_defers_and_goes_on(heygen, pauses, files):
     task = Task(dub(deferrable=True, **files), store=StateStore())
     deferred = task.start()
     assert deferred.method_name == "execute_again"
+    # A 429 to an upload does not mean that HeyGen has no free slot, so the task does not join that queue.
+    assert isinstance(deferred.trigger, DateTimeTrigger)
     assert finish(task, task.resume(deferred, None)) == heygen.jobs[0].id
     assert (pauses, len(heygen.assets)) == ([], 2)
 

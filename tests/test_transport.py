@@ -148,14 +148,19 @@ BY_PROXY = "Check 'proxies' or the host"
 
 # What there is at the port, the connection's host and extras, and what the message says.
 NEVER_SENT = {
-    "refused": (nobody, HTTP, {}, "Check the host"),
-    "refused, https": (nobody, HTTPS, {}, "Check the host"),
-    "no such name": (nobody, "https://nowhere.invalid:{port}", {}, "Check the host"),
+    "refused": (nobody, HTTP, {}, "nothing was sent: connection refused. Check the host"),
+    "refused, https": (nobody, HTTPS, {}, "connection refused. Check the host"),
+    "no such name": (
+        nobody,
+        "https://nowhere.invalid:{port}",
+        {},
+        r"name not resolved \(.*\). Check the host",
+    ),
     "no answer to SYN": (
         lambda _: full_backlog(),
         HTTPS,
         {"connect_timeout": 0.3},
-        "TimeoutError .* Check the host",
+        "timed out after 0.3 s .a firewall.*. Check the host",
     ),
     "unknown authority": (trusted, HTTPS, {}, f"certificate verify failed.* {TLS}"),
     "certificate of another host": (
@@ -167,7 +172,12 @@ NEVER_SENT = {
     "https to an http port": (refusal("400"), HTTPS, {}, TLS),
     "handshake cut off": (peer_that(hang_up), HTTPS, {}, "or the host|Check the host"),
     "handshake reset": (peer_that(reset), HTTPS, {}, "or the host|Check the host"),
-    "handshake not answered": (peer_that(keep_silent), HTTPS, HASTY, "TimeoutError .* Check the host"),
+    "handshake not answered": (
+        peer_that(keep_silent),
+        HTTPS,
+        HASTY,
+        "timed out after 0.3 s .* Check the host",
+    ),
     "handshake rejected": (peer_that(saying(b"\x15\x03\x03\x00\x02\x02\x28")), HTTPS, {}, TLS),
     "http to a TLS port": (
         peer_that(saying(b"\x15\x03\x03\x00\x02\x02\x46")),

@@ -841,3 +841,206 @@ def test_the_form_is_sent_in_large_pieces(heygen, tmp_path):
     """Not in the 16 kB of urllib3, nor so large that a slow line would not do."""
     with upload.Source.of(mp4(tmp_path / "v.mp4", 3 * MB), HeyGenHook().settings).open() as file:
         assert [len(chunk) for chunk in upload.Chunks(file)] == [MB // 4] * 12
+
+
+# --- Links that are uploaded ----------------------------------------------------------------------------
+
+
+MP4 = b"\0\0\0\x14ftypisom"
+
+
+class Origin:
+    """A server of source files on loopback, which knows Range; ``files`` has content and headers by path."""
+
+    def __init__(self, listen, clips):
+        self.files = {
+            "/v.mp4": ((clips / "v.mp4").read_bytes(), {"ETag": '"1"'}),
+            "/a.mp3": ((clips / "a.mp3").read_bytes(), {}),
+        }
+        self.breaks = 0
+        self.server = listen(self.answer)
+
+    def answer(self, seen):
+        path = seen.path.partition("?")[0]
+        content, headers = self.files.get(path, (None, {}))
+        if content is None:
+            return 404, {}, b"no such file"
+        if "Location" in headers:
+            return 302, headers, content
+        start = int(seen.headers.get("Range", "bytes=0-")[6:-1])
+        length = len(content)
+        if start:
+            headers = {**headers, "Content-Range": f"bytes {start}-{length - 1}/{length}"}
+        if self.breaks and self.paths.count(path) > 1:
+            self.breaks -= 1
+            head = [f"HTTP/1.1 {206 if start else 200} OK", f"Content-Length: {length - start}"]
+            head += [f"{name}: {value}" for name, value in headers.items()]
+            return "\r\n".join([*head, "", ""]).encode() + content[start:][: length // 3]
+        return (206 if start else 200), headers, content[start:]
+
+    @property
+    def paths(self):
+        return [seen.path.partition("?")[0] for seen in self.server.seen]
+
+    def url(self, name):
+        return f"{self.server.url}{name}?X-Amz-Signature=SECRET"
+
+
+@pytest.fixture
+def origin(listen, clips):
+    return Origin(listen, clips)
+
+
+def dub_links(origin, **changes):
+    given = {"video": origin.url("/v.mp4"), "audio": origin.url("/a.mp3"), "upload_links": True}
+    operator = HeyGenCreateOverdubOperator(task_id="dub", poke_interval=0.02, **given | changes)
+    return lambda: operator
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """The folder for temporary files."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+@RESOURCES
+def test_links_are_uploaded(heygen, origin, temporary, caplog):
+    caplog.set_level(logging.DEBUG)
+    task = Task(dub_links(origin), store=StateStore())
+    assert task.start() == heygen.jobs[0].id
+    sent = heygen.jobs[0].request
+    kept = {asset.id: asset.path.read_bytes() for asset in heygen.assets}
+    assert kept[sent.video.asset_id] == origin.files["/v.mp4"][0]
+    assert kept[sent.audio.asset_id] == origin.files["/a.mp3"][0]
+    for seen in origin.server.seen:
+        assert heygen.api_key not in str(seen.headers)
+    assert list(temporary.iterdir()) == []
+    for text in (json.dumps(task.store), json.dumps(task.xcoms), caplog.text):
+        assert "SECRET" not in text
+
+
+@pytest.mark.parametrize(
+    ("url", "error"),
+    [
+        ("https://10.0.0.1/v.mp4", "source video leads to 10.0.0.1, a private.*'allow_private_hosts'"),
+        ("http://example.com/v.mp4", "source video leads to http://example.com.*'allow_http'"),
+        ("https://[/v.mp4", "source video is not a URL"),
+    ],
+)
+@pytest.mark.parametrize("redirected", [False, True], ids=["at once", "redirected"])
+def test_a_link_that_leads_where_it_must_not(heygen, connect, origin, url, error, redirected, monkeypatch):
+    connect(heygen.url)
+    if redirected:
+        # Only the origin itself may be private.
+        monkeypatch.setattr("airflow_provider_heygen.media._is_private", lambda host: host == "10.0.0.1")
+        origin.files["/v.mp4"] = (b"", {"Location": url})
+        url = origin.url("/v.mp4")
+    with pytest.raises(HeyGenTaskFailedError, match=error):
+        Task(dub_links(origin, video=url), store=StateStore()).start()
+    assert heygen.requests == []
+    assert origin.paths == ["/v.mp4"] * redirected
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "error"),
+    [
+        ((404, {}, b""), HeyGenTransientError, "source video at 127.0.0.1 answered 404"),
+        ((200, {"Content-Type": "text/html"}, b"<html>"), HeyGenTransientError, "answered 200 .text/html"),
+        ((200, {}, b"<html>Sign in"), HeyGenTransientError, "gave a page instead of the source video"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", HeyGenTransientError, "ProtocolError while down"),
+        ((200, {}, b"OggS" + bytes(600)), HeyGenTaskFailedError, "video: http.*v.mp4.* is an Ogg file"),
+        ((200, {}, b"ID3\4" + bytes(99)), HeyGenTaskFailedError, "video: .*is audio/mpeg, no video"),
+        (
+            (200, {"Content-Length": 32 * MB + 1}, MP4 + bytes(MB)),
+            HeyGenTaskFailedError,
+            "has 32.0 MiB",
+        ),
+    ],
+    ids=str,
+)
+def test_a_link_to_no_video(heygen, pauses, origin, content, kind, error):
+    origin.server.answer = lambda _: content
+    with pytest.raises(kind, match=error) as caught:
+        Task(dub_links(origin), store=StateStore()).start()
+    assert heygen.requests == []
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_link_whose_download_breaks_is_resumed(heygen, pauses, origin):
+    origin.breaks = 2
+    Task(dub_links(origin), store=StateStore()).start()
+    assert heygen.assets[0].path.read_bytes() == origin.files["/v.mp4"][0]
+    assert [seen.headers["Range"] for seen in origin.server.seen if seen.headers["Range"]]
+
+
+def test_a_link_of_unknown_length(heygen, origin):
+    content = origin.files["/v.mp4"][0]
+    origin.files["/v.mp4"] = (b"", {})
+    origin.server.answer, answer = (
+        (lambda seen: b"HTTP/1.0 200 OK\r\n\r\n" + content if "/v.mp4" in seen.path else answer(seen)),
+        origin.server.answer,
+    )
+    Task(dub_links(origin), store=StateStore()).start()
+    assert heygen.assets[0].path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, {"Last-Modified": "Sat, 28 Nov 2026 10:00:00 GMT"}, {"ETag": '"1"'}], ids=str
+)
+@pytest.mark.parametrize("signed_again", [False, True], ids=["same link", "signed again"])
+def test_a_retry_downloads_no_more_than_it_must(heygen, pauses, origin, headers, signed_again):
+    for name, (content, _) in origin.files.items():
+        origin.files[name] = (content, headers)
+    heygen.fail_next(method="POST", path="/v3/overdubs", status=503, count=6)
+    task = Task(dub_links(origin), store=StateStore())
+    with pytest.raises(HeyGenTransientError):
+        task.start()
+    before = len(origin.paths)
+    assert before == 4
+    if signed_again:
+        task.make = dub_links(origin, **{name: f"{origin.url(path)}2" for name, path in VIDEO_AND_AUDIO})
+    task.start()
+    known = headers and (not signed_again or "ETag" in headers)
+    assert len(origin.paths) - before == (2 if known else 4)
+    assert (len(heygen.assets), len(heygen.jobs)) == (2, 1)
+
+
+VIDEO_AND_AUDIO = (("video", "/v.mp4"), ("audio", "/a.mp3"))
+
+
+def test_a_retry_after_an_upload_that_failed_downloads_again(heygen, pauses, origin):
+    heygen.fail_next(path="/v3/assets", status=503, count=6)
+    task = Task(dub_links(origin), store=StateStore())
+    with pytest.raises(HeyGenTransientError):
+        task.start()
+    assert task.start() == heygen.jobs[0].id
+    assert heygen.assets[0].path.read_bytes() == origin.files["/v.mp4"][0]
+
+
+def test_another_file_at_the_link_makes_another_overdub(heygen, origin):
+    task = Task(dub_links(origin), store=StateStore())
+    task.start()
+    origin.files["/v.mp4"] = (origin.files["/v.mp4"][0] + bytes(8), {"ETag": '"2"'})
+    task.start()
+    assert len(heygen.jobs) == 2
+    assert [asset.size_bytes for asset in heygen.assets].count(len(origin.files["/v.mp4"][0])) == 1
+
+
+def test_a_file_that_changes_while_it_is_fetched(heygen, pauses, origin):
+    """Its length is that of the first look, its bytes are those of the second."""
+    content = origin.files["/v.mp4"][0]
+    contents = iter([content, content + b"more"])
+    origin.server.answer = lambda _: (200, {}, next(contents))
+    with pytest.raises(HeyGenError, match=r"v\.mp4.* has changed while it was read"):
+        Task(dub_links(origin, audio={"type": "asset_id", "asset_id": "a"}), store=StateStore()).start()
+    assert heygen.requests == []
+
+
+@LIPSYNCS
+def test_a_large_link_is_uploaded(heygen, origin):
+    content = MP4 + bytes(33 * MB)
+    origin.files["/v.mp4"] = (content, {})
+    Task(dub_links(origin, wait_for_completion=False), store=StateStore()).start()
+    assert routes(heygen)[:3] == DIRECT
+    assert heygen.assets[0].path.read_bytes() == content

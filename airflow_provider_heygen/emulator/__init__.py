@@ -145,9 +145,12 @@ class Emulator:
             extra["resource"] = resource
         if auth_type == "oauth":
             extra["auth_type"] = "oauth"
+        # The port apart: Airflow 3.3.1 and 3.3.2 test no connection without one.
+        host, _, port = self.url.rpartition(":")
         return {
             "conn_type": "heygen",
-            "host": self.url,
+            "host": host,
+            "port": int(port),
             "password": self.api_key if auth_type == "api_key" else self.oauth_token,
             "extra": extra,
         }

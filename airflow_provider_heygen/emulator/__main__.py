@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -47,11 +48,18 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with Emulator(behaviour, **server) as heygen:
+    heygen = Emulator(behaviour, **server)
+    try:
+        heygen.start()
+    except OSError as error:
+        sys.exit(f"Port {server['port']}: {os.strerror(error.errno or 0)}. Choose another one with --port.")
+    try:
         print(f"HeyGen emulator: {heygen.url}")
         print(f"Admin: {heygen.url}/emulator/state")
         print(f"Airflow connection: {json.dumps(heygen.connection())}", flush=True)
         stop.wait()
+    finally:
+        heygen.stop()
 
 
 if __name__ == "__main__":

@@ -438,8 +438,15 @@ class HeyGenHook(BaseHook):
                 )
             return link
 
+        size = self._save(fresh_link, path, what, overwrite)
+        self._tell_lineage(lineage.overdub_uri(overdub_id), media.plain_uri(path))
+        return size
+
+    def _save(
+        self, fresh_link: Callable[[], str], path: ObjectStoragePath, what: str, overwrite: bool
+    ) -> int:
         with transport.new_session(self.settings, credential=False) as session:
-            size = download.save(
+            return download.save(
                 fresh_link,
                 path,
                 what=what,
@@ -449,8 +456,17 @@ class HeyGenHook(BaseHook):
                 settings=self.settings,
                 say=self.log.info,
             )
-        self._tell_lineage(lineage.overdub_uri(overdub_id), media.plain_uri(path))
-        return size
+
+    def fetch(self, link: str, path: ObjectStoragePath, what: str) -> int:
+        """Stream the file behind a URL to storage, without the credential; see :func:`.download.save`."""
+        return self._save(lambda: link, path, what, True)
+
+    def peek(self, link: str, what: str) -> tuple[bytes, int | None, tuple[str, str] | None]:
+        """Read the beginning of the file behind a URL, without the credential; see :func:`.download.peek`."""
+        with transport.new_session(self.settings, credential=False) as session:
+            return download.peek(
+                link, what, attempts=self._retrying(), session=session, settings=self.settings
+            )
 
     def _tell_lineage(self, source: str, destination: str) -> None:
         try:

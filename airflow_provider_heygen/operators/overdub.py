@@ -74,6 +74,9 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         overdub whose response was lost is found again.
     :param folder_id: project folder of the result.
     :param extra_body: further fields of the request that HeyGen knows and this release does not. (templated)
+    :param upload_links: download an https URL in ``video`` or ``audio`` on the worker and upload the file, as
+        one in storage. For sources that HeyGen cannot reach, that exceed 32 MB (the account needs
+        ``lipsyncs``), or whose URLs expire soon. The worker needs temporary disk space for the file.
     :param heygen_conn_id: Airflow connection id. (templated)
     :param wait_for_completion: wait for the end; without it the id is returned at once.
     :param deferrable: wait in the triggerer, not on a worker.
@@ -124,6 +127,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         callback_id: str | None = None,
         folder_id: str | None = None,
         extra_body: dict[str, Any] | None = None,
+        upload_links: bool = False,
         heygen_conn_id: str = "heygen_default",
         wait_for_completion: bool = True,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
@@ -150,6 +154,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         self.callback_id = callback_id
         self.folder_id = folder_id
         self.extra_body = extra_body
+        self.upload_links = upload_links
         self.heygen_conn_id = heygen_conn_id
         self.wait_for_completion = wait_for_completion
         self.deferrable = deferrable
