@@ -79,7 +79,7 @@ def save(
     :raises HeyGenPermanentError: the link leads where it must not, or the destination is taken.
     """
     target = _Target(destination)
-    there = target.size_there()
+    there = size_there(destination)
     progress = _Progress(say, f"The {what} for {target}")
     furthest = 0
     with links_unlogged(), target:
@@ -115,11 +115,28 @@ def save(
                     if target.written >= furthest + CHUNK_BYTES:
                         furthest, attempt.retry_state.attempt_number = target.written, 1
                 target.check(what)
-        if not overwrite and target.size_there() is not None:
+        if not overwrite and size_there(destination) is not None:
             raise HeyGenError(f"{target} has been written by another while the {what} was downloaded.")
         target.publish()
         progress.end()
         return target.written
+
+
+def size_there(path: ObjectStoragePath) -> int | None:
+    """
+    Return the size in bytes of what is at a destination, or ``None`` if nothing is.
+
+    :raises HeyGenBadInputError: if that is a directory.
+    """
+    name = redact_links(str(path))
+    with explained(name, "looked at"):
+        path.fs.invalidate_cache()  # what is remembered of it may no longer be so
+        if path.is_dir():
+            raise HeyGenBadInputError(f"{name} is a directory; name a file, or end it with a slash.")
+        try:
+            return int(path.stat().st_size)
+        except FileNotFoundError:
+            return None
 
 
 class _Target:
@@ -156,17 +173,6 @@ class _Target:
 
     def __exit__(self, *exc: object) -> None:
         self.discard()
-
-    def size_there(self) -> int | None:
-        """Tell the size of what is at the destination, or ``None`` if nothing is."""
-        with explained(self, "looked at"):
-            self._fs.invalidate_cache()  # what is remembered of it may no longer be so
-            if self._path.is_dir():
-                raise HeyGenBadInputError(f"{self} is a directory; name a file, or end it with a slash.")
-            try:
-                return int(self._path.stat().st_size)
-            except FileNotFoundError:
-                return None
 
     def begins_with(self, head: bytes) -> bool:
         """Tell whether what is at the destination begins with that."""

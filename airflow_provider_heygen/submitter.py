@@ -29,7 +29,7 @@ from airflow_provider_heygen.submission import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from airflow.providers.common.compat.sdk import Context
 
@@ -127,13 +127,18 @@ class Ledger:
 
 
 def submit(
-    request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger, files: Mapping[str, Source]
+    request: CreateOverdubRequest,
+    hook: HeyGenHook,
+    ledger: Ledger,
+    files: Mapping[str, Source],
+    check: Callable[[], object] | None = None,
 ) -> str:
     """
     Start the overdub, or reattach to the one that an earlier run of this task has started. Return its id.
 
     :param files: those of ``video`` and ``audio`` that are to be uploaded for it, in place of what the
         request has there.
+    :param check: called before anything is sent for a new overdub.
     :raises HeyGenError: if it could not be started; the ledger knows whether something may have been sent.
     """
     # The bytes are what is wished for: the asset they become is another one after each upload.
@@ -147,6 +152,8 @@ def submit(
         if step is Step.ATTACH:
             _reattach(submission, overdub_id, request, hook, ledger)
             return overdub_id
+    if check is not None:
+        check()
     if submission is None or step is Step.POST_NEW:
         if submission is not None and submission.overdub_id and not submission.delivered:
             log.info(

@@ -129,6 +129,31 @@ def test_killed_at_any_step_and_retried(heygen, reaper, pauses, idempotency, def
     assert step >= 2  # it did die on the way
 
 
+@MODES
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@STORES
+def test_dub_and_save_killed_at_any_step_and_retried(heygen, reaper, tmp_path, deferrable, after, store):
+    died, step = True, 0
+    while died:
+        heygen.reset()
+        step += 1
+        file = tmp_path / f"{step}.mp4"
+        make = dub(deferrable=deferrable, destination=str(file))
+        task = Task(make, store=StateStore() if store else None)
+        reaper.left, reaper.after, died = step, after, False
+        try:
+            finish(task, task.start())
+        except Killed:
+            died = True
+            finish(task, task.start())
+        reaper.left = -1
+        (job,) = heygen.jobs
+        assert file.read_bytes() == job.output.read_bytes(), f"killed at step {step}"
+        assert task.xcoms["overdub"]["size"] == file.stat().st_size
+        assert not store or task.store.get("heygen_overdub")["delivered"]
+    assert step >= 4  # it did die on the way
+
+
 @SERVERS
 @RESOURCES
 @pytest.mark.parametrize(
