@@ -86,10 +86,11 @@ def reaper(monkeypatch):
         def around(self, call):
             def watched(*args, **kwargs):
                 self.left -= 1
-                if self.left == 0 and not self.after:
+                due = self.left == 0  # a call within this one counts, too
+                if due and not self.after:
                     raise Killed
                 result = call(*args, **kwargs)
-                if self.left == 0:
+                if due:
                     raise Killed
                 return result
 
@@ -151,7 +152,7 @@ def test_dub_and_save_killed_at_any_step_and_retried(heygen, reaper, tmp_path, d
         assert file.read_bytes() == job.output.read_bytes(), f"killed at step {step}"
         assert task.xcoms["overdub"]["size"] == file.stat().st_size
         assert not store or task.store.get("heygen_overdub")["delivered"]
-    assert step >= 4  # it did die on the way
+    assert step >= 3  # it did die on the way
 
 
 @SERVERS
