@@ -119,6 +119,13 @@ class Dubbing:
             fields = self.task.request_fields()
             uris = storage_uris(fields)
             fields |= {name: {"type": "asset_id", "asset_id": "not-yet"} for name in uris}
+            if self.task.reuse not in (None, "content"):
+                raise HeyGenBadInputError(f"reuse must be 'content' or None, not {self.task.reuse!r}.")
+            if self.task.reuse and self.task.callback_id is not None:
+                raise HeyGenBadInputError(
+                    "reuse='content' finds overdubs by the callback_id that the provider sends. Remove your"
+                    " own callback_id, or reuse."
+                )
             given = {name: value for name, value in fields.items() if value is not None}
             return CreateOverdubRequest.of(given), uris
 
@@ -148,7 +155,8 @@ class Dubbing:
         """Submit the request, however often HeyGen has no slot for it: that is waiting, not failing."""
         while True:
             try:
-                return submit(request, self.hook, self.ledger, files, check)
+                reuse = self.task.reuse is not None
+                return submit(request, self.hook, self.ledger, files, check, reuse=reuse)
             except HeyGenTransientError as error:
                 if error.status_code != 429 and error.retry_after is None:
                     raise

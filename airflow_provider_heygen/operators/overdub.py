@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from airflow.providers.common.compat.sdk import BaseOperator, conf
 
@@ -83,6 +83,8 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         write is an error before anything is sent.
     :param skip_existing: succeed at once, without any request to HeyGen, if the destination is there and not
         older than the files in ``video`` and ``audio``. Otherwise it is replaced.
+    :param reuse: ``"content"`` to use the overdub of any task or DAG run with the same request in what is
+        billed, if HeyGen's list has one that is not older than three days and has not failed.
     :param heygen_conn_id: Airflow connection id. (templated)
     :param wait_for_completion: wait for the end; without it the id is returned at once.
     :param deferrable: wait in the triggerer, not on a worker.
@@ -138,6 +140,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         captions: bool = False,
         overwrite: bool = False,
         skip_existing: bool = False,
+        reuse: Literal["content"] | None = None,
         heygen_conn_id: str = "heygen_default",
         wait_for_completion: bool = True,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
@@ -168,6 +171,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         self.captions = captions
         self.overwrite = overwrite
         self.skip_existing = skip_existing
+        self.reuse = reuse
         self.heygen_conn_id = heygen_conn_id
         self.wait_for_completion = wait_for_completion
         self.deferrable = deferrable
