@@ -242,6 +242,9 @@ class Dubbing:
     def _deliver(self, details: dict[str, Any]) -> str:
         result = self.task.overdub_id = str(details["overdub_id"])
         self.task.log.info("%s", summary(details))
+        mode = self.task.mode if self.task.mode == "precision" else "speed"
+        cost = self.hook.settings.cost(mode, details.get("duration"))
+        details = {**details, "mode": mode, "cost": cost}
         if saving := self._saving(result):
             try:
                 with HeyGenHook(self.task.heygen_conn_id) as hook:  # one that may wait

@@ -46,8 +46,9 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
     Starts one overdub and, by default, waits until it is final. Returns its ``overdub_id``, which sensor,
     transfer, update and delete accept; with ``destination`` the URI of the saved video, as the transfer does.
     XCom keys ``overdub_id`` and ``asset_ids`` (of the files that were uploaded for it) are pushed as soon as
-    the overdub exists, key ``overdub`` (the details, without HeyGen's URLs; with ``destination`` also ``uri``
-    and ``size`` in bytes) at the end.
+    the overdub exists, key ``overdub`` at the end: the details without HeyGen's URLs, ``mode``, ``cost`` (in
+    dollars, if the connection has ``price_per_second``), and with ``destination`` ``uri`` and ``size``
+    (bytes).
 
     The first 16 arguments are the fields of HeyGen's request, all templated. HeyGen's defaults apply to
     those that are not given. They are validated when the task runs, before anything is sent.
