@@ -22,7 +22,7 @@ from airflow_provider_heygen.exceptions import (
     HeyGenPermanentError,
     HeyGenTransientError,
 )
-from airflow_provider_heygen.media import CHUNK_BYTES, check_link, explained, links_unlogged
+from airflow_provider_heygen.media import CHUNK_BYTES, check_link, explained, links_unlogged, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -80,7 +80,7 @@ def save(
     """
     target = _Target(destination)
     there = size_there(destination)
-    progress = _Progress(say, f"The {what} for {target}")
+    progress = _Progress(say, what, target)
     furthest = 0
     with links_unlogged(), target:
         for attempt in attempts:
@@ -93,7 +93,7 @@ def save(
                             _check_head(what, head)
                             # Another video may have the same size, but hardly the same beginning, too.
                             if there == target.size and target.begins_with(head):
-                                say("%s is there already (%d bytes); it is kept.", target, there)
+                                say("Kept %s (%s): it is this %s.", target, size_text(there), what)
                                 return there
                             raise HeyGenPermanentError(
                                 f"{target} exists with {there} bytes, the {what} has"
@@ -105,7 +105,7 @@ def save(
                             if not target.written:
                                 _check_head(what, chunk)
                             target.write(chunk)
-                            progress.add(len(chunk), target)
+                            progress.add(len(chunk))
                 except (RequestException, HTTPError) as error:
                     # Its text would quote the link.
                     raise HeyGenTransientError(
@@ -291,27 +291,28 @@ def _remove_leftovers(folder: Path, stem: str) -> None:
 class _Progress:
     """Says in the log how far a download is: every 10 s, and less and less often when it takes long."""
 
-    def __init__(self, say: Callable[..., None], label: str) -> None:
-        self._say, self._label = say, label
+    def __init__(self, say: Callable[..., None], what: str, target: _Target) -> None:
+        self._say, self._what, self._target = say, what, target
         self._began = self._said = time.monotonic()
         self._received = self._told = 0
 
-    def add(self, received: int, target: _Target) -> None:
+    def add(self, received: int) -> None:
         """Count bytes, and say so if it is time."""
         self._received += received
         now = time.monotonic()
         if now - self._said < max(10.0, (self._said - self._began) / 4):
             return
-        of = f" of {target.size / 1e6:.1f} MB, {target.written / target.size:.0%}" if target.size else " MB"
-        speed = (self._received - self._told) / 1e6 / (now - self._said)
-        self._say("%s: %.1f%s, %.1f MB/s.", self._label, target.written / 1e6, of, speed)
+        written, size = self._target.written, self._target.size
+        of = f" of {size_text(size)}, {written / size:.0%}" if size else ""
+        speed = size_text((self._received - self._told) / (now - self._said))
+        self._say("%s%s, %s/s: the %s for %s.", size_text(written), of, speed, self._what, self._target)
         self._said, self._told = now, self._received
 
     def end(self) -> None:
         """Say what it came to."""
         seconds = max(time.monotonic() - self._began, 1e-3)
-        megabytes = self._received / 1e6
-        self._say("%s: %.1f MB in %.1f s, %.1f MB/s.", self._label, megabytes, seconds, megabytes / seconds)
+        size, speed = size_text(self._target.written), size_text(self._received / seconds)
+        self._say("Saved %s of %s in %.1f s, %s/s: %s.", size, self._what, seconds, speed, self._target)
 
 
 @contextlib.contextmanager

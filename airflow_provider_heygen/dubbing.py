@@ -22,6 +22,7 @@ from airflow_provider_heygen.exceptions import (
     retry_delay,
 )
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.media import size_text
 from airflow_provider_heygen.metrics import Wait
 from airflow_provider_heygen.saving import Saving
 from airflow_provider_heygen.submitter import Ledger, submit
@@ -35,6 +36,7 @@ from airflow_provider_heygen.waiting import (
     execution_deadline,
     seconds,
     summary,
+    waiting_text,
 )
 
 if TYPE_CHECKING:
@@ -93,9 +95,8 @@ class Dubbing:
             if saving and self.task.skip_existing:
                 size = saving.size_if_current(file.path for file in files.values())
                 if size is not None:
-                    self.task.log.info(
-                        "%s is there (%.1f MB) and up to date; skipping.", saving.uri, size / 1e6
-                    )
+                    why = "%s exists (%s) and is not older than its sources: nothing to do."
+                    self.task.log.info(why, saving.uri, size_text(size))
                     self.ti.xcom_push(key="overdub", value={"uri": saving.uri, "size": size})
                     return saving.uri
             overdub_id = self._submit(request, files, saving.check_free if saving else None)
@@ -225,6 +226,8 @@ class Dubbing:
             "deadline": deadline,
             "not_found_until": since + waiting.FRESH_SECONDS,
         }
+        where = "in the triggerer" if self.task.deferrable else "on this worker"
+        self.task.log.info("%s", waiting_text(where, poke_interval, deadline))
         if self.task.deferrable:
             conn_id = self.task.heygen_conn_id
             raise TaskDeferred(
@@ -241,10 +244,10 @@ class Dubbing:
 
     def _deliver(self, details: dict[str, Any]) -> str:
         result = self.task.overdub_id = str(details["overdub_id"])
-        self.task.log.info("%s", summary(details))
         mode = self.task.mode if self.task.mode == "precision" else "speed"
         cost = self.hook.settings.cost(mode, details.get("duration"))
         details = {**details, "mode": mode, "cost": cost}
+        self.task.log.info("%s", summary(details))
         if saving := self._saving(result):
             try:
                 with HeyGenHook(self.task.heygen_conn_id) as hook:  # one that may wait

@@ -67,7 +67,6 @@ class Saving:
     def save(self, hook: HeyGenHook) -> int:
         """Download the files; return the size of the video in bytes."""
         size = self._write("video", hook.download_overdub)
-        self.task.log.info("Overdub %s is at %s (%.1f MB).", self.overdub_id, self.uri, size / 1e6)
         if "captions" in self.files:
             self._write("captions", hook.download_captions)
             self.context["ti"].xcom_push(key="captions", value=str(self.files["captions"]))

@@ -9,13 +9,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_heygen import metrics, waiting
-from airflow_provider_heygen.api import MAX_PAGE_SIZE, MediaAsset, OverdubStatus
+from airflow_provider_heygen.api import MAX_PAGE_SIZE, MediaAsset, OverdubStatus, redact_links
 from airflow_provider_heygen.compat import task_state_store
 from airflow_provider_heygen.exceptions import (
     HeyGenError,
     HeyGenNotFoundError,
     HeyGenOutcomeUnknownError,
 )
+from airflow_provider_heygen.media import size_text
 from airflow_provider_heygen.submission import (
     STATE_KEY,
     Seen,
@@ -165,10 +166,11 @@ def submit(
         check()
     if reuse and (found := _find_reusable(body_digest, hook)):
         log.info(
-            "Reattached to overdub %s %r, which a task or run with the same request started %.0f min ago.",
+            "Reattached to overdub %s %r, mode %s, which a task or run with the same request started %s ago.",
             found.overdub_id,
-            found.title,
-            (time.time() - (found.created_at or 0)) / 60,
+            redact_links(found.title or ""),
+            request.mode or "speed",
+            waiting.duration_text(time.time() - (found.created_at or 0)),
         )
         _reattach(ledger.begin(body_digest, submission), found.overdub_id, request, hook, ledger)
         return found.overdub_id
@@ -254,7 +256,8 @@ def _create(
     found = {"resource": hook.known_resource, "overdub_id": overdub_id, "answered": time.time()}
     ledger.write(submission, sent=True, **found)
     metrics.submitted(ledger.ti)  # when it is written: whoever finds it does not count it again
-    log.info("Started overdub %s (mode %s, key %s).", overdub_id, request.mode or "default", submission.key)
+    title = f" {redact_links(request.title)!r}" if request.title else ""
+    log.info("Started overdub %s%s, mode %s.", overdub_id, title, request.mode or "speed")
     return overdub_id
 
 
@@ -274,13 +277,22 @@ def _upload(
     submission = submission.model_copy(update={"files": seen})
     for file in files:
         if file.digest in submission.assets:
-            log.info("%s is uploaded already, as asset %s.", file, submission.assets[file.digest])
+            asset_id = submission.assets[file.digest]
+            log.info("Uploaded before (%s): %s, as asset %s.", size_text(file.size), file, asset_id)
             continue
         # Before the request: whoever comes after us must send it under the same key.
         ledger.write(submission)
         key = upload_key(submission, file.digest, ledger.ti.max_tries, generation)
+        began = time.monotonic()
         asset = hook.upload_asset(file, idempotency_key=key)
-        log.info("Uploaded %s as asset %s (%s).", file, asset.asset_id, file.mime_type)
+        log.info(
+            "Uploaded %s in %.1f s: %s, %s, as asset %s.",
+            size_text(file.size),
+            time.monotonic() - began,
+            file,
+            file.mime_type,
+            asset.asset_id,
+        )
         assets = {**submission.assets, file.digest: asset.asset_id}
         submission = submission.model_copy(update={"assets": assets})
         ledger.write(submission)
