@@ -38,7 +38,8 @@ pytestmark = needs_the_web_ui
 
 VIEWPORT: Any = {"width": 1200, "height": 720}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-EXAMPLE, DUB_TALK, WATCH_TALK = "example_heygen_overdub", "dub_talk", "watch_talk"
+EXAMPLE, REVIEW = "example_heygen_overdub", "example_heygen_review"
+DUB_TALK, WATCH_TALK = "dub_talk", "watch_talk"
 LINKS = {
     "STACK_VIDEO": "https://media.example.com/talk.mp4?X-Amz-Signature=5ignature0fTheVideo",
     "STACK_AUDIO": "https://user:pa55w0rdOfTheAudio@media.example.com/talk.de.mp3",
@@ -155,7 +156,8 @@ def chromium() -> str:
 @pytest.fixture(scope="module")
 def stack(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     dags, media = tmp_path_factory.mktemp("dags"), tmp_path_factory.mktemp("media")
-    shutil.copy(HERE.parents[1] / "example_dags" / f"{EXAMPLE}.py", dags)
+    for dag_id in (EXAMPLE, REVIEW):
+        shutil.copy(HERE.parents[1] / "example_dags" / f"{dag_id}.py", dags)
     for dag_id in (DUB_TALK, WATCH_TALK):
         shutil.copy(HERE / "dags" / f"{dag_id}.py", dags)
     make_video(media / "talk.mp4", 2)
@@ -167,7 +169,7 @@ def stack(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         **LINKS,
     }
     with Stack(postgres=not why_no_postgres(), settings=settings) as stack:
-        stack.start(EXAMPLE, DUB_TALK, WATCH_TALK)
+        stack.start(EXAMPLE, REVIEW, DUB_TALK, WATCH_TALK)
         yield stack
 
 
@@ -437,6 +439,27 @@ def test_the_link_in_the_ui_leads_to_the_video(
         player = web.page.locator("video").last
         wait_for("the source to be loaded", lambda: player.evaluate("video => video.readyState > 0"))
         web.picture("watch")
+
+
+def test_a_person_watches_and_decides(web: Web, stack: Stack, heygen: HeyGen, runs: dict[str, Run]) -> None:
+    run = Run(stack.rest, REVIEW)
+    run.wait_for_state("dub", "deferred")
+    heygen.force(run.xcoms("dub")["overdub_id"], "completed")
+    run.wait_for_state("review", "awaiting_input", "deferred")
+    question = f"dags/{REVIEW}/runs/{run.run_id}/tasks/review/required_actions"
+    web.open(question)
+    link = web.page.get_by_role("link", name="Watch", exact=True)
+    link.wait_for()
+    assert "Talk, German, 2.5 s: Watch" in web.text()
+    web.picture("review")
+    assert link.evaluate("link => link.href") == f"{web.url}/{page_of(run)}"
+    web.open(page_of(run))
+    assert plays(web.page)
+    web.open(question)
+    web.button("Publish").click()
+    states = {name: task["state"] for name, task in run.wait().items()}
+    assert states == {"dub": "success", "review": "success", "publish": "success", "delete": "skipped"}
+    assert Path(stack.env["HEYGEN_EXAMPLE_MEDIA"], "published", "talk.de.mp4").stat().st_size > 1000
 
 
 def test_a_running_overdub_can_be_watched_from_its_deferred_task(web: Web, watched: dict[str, Run]) -> None:
