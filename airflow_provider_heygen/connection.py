@@ -87,6 +87,11 @@ class HeyGenConnection(BaseModel):
     # In dollars, by mode; for the page *Watch*.
     price_per_second: dict[str, float] = Field(default_factory=dict)
 
+    def cost(self, mode: str, duration: float | None) -> float | None:
+        """Return what an overdub of that many seconds costs in dollars, if the price is set."""
+        price = self.price_per_second.get(mode)
+        return None if price is None or duration is None else round(price * duration, 4)
+
     @staticmethod
     def extra_of(connection: Connection) -> dict[str, Any]:
         """

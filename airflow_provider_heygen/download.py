@@ -23,7 +23,14 @@ from airflow_provider_heygen.exceptions import (
     HeyGenPermanentError,
     HeyGenTransientError,
 )
-from airflow_provider_heygen.media import CHUNK_BYTES, check_link, explained, links_unlogged, storage_path
+from airflow_provider_heygen.media import (
+    CHUNK_BYTES,
+    check_link,
+    explained,
+    links_unlogged,
+    size_text,
+    storage_path,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -80,8 +87,8 @@ def save(
     :raises HeyGenPermanentError: the link leads where it must not, or the destination is taken.
     """
     target = _Target(destination)
-    there = target.size_there()
-    progress = _Progress(say, f"The {what} for {target}")
+    there = size_there(destination)
+    progress = _Progress(say, what, target)
     furthest = 0
     with links_unlogged(), target:
         for attempt in attempts:
@@ -97,7 +104,7 @@ def save(
                             _check_head(what, head)
                             # Another video may have the same size, but hardly the same beginning, too.
                             if there == target.size and target.begins_with(head):
-                                say("%s is there already (%d bytes); it is kept.", target, there)
+                                say("Kept %s (%s): it is this %s.", target, size_text(there), what)
                                 return there
                             raise HeyGenPermanentError(
                                 f"{target} exists with {there} bytes, the {what} has"
@@ -109,12 +116,12 @@ def save(
                             if not target.written:
                                 _check_head(what, chunk)
                             target.write(chunk)
-                            progress.add(len(chunk), target)
+                            progress.add(len(chunk))
                 finally:
                     if target.written >= furthest + CHUNK_BYTES:
                         furthest, attempt.retry_state.attempt_number = target.written, 1
                 target.check(what)
-        if not overwrite and target.size_there() is not None:
+        if not overwrite and size_there(destination) is not None:
             raise HeyGenError(f"{target} has been written by another while the {what} was downloaded.")
         target.publish()
         progress.end()
@@ -161,6 +168,23 @@ def _explained(what: str, link: str) -> Iterator[None]:
         ) from None
 
 
+def size_there(path: ObjectStoragePath) -> int | None:
+    """
+    Return the size in bytes of what is at a destination, or ``None`` if nothing is.
+
+    :raises HeyGenBadInputError: if that is a directory.
+    """
+    name = redact_links(str(path))
+    with explained(name, "looked at"):
+        path.fs.invalidate_cache()  # what is remembered of it may no longer be so
+        if path.is_dir():
+            raise HeyGenBadInputError(f"{name} is a directory; name a file, or end it with a slash.")
+        try:
+            return int(path.stat().st_size)
+        except FileNotFoundError:
+            return None
+
+
 class _Target:
     """
     A file that is being written, and that nobody sees before it is published.
@@ -195,17 +219,6 @@ class _Target:
 
     def __exit__(self, *exc: object) -> None:
         self.discard()
-
-    def size_there(self) -> int | None:
-        """Tell the size of what is at the destination, or ``None`` if nothing is."""
-        with explained(self, "looked at"):
-            self._fs.invalidate_cache()  # what is remembered of it may no longer be so
-            if self._path.is_dir():
-                raise HeyGenBadInputError(f"{self} is a directory; name a file, or end it with a slash.")
-            try:
-                return int(self._path.stat().st_size)
-            except FileNotFoundError:
-                return None
 
     def begins_with(self, head: bytes) -> bool:
         """Tell whether what is at the destination begins with that."""
@@ -324,27 +337,28 @@ def _remove_leftovers(folder: Path, stem: str) -> None:
 class _Progress:
     """Says in the log how far a download is: every 10 s, and less and less often when it takes long."""
 
-    def __init__(self, say: Callable[..., None], label: str) -> None:
-        self._say, self._label = say, label
+    def __init__(self, say: Callable[..., None], what: str, target: _Target) -> None:
+        self._say, self._what, self._target = say, what, target
         self._began = self._said = time.monotonic()
         self._received = self._told = 0
 
-    def add(self, received: int, target: _Target) -> None:
+    def add(self, received: int) -> None:
         """Count bytes, and say so if it is time."""
         self._received += received
         now = time.monotonic()
         if now - self._said < max(10.0, (self._said - self._began) / 4):
             return
-        of = f" of {target.size / 1e6:.1f} MB, {target.written / target.size:.0%}" if target.size else " MB"
-        speed = (self._received - self._told) / 1e6 / (now - self._said)
-        self._say("%s: %.1f%s, %.1f MB/s.", self._label, target.written / 1e6, of, speed)
+        written, size = self._target.written, self._target.size
+        of = f" of {size_text(size)}, {written / size:.0%}" if size else ""
+        speed = size_text((self._received - self._told) / (now - self._said))
+        self._say("%s%s, %s/s: the %s for %s.", size_text(written), of, speed, self._what, self._target)
         self._said, self._told = now, self._received
 
     def end(self) -> None:
         """Say what it came to."""
         seconds = max(time.monotonic() - self._began, 1e-3)
-        megabytes = self._received / 1e6
-        self._say("%s: %.1f MB in %.1f s, %.1f MB/s.", self._label, megabytes, seconds, megabytes / seconds)
+        size, speed = size_text(self._target.written), size_text(self._received / seconds)
+        self._say("Saved %s of %s in %.1f s, %s/s: %s.", size, self._what, seconds, speed, self._target)
 
 
 @contextlib.contextmanager

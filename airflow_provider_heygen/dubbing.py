@@ -12,6 +12,7 @@ from airflow.providers.standard.triggers.temporal import DateTimeTrigger
 from airflow_provider_heygen import waiting
 from airflow_provider_heygen.api import CreateOverdubRequest
 from airflow_provider_heygen.exceptions import (
+    HeyGenBadInputError,
     HeyGenError,
     HeyGenNotFoundError,
     HeyGenOverdubTimeoutError,
@@ -21,7 +22,9 @@ from airflow_provider_heygen.exceptions import (
     retry_delay,
 )
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.media import size_text
 from airflow_provider_heygen.metrics import Wait
+from airflow_provider_heygen.saving import Saving
 from airflow_provider_heygen.submitter import Ledger, submit
 from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger, HeyGenSlotTrigger
 from airflow_provider_heygen.upload import inputs, storage_uris
@@ -33,9 +36,12 @@ from airflow_provider_heygen.waiting import (
     execution_deadline,
     seconds,
     summary,
+    waiting_text,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from airflow.providers.common.compat.sdk import Context
     from airflow.triggers.base import BaseTrigger
 
@@ -78,14 +84,23 @@ class Dubbing:
         self.hook = HeyGenHook(task.heygen_conn_id, longest_pause=0.0 if task.deferrable else 60.0)
 
     def start(self) -> str:
-        """Submit the overdub or reattach to it, and wait for it if asked to. Return its id."""
+        """Submit the overdub or reattach to it, and wait for it if asked to. Return what the task returns."""
         request, uris = self._request()
         with fails_task(), self.hook:
             # Before anything is sent: these raise if they are wrong.
             self._deadline()
             seconds(self.task.poke_interval, "poke_interval")
+            saving = self._saving()
             files = inputs(uris, self.hook, self.ledger.files)
-            overdub_id = self._submit(request, files)
+            if saving and self.task.skip_existing:
+                size = saving.size_if_current(file.path for file in files.values() if file.path)
+                if size is not None:
+                    why = "%s exists (%s) and is not older than its sources: nothing to do."
+                    self.task.log.info(why, saving.uri, size_text(size))
+                    self.ti.xcom_push(key="overdub", value={"uri": saving.uri, "size": size})
+                    return saving.uri
+            overdub_id = self._submit(request, files, saving.check_free if saving else None)
+            self.task.overdub_id = overdub_id
             self.ti.xcom_push(key="overdub_id", value=overdub_id)
             self.ti.xcom_push(key="asset_ids", value=self.ledger.asset_ids)
             if self.task.wait_for_completion:
@@ -95,7 +110,7 @@ class Dubbing:
             return overdub_id
 
     def finish(self, event: Any, since: float | None) -> str:
-        """Hand on what the trigger has waited for. Return the overdub's id."""
+        """Hand on what the trigger has waited for. Return what the task returns."""
         checked = check_event(event)
         with fails_task(), self.hook:
             return self._deliver(conclude(checked, Wait(self.ti, since), self.hook))
@@ -105,14 +120,44 @@ class Dubbing:
             fields = self.task.request_fields()
             uris = storage_uris(fields, links=self.task.upload_links)
             fields |= {name: {"type": "asset_id", "asset_id": "not-yet"} for name in uris}
+            if self.task.reuse not in (None, "content"):
+                raise HeyGenBadInputError(f"reuse must be 'content' or None, not {self.task.reuse!r}.")
+            if self.task.reuse and self.task.callback_id is not None:
+                raise HeyGenBadInputError(
+                    "reuse='content' finds overdubs by the callback_id that the provider sends. Remove your"
+                    " own callback_id, or reuse."
+                )
             given = {name: value for name, value in fields.items() if value is not None}
             return CreateOverdubRequest.of(given), uris
 
-    def _submit(self, request: CreateOverdubRequest, files: dict[str, Any]) -> str:
+    def _saving(self, overdub_id: str = "not-yet") -> Saving | None:
+        """Return what is to be saved, if anything is."""
+        task = self.task
+        if task.destination is None:
+            if task.captions or task.skip_existing:
+                raise HeyGenBadInputError("captions and skip_existing need a destination.")
+            return None
+        if not task.wait_for_completion:
+            raise HeyGenBadInputError(
+                "destination needs wait_for_completion=True: the video can be saved when the overdub is"
+                " completed. To save it in another task, use HeyGenOverdubToObjectStorageOperator."
+            )
+        saving = Saving(task, self.context, overdub_id, overwrite=task.skip_existing)
+        if task.skip_existing and saving.in_folder:
+            raise HeyGenBadInputError(
+                "skip_existing needs a destination that names a file; in a folder, the file is named after"
+                " its overdub."
+            )
+        return saving
+
+    def _submit(
+        self, request: CreateOverdubRequest, files: dict[str, Any], check: Callable[[], object] | None
+    ) -> str:
         """Submit the request, however often HeyGen has no slot for it: that is waiting, not failing."""
         while True:
             try:
-                return submit(request, self.hook, self.ledger, files)
+                reuse = self.task.reuse is not None
+                return submit(request, self.hook, self.ledger, files, check, reuse=reuse)
             except HeyGenTransientError as error:
                 if error.status_code != 429 and error.retry_after is None:
                     raise
@@ -181,6 +226,8 @@ class Dubbing:
             "deadline": deadline,
             "not_found_until": since + waiting.FRESH_SECONDS,
         }
+        where = "in the triggerer" if self.task.deferrable else "on this worker"
+        self.task.log.info("%s", waiting_text(where, poke_interval, deadline))
         if self.task.deferrable:
             conn_id = self.task.heygen_conn_id
             raise TaskDeferred(
@@ -196,10 +243,27 @@ class Dubbing:
         return self._deliver(conclude(end, Wait(self.ti, since)))
 
     def _deliver(self, details: dict[str, Any]) -> str:
+        result = self.task.overdub_id = str(details["overdub_id"])
+        mode = self.task.mode if self.task.mode == "precision" else "speed"
+        cost = self.hook.settings.cost(mode, details.get("duration"))
+        details = {**details, "mode": mode, "cost": cost}
         self.task.log.info("%s", summary(details))
+        if saving := self._saving(result):
+            try:
+                with HeyGenHook(self.task.heygen_conn_id) as hook:  # one that may wait
+                    size = saving.save(hook)
+            except HeyGenError as error:
+                # Never final: the overdub is paid for, and before Airflow 3.3 a clear starts another.
+                raise HeyGenError(
+                    f"Overdub {result} is completed, but was not saved: {error} A retry saves it and"
+                    " starts no other overdub.",
+                    overdub_id=result,
+                ) from error
+            result = saving.uri
+            details = {**details, "uri": result, "size": size}
         self.ti.xcom_push(key="overdub", value=details)
         self.ledger.delivered()
-        return str(details["overdub_id"])
+        return result
 
 
 class fails_task:

@@ -102,6 +102,14 @@ def storage_path(path: str | PathLike[str] | ObjectStoragePath, what: str) -> Ob
     return found
 
 
+def size_text(size: float) -> str:
+    """Return a size in bytes as people read it."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size:.0f} bytes"
+
+
 def fingerprint(path: ObjectStoragePath, info: Mapping[str, Any] | None = None) -> str | None:
     """
     Return what tells one version of a file from another without reading it; ``None`` if nothing does.

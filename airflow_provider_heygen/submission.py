@@ -33,7 +33,7 @@ class Submission(BaseModel):
 
     :param digest: of the request, to tell a changed one: see :func:`digest`.
     :param number: counts the submissions of this task; a new one gets a new key.
-    :param key: idempotency key, and ``callback_id`` unless the author set one.
+    :param key: idempotency key, and ``callback_id`` unless the author set one; see :func:`content_prefix`.
     :param began: Unix seconds of the first attempt.
     :param max_tries: the task's ``max_tries`` then. Airflow sets it anew when somebody clears the task, to
         the tries so far and ``retries``, and leaves it alone over retries.
@@ -89,14 +89,22 @@ class Submission(BaseModel):
         return self.digest.partition(":")[0] == other.partition(":")[0]
 
 
+def content_prefix(digest: str) -> str:
+    """Return the beginning of the keys of all submissions that ask for the same, in any task and run."""
+    return f"{digest.rpartition(':')[2][:32]}:"
+
+
 def derived_key(ti: Any, digest: str) -> str:
     """
     Give a key that a retry of a task instance comes to by itself, for an Airflow without a state store.
 
     It changes with a clear, and never with the try number, or a retry would start a second overdub.
     """
-    parts = (ti.dag_id, ti.run_id, ti.task_id, ti.map_index, ti.max_tries, digest.partition(":")[0])
-    return str(uuid.uuid5(_NAMESPACE, json.dumps(parts)))
+    unsigned, _, whole = digest.partition(":")
+    parts = (ti.dag_id, ti.run_id, ti.task_id, ti.map_index, ti.max_tries, unsigned)
+    key = str(uuid.uuid5(_NAMESPACE, json.dumps(parts)))
+    # A URL that is signed again on each try leads to the same key.
+    return f"{content_prefix(digest)}{key}" if unsigned == whole else key
 
 
 def upload_key(submission: Submission, digest: str, max_tries: int, generation: int) -> str:

@@ -9,18 +9,20 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_heygen import metrics, waiting
-from airflow_provider_heygen.api import MediaAsset
+from airflow_provider_heygen.api import MAX_PAGE_SIZE, MediaAsset, OverdubStatus, redact_links
 from airflow_provider_heygen.compat import task_state_store
 from airflow_provider_heygen.exceptions import (
     HeyGenError,
     HeyGenNotFoundError,
     HeyGenOutcomeUnknownError,
 )
+from airflow_provider_heygen.media import size_text
 from airflow_provider_heygen.submission import (
     STATE_KEY,
     Seen,
     Step,
     Submission,
+    content_prefix,
     derived_key,
     digest,
     labels,
@@ -29,15 +31,18 @@ from airflow_provider_heygen.submission import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from airflow.providers.common.compat.sdk import Context
 
-    from airflow_provider_heygen.api import CreateOverdubRequest
+    from airflow_provider_heygen.api import CreateOverdubRequest, Overdub
     from airflow_provider_heygen.hooks.heygen import HeyGenHook
     from airflow_provider_heygen.upload import Source
 
 log = logging.getLogger(__name__)
+
+REUSE_SECONDS = 3 * 24 * 60 * 60
+"""How old an overdub of another task or run may be to be reused."""
 
 
 class Ledger:
@@ -95,10 +100,11 @@ class Ledger:
         """Begin a new submission; nothing is written yet."""
         # What is written down can be random, and then no other Airflow comes to the same one.
         derive = self.durable and self.store is None
+        random = f"{content_prefix(body_digest)}{uuid.uuid4()}"
         return Submission(
             digest=body_digest,
             number=before.number + 1 if before else 1,
-            key=derived_key(self.ti, body_digest) if derive else str(uuid.uuid4()),
+            key=derived_key(self.ti, body_digest) if derive else random,
             began=time.time(),
             max_tries=self.ti.max_tries,
             assets=before.assets if before else {},
@@ -127,13 +133,21 @@ class Ledger:
 
 
 def submit(
-    request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger, files: Mapping[str, Source]
+    request: CreateOverdubRequest,
+    hook: HeyGenHook,
+    ledger: Ledger,
+    files: Mapping[str, Source],
+    check: Callable[[], object] | None = None,
+    *,
+    reuse: bool = False,
 ) -> str:
     """
     Start the overdub, or reattach to the one that an earlier run of this task has started. Return its id.
 
     :param files: those of ``video`` and ``audio`` that are to be uploaded for it, in place of what the
         request has there.
+    :param check: called before anything is sent for a new overdub.
+    :param reuse: reattach to an overdub of another task or run, too; see :func:`_find_reusable`.
     :raises HeyGenError: if it could not be started; the ledger knows whether something may have been sent.
     """
     # The bytes are what is wished for: the asset they become is another one after each upload.
@@ -145,8 +159,21 @@ def submit(
         submission, overdub_id, seen = _see(submission, request, hook, ledger)
         step = next_step(submission, body_digest, ledger.ti.max_tries, seen)
         if step is Step.ATTACH:
+            log.info("Reattached to overdub %s, which an earlier try of this task started.", overdub_id)
             _reattach(submission, overdub_id, request, hook, ledger)
             return overdub_id
+    if check is not None:
+        check()
+    if reuse and (found := _find_reusable(body_digest, hook)):
+        log.info(
+            "Reattached to overdub %s %r, mode %s, which a task or run with the same request started %s ago.",
+            found.overdub_id,
+            redact_links(found.title or ""),
+            request.mode or "speed",
+            waiting.duration_text(time.time() - (found.created_at or 0)),
+        )
+        _reattach(ledger.begin(body_digest, submission), found.overdub_id, request, hook, ledger)
+        return found.overdub_id
     if submission is None or step is Step.POST_NEW:
         if submission is not None and submission.overdub_id and not submission.delivered:
             log.info(
@@ -166,12 +193,33 @@ def submit(
 def _reattach(
     submission: Submission, overdub_id: str, request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger
 ) -> None:
-    log.info("Reattached to overdub %s, which an earlier try of this task started.", overdub_id)
     answered = submission.answered or time.time()
     found = {"overdub_id": overdub_id, "answered": answered, "resource": hook.known_resource}
     submission = submission.model_copy(update=found)
     ledger.write(_relabel(submission, overdub_id, request, hook))
     metrics.reattached(ledger.ti)
+
+
+def _find_reusable(body_digest: str, hook: HeyGenHook) -> Overdub | None:
+    """
+    Return an overdub of the same request that has not failed and is younger than three days.
+
+    It is found by the ``callback_id`` that the provider sends. The order of HeyGen's list is not documented,
+    so it is read until a page's worth of older overdubs in a row.
+    """
+    usable = (OverdubStatus.PENDING, OverdubStatus.RUNNING, OverdubStatus.COMPLETED)
+    oldest, in_a_row = time.time() - REUSE_SECONDS, 0
+    for overdub in hook.iter_overdubs():
+        if (overdub.created_at or 0.0) < oldest:
+            in_a_row += 1
+            if in_a_row == MAX_PAGE_SIZE:
+                break
+            continue
+        in_a_row = 0
+        same = (overdub.callback_id or "").startswith(content_prefix(body_digest))
+        if same and overdub.status in usable:
+            return overdub
+    return None
 
 
 def _create(
@@ -209,7 +257,8 @@ def _create(
     found = {"resource": hook.known_resource, "overdub_id": overdub_id, "answered": time.time()}
     ledger.write(submission, sent=True, **found)
     metrics.submitted(ledger.ti)  # when it is written: whoever finds it does not count it again
-    log.info("Started overdub %s (mode %s, key %s).", overdub_id, request.mode or "default", submission.key)
+    title = f" {redact_links(request.title)!r}" if request.title else ""
+    log.info("Started overdub %s%s, mode %s.", overdub_id, title, request.mode or "speed")
     return overdub_id
 
 
@@ -229,13 +278,22 @@ def _upload(
     submission = submission.model_copy(update={"files": seen})
     for file in files:
         if file.digest in submission.assets:
-            log.info("%s is uploaded already, as asset %s.", file, submission.assets[file.digest])
+            asset_id = submission.assets[file.digest]
+            log.info("Uploaded before (%s): %s, as asset %s.", size_text(file.size), file, asset_id)
             continue
         # Before the request: whoever comes after us must send it under the same key.
         ledger.write(submission)
         key = upload_key(submission, file.digest, ledger.ti.max_tries, generation)
+        began = time.monotonic()
         asset = hook.upload_asset(file, idempotency_key=key)
-        log.info("Uploaded %s as asset %s (%s).", file, asset.asset_id, file.mime_type)
+        log.info(
+            "Uploaded %s in %.1f s: %s, %s, as asset %s.",
+            size_text(file.size),
+            time.monotonic() - began,
+            file,
+            file.mime_type,
+            asset.asset_id,
+        )
         assets = {**submission.assets, file.digest: asset.asset_id}
         submission = submission.model_copy(update={"assets": assets})
         ledger.write(submission)

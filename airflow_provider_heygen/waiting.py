@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, get_args
 
 from airflow_provider_heygen.api import Overdub, OverdubStatus, redact_links
@@ -37,6 +37,8 @@ GONE_SECONDS = 30.0
 LONGEST_BACKOFF = 120.0
 """Seconds between polls, at most, while they fail (unless HeyGen asks for more)."""
 
+SILENCE_SECONDS = 300.0
+"""How long a wait logs nothing, at most, while its polls succeed."""
 
 EventStatus = Literal["completed", "failed", "gone", "timeout", "error"]
 
@@ -75,9 +77,11 @@ class Watch:
     """
 
     __slots__ = (
+        "began",
         "deadline",
         "failures",
         "log",
+        "logged_at",
         "missing_for",
         "missing_since",
         "not_found_until",
@@ -105,6 +109,7 @@ class Watch:
         self.log = log
         self.status = "not seen yet"
         self.told = told
+        self.logged_at = self.began = time.monotonic()
         self.failures = 0
         self.trouble = ""
         self.missing_since: float | None = None
@@ -113,8 +118,9 @@ class Watch:
     def saw(self, overdub: Overdub) -> float | WaitEvent:
         """Take a successful poll."""
         self.status = overdub.status
-        if overdub.status != self.told:
+        if overdub.status != self.told and not overdub.is_final:  # of the end, the task itself tells
             self.told = overdub.status
+            self.logged_at = time.monotonic()
             known = isinstance(overdub.status, OverdubStatus)
             self.log.info(
                 "Overdub %s is %s%s.",
@@ -135,6 +141,11 @@ class Watch:
     def unchanged(self) -> float | WaitEvent:
         """Take a successful poll that found what the last one found, and no end."""
         self.failures, self.trouble, self.missing_since, self.missing_for = 0, "", None, 0.0
+        now = time.monotonic()
+        if now - self.logged_at >= SILENCE_SECONDS:
+            self.logged_at = now
+            waited = duration_text(now - self.began)
+            self.log.info("Overdub %s is still %s after %s.", self.overdub_id, self.status, waited)
         return self._pause(self.poke_interval)
 
     def failed(self, error: Exception) -> float | WaitEvent:
@@ -244,15 +255,31 @@ class Watch:
         return {"overdub_id": self.overdub_id, "status": status, "message": message}
 
 
+def duration_text(seconds: float) -> str:
+    """Return a duration as people say it."""
+    return f"{seconds:.0f} s" if seconds < 300 else f"{seconds / 60:.0f} min"
+
+
+def waiting_text(where: str, poke_interval: float, deadline: float | None) -> str:
+    """Return what a wait that begins says of itself."""
+    until = "without a limit"
+    if deadline is not None:
+        end = datetime.fromtimestamp(deadline, UTC)
+        day = f"{end:%Y-%m-%d} " if deadline - time.time() > 86400 else ""
+        until = f"until {day}{end:%H:%M} UTC"
+    return f"Waiting {where}, checking every {duration_text(poke_interval)} {until}."
+
+
 def summary(details: Mapping[str, Any]) -> str:
-    """Say what came of a completed overdub, and how long it took, as far as its details tell."""
-    title, duration, created_at = (details.get(name) for name in ("title", "duration", "created_at"))
-    told = [f"Overdub {details['overdub_id']}{f' ({title!r})' if title else ''} is done"]
-    if duration is not None:
-        told.append(f"{duration:.1f} s of video")
-    if created_at is not None:
-        told.append(f"{max(0.0, time.time() - created_at):.0f} s after it was created")
-    return f"{', '.join(told)}."
+    """Say what came of a completed overdub, how long it took and what it costs, as far as is known."""
+    title, duration, created_at, mode, cost = (
+        details.get(name) for name in ("title", "duration", "created_at", "mode", "cost")
+    )
+    video = "a video" if duration is None else f"{duration:.1f} s of video"
+    took = "" if created_at is None else f" in {duration_text(max(0.0, time.time() - created_at))}"
+    further = "".join([f", mode {mode}" if mode else "", "" if cost is None else f", ${cost:.2f}"])
+    named = f" {title!r}" if title else ""
+    return f"Dubbed {video}{took}{further}: overdub {details['overdub_id']}{named}."
 
 
 def check_event(event: Any, overdub_id: str | None = None) -> WaitEvent:

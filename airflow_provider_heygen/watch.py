@@ -168,8 +168,8 @@ def _details(dub: Dub, overdub: Overdub) -> dict[str, str]:
         mode = shown["Mode"] = str(dub.fields.get("mode") or "speed")
     if overdub.duration is not None:
         shown["Length"] = f"{overdub.duration:.1f} s"
-        if price := dub.hook.settings.price_per_second.get(mode):
-            shown["Cost"] = f"${overdub.duration * price:.2f}"
+        if (cost := dub.hook.settings.cost(mode, overdub.duration)) is not None:
+            shown["Cost"] = f"${cost:.2f}"
     if overdub.status == OverdubStatus.FAILED:
         shown["Reason"] = redact_links(overdub.failure_message or DEFAULT_FAILURE_MESSAGE)
     return shown

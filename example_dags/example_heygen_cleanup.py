@@ -15,21 +15,28 @@ import os
 from datetime import timedelta
 from typing import Any
 
-from airflow.sdk import DAG, task
+from airflow.sdk import DAG, Param, task
 
 from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator, HeyGenDeleteOverdubOperator
 from airflow_provider_heygen.transfers.heygen_to_object_storage import HeyGenOverdubToObjectStorageOperator
 
 MEDIA = os.environ.get("HEYGEN_EXAMPLE_MEDIA", "/opt/airflow/media")
+SOURCE = "A public https URL, or the URI of a file (`file:///data/talk.mp4`, `s3://media/talk.mp4` ...)."
 
 with DAG(
     dag_id="example_heygen_cleanup",
+    description="Dub one video; delete the overdub if the task fails",
     schedule=None,
     params={
-        "video": f"file://{MEDIA}/talk.mp4",
-        "audio": f"file://{MEDIA}/talk.de.mp3",
-        "result": f"{MEDIA}/talk.kept.mp4",
-        "timeout": 7200,
+        "video": Param(f"file://{MEDIA}/talk.mp4", type="string", title="Video", description=SOURCE),
+        "audio": Param(f"file://{MEDIA}/talk.de.mp3", type="string", title="New audio", description=SOURCE),
+        "result": Param(
+            f"{MEDIA}/talk.kept.mp4",
+            type="string",
+            title="Result",
+            description="Where the video is saved. A file that exists is replaced.",
+        ),
+        "timeout": Param(7200, type="integer", title="Timeout", description="Seconds to wait for HeyGen."),
     },
     tags=["example", "heygen"],
     doc_md=__doc__,

@@ -1,84 +1,60 @@
 """
-One video, many languages: dub, keep, rename and clean up, one mapped task per language.
+A night of dubs: each video of a folder or bucket, in each language that it has an audio file for.
 
-HeyGen runs a limited number of jobs at a time (10 on pay-as-you-go). The pool keeps within it, and because it
-includes deferred tasks, a dub holds its slot while it waits without a worker. Create it once:
-
-    airflow pools set heygen 10 "jobs HeyGen runs at a time" --include-deferred
-
-The audio files are ``talk.<language>.mp3`` beside the video; ``LANGUAGES`` in this file says which.
-Needs a connection ``heygen_default``.
+`talk.mp4` and `talk.de.mp3` become `dubbed/talk.de.mp4`; what is up to date stays. `dubbed.json` lists all.
 """
 
-from __future__ import annotations
-
+import json
 import os
 
-from airflow.sdk import DAG
+from airflow.sdk import DAG, ObjectStoragePath, Param, task
 
-from airflow_provider_heygen.operators.asset import HeyGenUploadAssetOperator
-from airflow_provider_heygen.operators.overdub import (
-    HeyGenCreateOverdubOperator,
-    HeyGenDeleteOverdubOperator,
-    HeyGenUpdateOverdubOperator,
-)
-from airflow_provider_heygen.transfers.heygen_to_object_storage import HeyGenOverdubToObjectStorageOperator
+from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
 
-MEDIA = os.environ.get("HEYGEN_EXAMPLE_MEDIA", "/opt/airflow/media")
-LANGUAGES = ["de", "fr", "es"]
+MEDIA = f"file://{os.environ.get('HEYGEN_EXAMPLE_MEDIA', '/opt/airflow/media')}"
+
+
+def alert(context):  # send it to your team instead
+    print(f"ALERT: {context['task'].title} is not dubbed: {context['exception']}")
+
 
 with DAG(
-    dag_id="example_heygen_localisation",
-    schedule=None,
-    params={"media": MEDIA},
-    user_defined_macros={"languages": LANGUAGES},
+    "example_heygen_localisation",
+    description="Dub all videos of a folder or bucket into many languages",
+    params={
+        "media": Param(MEDIA, type="string", title="Folder", description="URI of a folder or bucket"),
+        "mode": Param("speed", enum=["speed", "precision"], title="Mode", description="See *Cost and quota*"),
+    },
     tags=["example", "heygen"],
     doc_md=__doc__,
 ) as dag:
-    upload_video = HeyGenUploadAssetOperator(
-        task_id="upload_video",
-        source="{{ params.media }}/talk.mp4",
-        doc_md="Streams the video to HeyGen, once for all languages.",
-    )
 
-    upload_audio = HeyGenUploadAssetOperator.partial(
-        task_id="upload_audio", doc_md="Streams the audio of each language to HeyGen."
-    ).expand(source=[f"{{{{ params.media }}}}/talk.{language}.mp3" for language in LANGUAGES])
+    @task(doc_md="Finds the audio files: `<video>.<language>.mp3`, each one video in one language.")
+    def plan(params):
+        return sorted(f.stem for f in ObjectStoragePath(params["media"]).iterdir() if f.suffix == ".mp3")
 
-    # Results keep the order of the languages, so a task finds its language by its map index.
-    language = "{{ languages[ti.map_index] }}"
-
+    names = plan()
     dub = HeyGenCreateOverdubOperator.partial(
         task_id="dub",
-        video=upload_video.output,
-        title=f"Talk, {language}",
+        video="{{ params.media }}/{{ task.title.rpartition('.')[0] }}.mp4",
+        audio="{{ params.media }}/{{ task.title }}.mp3",
+        destination="{{ params.media }}/dubbed/{{ task.title }}.mp4",
+        mode="{{ params.mode }}",
+        skip_existing=True,
+        reuse="content",
         deferrable=True,
-        poke_interval=10,
-        pool="heygen",
         retries=3,
-        map_index_template=language,
-        doc_md="Starts one overdub per language and waits for it in the triggerer, at most 10 at a time.",
-    ).expand(audio=upload_audio.output)
+        map_index_template="{{ task.title }}",
+        on_failure_callback=alert,
+        doc_md="Dubs one video in one language, waits in the triggerer, and saves it.",
+    ).expand(title=names)
 
-    save = HeyGenOverdubToObjectStorageOperator.partial(
-        task_id="save",
-        destination=f"{{{{ params.media }}}}/dubbed/talk.{language}.mp4",
-        overwrite=True,
-        map_index_template=language,
-        doc_md="Streams each dubbed video to `dubbed/` beside the original.",
-    ).expand(overdub_id=dub.output)
+    @task(trigger_rule="all_done", doc_md="Writes `dubbed.json`. Fails if a language is missing.")
+    def manifest(names, params, ti):
+        found = ti.xcom_pull(task_ids="dub", key="overdub", map_indexes=range(len(names)))
+        done = {name: overdub for name, overdub in zip(names, found, strict=True) if overdub}
+        ObjectStoragePath(f"{params['media']}/dubbed.json").write_text(json.dumps(done, indent=2))
+        if missing := sorted(set(names) - set(done)):
+            raise RuntimeError(f"{len(missing)} of {len(names)} are missing: {', '.join(missing)}")
 
-    rename = HeyGenUpdateOverdubOperator.partial(
-        task_id="rename",
-        title=f"Talk, {language}, delivered",
-        map_index_template=language,
-        doc_md="Marks in HeyGen's dashboard what is saved.",
-    ).expand(overdub_id=dub.output)
-
-    clean_up = HeyGenDeleteOverdubOperator.partial(
-        task_id="clean_up",
-        map_index_template=language,
-        doc_md="Deletes the overdub and its files at HeyGen, for good.",
-    ).expand(overdub_id=dub.output)
-
-    save >> rename >> clean_up
+    dub >> manifest(names)

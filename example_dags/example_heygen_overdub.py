@@ -1,12 +1,8 @@
 """
-Dub one video: upload a video and an audio file, create the overdub, wait without a worker, keep the result.
+Dub one video and save the result, in one task.
 
-Trigger it with your own files, local or in any storage Airflow's ObjectStoragePath knows:
-
-    airflow dags trigger example_heygen_overdub \
-        --conf '{"video": "s3://in/talk.mp4", "audio": "s3://in/talk.de.mp3", "result": "s3://out/"}'
-
-It needs a connection ``heygen_default``; `make demo` and `make ui` bring one, with an emulator behind it.
+Video and audio are public https URLs, or files in any storage that Airflow knows. `make demo` and `make ui`
+run this DAG with an emulator of HeyGen. Otherwise it needs an Airflow connection `heygen_default`.
 """
 
 from __future__ import annotations
@@ -14,54 +10,52 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 
-from airflow.sdk import DAG
+from airflow.sdk import DAG, Param
 
-from airflow_provider_heygen.operators.asset import HeyGenUploadAssetOperator
 from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
-from airflow_provider_heygen.transfers.heygen_to_object_storage import HeyGenOverdubToObjectStorageOperator
 
 MEDIA = os.environ.get("HEYGEN_EXAMPLE_MEDIA", "/opt/airflow/media")
+SOURCE = "A public https URL, or the URI of a file (`file:///data/talk.mp4`, `s3://media/talk.mp4` ...)."
 
 with DAG(
     dag_id="example_heygen_overdub",
+    description="Dub one video and save the result",
     schedule=None,
     params={
-        "video": f"{MEDIA}/talk.mp4",
-        "audio": f"{MEDIA}/talk.de.mp3",
-        "result": f"{MEDIA}/talk.dubbed.mp4",
+        "video": Param(f"file://{MEDIA}/talk.mp4", type="string", title="Video", description=SOURCE),
+        "audio": Param(f"file://{MEDIA}/talk.de.mp3", type="string", title="New audio", description=SOURCE),
+        "title": Param("Talk, German", type="string", title="Title", description="In HeyGen's dashboard."),
+        "mode": Param(
+            "speed",
+            type="string",
+            enum=["speed", "precision"],
+            values_display={"speed": "Speed", "precision": "Precision (better, slower, twice the price)"},
+            title="Mode",
+            description="Precision pays if the speaker's face is prominent.",
+        ),
+        "result": Param(
+            f"{MEDIA}/talk.dubbed.mp4",
+            type="string",
+            title="Result",
+            description="Where the video is saved. A file that exists is replaced.",
+        ),
     },
-    # A retry uploads nothing twice, and goes on with the overdub that an earlier try has started.
-    default_args={"retries": 3, "retry_delay": timedelta(seconds=10)},
     tags=["example", "heygen"],
     doc_md=__doc__,
 ) as dag:
-    upload_video = HeyGenUploadAssetOperator(
-        task_id="upload_video",
-        source="{{ params.video }}",
-        doc_md="Streams the video to HeyGen; XCom `asset_id` says as what.",
-    )
-    upload_audio = HeyGenUploadAssetOperator(
-        task_id="upload_audio",
-        source="{{ params.audio }}",
-        doc_md="Streams the new audio to HeyGen; XCom `asset_id` says as what.",
-    )
-
-    dub = HeyGenCreateOverdubOperator(
+    HeyGenCreateOverdubOperator(
         task_id="dub",
-        video=upload_video.output,
-        audio=upload_audio.output,
-        title="Talk, German ({{ run_id }})",
-        mode="precision",
-        deferrable=True,
-        poke_interval=10,
-        doc_md="Starts one overdub and waits for it in the triggerer. XCom `overdub_id` holds its id from the"
-        " start, XCom `overdub` its title, status and length when it is done.",
-    )
-
-    save = HeyGenOverdubToObjectStorageOperator(
-        task_id="save",
-        overdub_id=dub.output,
+        video="{{ params.video }}",
+        audio="{{ params.audio }}",
+        title="{{ params.title }}",
+        mode="{{ params.mode }}",
         destination="{{ params.result }}",
         overwrite=True,
-        doc_md="Streams the dubbed video to where the parameter `result` says.",
+        deferrable=True,
+        poke_interval=10,
+        # A retry reattaches to the overdub that an earlier try has started.
+        retries=3,
+        retry_delay=timedelta(seconds=10),
+        doc_md="Uploads the files, starts one overdub, waits for it in the triggerer and saves the video."
+        " XCom `overdub` has title, length and URI.",
     )

@@ -882,11 +882,12 @@ def lines_of(hours, monkeypatch, size):
     """What is said during a download that takes so long, a MB per second."""
     said, clock = [], itertools.count(0.0)
     monkeypatch.setattr(download, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    progress = download._Progress(lambda text, *values: said.append(text % values), "The video")
-    target = SimpleNamespace(written=0, size=size)
+    target = download._Target(ObjectStoragePath("file:///v.mp4"))
+    target.size = size
+    progress = download._Progress(lambda text, *values: said.append(text % values), "video", target)
     for _ in range(int(3600 * hours)):
         target.written += 1_000_000
-        progress.add(1_000_000, target)
+        progress.add(1_000_000)
     progress.end()
     return said
 
@@ -894,14 +895,14 @@ def lines_of(hours, monkeypatch, size):
 def test_progress_is_told_at_a_sane_pace(monkeypatch):
     said = lines_of(0.01, monkeypatch, 40_000_000)
     assert said == [
-        "The video: 10.0 of 40.0 MB, 25%, 1.0 MB/s.",
-        "The video: 20.0 of 40.0 MB, 50%, 1.0 MB/s.",
-        "The video: 30.0 of 40.0 MB, 75%, 1.0 MB/s.",
-        "The video: 36.0 MB in 37.0 s, 1.0 MB/s.",
+        "10.0 MB of 40.0 MB, 25%, 1.0 MB/s: the video for file:///v.mp4.",
+        "20.0 MB of 40.0 MB, 50%, 1.0 MB/s: the video for file:///v.mp4.",
+        "30.0 MB of 40.0 MB, 75%, 1.0 MB/s: the video for file:///v.mp4.",
+        "Saved 36.0 MB of video in 37.0 s, 973.0 kB/s: file:///v.mp4.",
     ]
     assert lines_of(0.003, monkeypatch, None) == [
-        "The video: 10.0 MB, 1.0 MB/s.",
-        "The video: 10.0 MB in 11.0 s, 0.9 MB/s.",
+        "10.0 MB, 1.0 MB/s: the video for file:///v.mp4.",
+        "Saved 10.0 MB of video in 11.0 s, 909.1 kB/s: file:///v.mp4.",
     ]
     assert len(lines_of(1, monkeypatch, None)) < 30
     assert len(lines_of(12, monkeypatch, None)) < 40

@@ -89,10 +89,11 @@ def reaper(monkeypatch):
         def around(self, call):
             def watched(*args, **kwargs):
                 self.left -= 1
-                if self.left == 0 and not self.after:
+                due = self.left == 0  # a call within this one counts, too
+                if due and not self.after:
                     raise Killed
                 result = call(*args, **kwargs)
-                if self.left == 0:
+                if due:
                     raise Killed
                 return result
 
@@ -130,6 +131,31 @@ def test_killed_at_any_step_and_retried(heygen, reaper, pauses, idempotency, def
         assert task.xcoms["overdub"]["status"] == "completed"
         assert task.xcoms["overdub_id"] == outcome
     assert step >= 2  # it did die on the way
+
+
+@MODES
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@STORES
+def test_dub_and_save_killed_at_any_step_and_retried(heygen, reaper, tmp_path, deferrable, after, store):
+    died, step = True, 0
+    while died:
+        heygen.reset()
+        step += 1
+        file = tmp_path / f"{step}.mp4"
+        make = dub(deferrable=deferrable, destination=str(file))
+        task = Task(make, store=StateStore() if store else None)
+        reaper.left, reaper.after, died = step, after, False
+        try:
+            finish(task, task.start())
+        except Killed:
+            died = True
+            finish(task, task.start())
+        reaper.left = -1
+        (job,) = heygen.jobs
+        assert file.read_bytes() == job.output.read_bytes(), f"killed at step {step}"
+        assert task.xcoms["overdub"]["size"] == file.stat().st_size
+        assert not store or task.store.get("heygen_overdub")["delivered"]
+    assert step >= 3  # it did die on the way
 
 
 @SERVERS
@@ -1128,3 +1154,146 @@ def test_a_fresh_overdub_that_is_not_readable_yet_is_not_taken_for_deleted(heyge
     with pytest.raises(HeyGenOverdubTimeoutError):
         task.start()
     assert len(heygen.jobs) == 1
+
+
+# --- What another task or run has paid for ------------------------------------------------------------
+
+
+def night(store=True, **changes):
+    """One more run of the same task."""
+    night.runs += 1
+    task = Task(dub(**changes), store=StateStore() if store else None)
+    task.ti.run_id = f"night {night.runs}"
+    return task
+
+
+night.runs = 0
+
+
+@STORES
+@MODES
+@RESOURCES
+@pytest.mark.parametrize("status", ["pending", "running", "completed"])
+def test_a_run_uses_what_another_run_has_started(heygen, files, deferrable, store, status):
+    """The first run was marked failed while its task waited, and did not ask to reuse anything."""
+    heygen.behaviour.job_seconds = None
+    seconds = {"pending": (0.6, 0.0), "running": (0.0, 0.6), "completed": (0.0, 0.0)}[status]
+    heygen.behaviour.pending_seconds, heygen.behaviour.running_seconds = seconds
+    night(store, deferrable=True, title="first", **files).start()
+    assert heygen.jobs[0].status == status or status == "completed"
+    task = night(store, deferrable=deferrable, title="second", reuse="content", **files)
+    assert finish(task, task.start()) == heygen.jobs[0].id == task.xcoms["overdub_id"]
+    assert len(heygen.jobs) == 1
+    assert len(heygen.assets) == 2, "nothing is uploaded again"
+    assert heygen.jobs[0].title == "first", "it is another task's to name"
+    assert "PATCH" not in {request.method for request in heygen.requests}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {"mode": "precision"}),
+        ({}, {"end_time": 1}),
+        ({"audio": "https://x.y/a.mp3"}, {"audio": "https://x.y/b.mp3"}),
+        ({"audio": "https://x.y/a?id=1"}, {"audio": "https://x.y/a?id=2"}),
+        ({"audio": "https://x.y/a?id=1"}, {"audio": "https://x.y/a"}),
+        ({"callback_id": "mine"}, {}),
+    ],
+    ids=str,
+)
+@STORES
+def test_what_differs_or_has_no_mark_is_not_used(heygen, first, second, store):
+    finish(task := night(store, **first), task.start())
+    finish(task := night(store, reuse="content", **second), task.start())
+    assert len(heygen.jobs) == 2
+
+
+@pytest.mark.parametrize(
+    "what", ["failed", "three days old", "deleted", "of an unknown status", "durable=False"]
+)
+def test_only_what_is_good_and_recent_is_used(heygen, what):
+    finish(task := night(durable=what != "durable=False"), task.start())
+    (job,) = heygen.jobs
+    if what == "failed":
+        heygen.force(job.id, "failed", "no face")
+    if what == "three days old":
+        job.created_at -= 3 * 86400 + 60
+    if what == "deleted":
+        HeyGenHook().delete_overdub(job.id)
+    if what == "of an unknown status":
+        heygen.force(job.id, "paused")
+    finish(task := night(reuse="content"), task.start())
+    assert len(heygen.jobs) == 1 + (what != "durable=False")
+
+
+def test_an_overdub_among_thousands_is_found(heygen):
+    """The list is read as far as overdubs are recent, and no further."""
+    finish(task := night(), task.start())
+    with HeyGenHook() as hook:
+        for number in range(250):
+            hook.create_overdub({"video": "https://x.y/v.mp4", "audio": f"https://x.y/{number}.mp3"})
+    wanted, *others = heygen.jobs
+    finish(task := night(reuse="content"), task.start())
+    assert len(heygen.jobs) == 251
+    for job in others:
+        job.created_at -= 4 * 86400
+    wanted.created_at -= 5 * 86400
+    before = len(heygen.requests)
+    finish(task := night(reuse="content"), task.start())
+    assert len(heygen.jobs) == 252
+    assert [request.method for request in heygen.requests[before:]][:2] == ["GET", "POST"]
+
+
+def test_a_clear_reuses_too(heygen):
+    task = night(reuse="content")
+    for _ in range(2):
+        finish(task, task.start())
+        task.clear()
+    assert len(heygen.jobs) == 1
+
+
+def test_a_reused_overdub_that_fails_is_not_used_again(heygen):
+    heygen.behaviour.job_seconds = 3600
+    night(deferrable=True).start()
+    task = night(reuse="content", deferrable=True)
+    deferred = task.start()
+    heygen.force(heygen.jobs[0].id, "failed", "no face")
+    with fails_for_good(HeyGenOverdubFailedError):
+        finish(task, deferred)
+    heygen.behaviour.job_seconds = 0.05
+    task.clear()
+    finish(task, task.start())
+    assert len(heygen.jobs) == 2
+
+
+@pytest.mark.parametrize("fault", [{"status": 500}, {"status": 403}, {"truncate": True}], ids=str)
+def test_nothing_is_started_where_the_list_cannot_be_read(heygen, pauses, fault):
+    heygen.fail_next(method="GET", count=100, **fault)
+    with pytest.raises((HeyGenTransientError, HeyGenTaskFailedError)):
+        night(reuse="content").start()
+    assert heygen.jobs == []
+
+
+@SERVERS
+@RESOURCES
+def test_a_lost_answer_with_reuse(heygen, pauses, monkeypatch, idempotency):
+    heygen.behaviour.idempotency = idempotency
+    finish(task := night(), task.start())
+    heygen.force(heygen.jobs[0].id, "failed", "no face")
+    heygen.fail_next(method="POST", drop="after")
+    finish(task := night(reuse="content"), task.start())
+    assert len(heygen.jobs) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"reuse": "title"}, "reuse must be 'content' or None"),
+        ({"callback_id": "x"}, "Remove your own callback_id"),
+    ],
+    ids=str,
+)
+def test_a_bad_reuse_sends_nothing(heygen, changes, error):
+    with fails_for_good(HeyGenBadInputError, match=error):
+        night(**{"reuse": "content"} | changes).start()
+    assert heygen.requests == []

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import re
 import sqlite3
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from conftest import Storage
 
 from airflow_provider_heygen.emulator.media import decode_audio, decode_frames, make_audio, make_video
 
@@ -56,42 +61,155 @@ def is_dubbed(result, media, language):
 @pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
 def test_one_video(heygen, airflow, media, resource):
     result = media / f"{resource}.mp4"
-    state, tasks = run("example_heygen_overdub", result=str(result))
+    state, tasks = run("example_heygen_overdub", result=str(result), mode="precision")
     assert state == "success"
-    assert set(tasks.values()) == {("success", 1)}
+    assert tasks == {("dub", -1): ("success", 1)}
     assert len(heygen.jobs) == 1
     assert heygen.jobs[0].request.mode == "precision"
     assert is_dubbed(result, media, "de")
 
 
-@pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
-def test_many_languages(heygen, airflow, media, resource):
-    state, tasks = run("example_heygen_localisation")
-    assert state == "success"
-    assert {task for task in tasks if task[0] == "dub"} == {("dub", index) for index in range(3)}
-    assert len(heygen.jobs) == 3
-    assert all(job.deleted for job in heygen.jobs)
-    assert {job.title for job in heygen.jobs} == {f"Talk, {language}, delivered" for language in LANGUAGES}
+def test_one_video_that_fails(heygen, airflow, media, tmp_path):
+    heygen.behaviour.fail_jobs = 1
+    state, tasks = run("example_heygen_overdub", result=f"{tmp_path}/v.mp4")
+    assert (state, tasks) == ("failed", {("dub", -1): ("failed", 1)})
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- A night --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["file", "s3"])
+def night(request, heygen, airflow, media, tmp_path, connect, monkeypatch):
+    """Run the example over a folder or bucket with one video in three languages."""
+    dag = importlib.import_module("example_heygen_localisation").dag
+    monkeypatch.setitem(dag.get_task("dub").partial_kwargs, "poke_interval", 1)
+    connection = heygen.connection()
+    connection["extra"]["price_per_second"] = {"speed": 0.05}
+    connect(connection["host"], connection["password"], **connection["extra"])
+    storage = request.getfixturevalue("s3") if request.param == "s3" else Storage(f"file://{tmp_path}/talks")
+    if request.param == "s3":
+        storage = Storage(storage.uri("talks"))
+    else:
+        (tmp_path / "talks").mkdir()
+    for name in ("talk.mp4", *(f"talk.{language}.mp3" for language in LANGUAGES)):
+        storage.write(name, (media / name).read_bytes())
+
+    def run_it():
+        state, tasks = run("example_heygen_localisation", media=storage.base)
+        return state, {f"{task}[{index}]": state for (task, index), (state, _) in tasks.items()}
+
+    run_it.storage = storage
+    run_it.manifest = lambda: json.loads(storage.read("dubbed.json"))
+    return run_it
+
+
+def test_a_night(night, heygen, media, tmp_path):
+    state, tasks = night()
+    assert (state, set(tasks.values())) == ("success", {"success"})
+    assert set(night.manifest()) == {f"talk.{language}" for language in LANGUAGES}
     for language in LANGUAGES:
-        assert is_dubbed(media / "dubbed" / f"talk.{language}.mp4", media, language)
-
-
-def test_from_bucket_to_bucket(heygen, airflow, media, s3, tmp_path):
-    for name in ("talk.mp4", "talk.de.mp3"):
-        s3.write(f"talks/{name}", (media / name).read_bytes())
-    state, tasks = run("example_heygen_object_storage", storage=s3.uri("talks"))
+        found = night.manifest()[f"talk.{language}"]
+        assert found["uri"] == night.storage.uri(f"dubbed/talk.{language}.mp4")
+        assert found["cost"] == pytest.approx(0.05 * found["duration"])
+        result = tmp_path / "result.mp4"
+        result.write_bytes(night.storage.read(f"dubbed/talk.{language}.mp4"))
+        assert found["size"] == len(result.read_bytes())
+        assert is_dubbed(result, media, language)
+    requests = len(heygen.requests)
+    state, tasks = night()
     assert state == "success"
-    assert {task: state for (task, _), (state, _) in tasks.items()} == {"dub": "success", "save": "success"}
-    assert s3.names() == ["talk.de.mp3", "talk.de.mp4", "talk.mp4"]
-    result = tmp_path / "talk.de.mp4"
-    result.write_bytes(s3.read("talks/dubbed/talk.de.mp4"))
-    assert is_dubbed(result, media, "de")
+    assert len(heygen.requests) == requests, "nothing is asked of HeyGen"
+    assert {name: set(found) for name, found in night.manifest().items()} == {
+        f"talk.{language}": {"uri", "size"} for language in LANGUAGES
+    }
     secrets = [request.query for request in heygen.requests if request.path.startswith("/files/")]
     with sqlite3.connect(Path(os.environ["AIRFLOW_HOME"], "airflow.db")) as database:
         stored = "\n".join(database.iterdump())
     assert secrets != []
-    assert "s3://s3@bucket/talks/dubbed/talk.de.mp4" in stored
+    assert night.storage.uri("dubbed/talk.de.mp4") in stored
     assert [secret for secret in secrets if secret in stored or secret.rpartition("=")[2] in stored] == []
+
+
+def test_a_language_that_fails_stops_no_other(night, heygen, tmp_path, capfd):
+    heygen.behaviour.fail_jobs = 1
+    state, tasks = night()
+    assert state == "failed"
+    assert sorted(tasks.values()) == ["failed", "failed", "success", "success", "success"]
+    assert tasks["manifest[-1]"] == "failed"
+    (job,) = [job for job in heygen.jobs if job.status == "failed"]
+    done = {f"talk.{language}" for language in LANGUAGES} - {job.title}
+    assert set(night.manifest()) == done
+    printed = capfd.readouterr().out
+    assert f"ALERT: {job.title} is not dubbed: Overdub {job.id} failed" in printed
+    assert f"1 of 3 are missing: {job.title}" in printed
+    # The next night makes what is missing, and what has another audio.
+    audio = min(done)
+    time.sleep(1.1)  # S3 counts in seconds
+    make_audio(tmp_path / "new.mp3", 2, 300)
+    night.storage.write(f"{audio}.mp3", (tmp_path / "new.mp3").read_bytes())
+    assert len(heygen.jobs) == 3
+    state, _ = night()
+    assert len(heygen.jobs) == 5
+    assert {job.title for job in heygen.jobs[3:]} == {job.title, audio}
+
+
+# --- A review -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def review(heygen, airflow, monkeypatch, tmp_path):
+    """Run the example with the answer of a person; give the text that the person reads, too."""
+    from airflow.providers.standard.operators.hitl import HITLBranchOperator
+
+    def run_it(answer):
+        texts = []
+
+        def answered(operator, context):
+            texts.append(operator.body)
+            event = {
+                "chosen_options": [answer],
+                "params_input": {},
+                "responded_at": datetime.now(UTC),
+                "responded_by_user": None,
+            }
+            return operator.execute_complete(context, event)
+
+        monkeypatch.setattr(HITLBranchOperator, "execute", answered)
+        state, tasks = run("example_heygen_review", published=f"{tmp_path}/published.mp4")
+        return {"run": state} | {task: state for (task, _), (state, _) in tasks.items()}, texts
+
+    return run_it
+
+
+def test_what_is_approved_is_published(heygen, review, media, tmp_path):
+    states, (text,) = review("Publish")
+    assert [states[name] for name in ("run", "publish", "delete")] == ["success", "success", "skipped"]
+    assert is_dubbed(tmp_path / "published.mp4", media, "de")
+    assert [job.deleted for job in heygen.jobs] == [False]
+    link = r"\*\*Talk, German\*\*, 2\.\d+ s: \[Watch\]\(heygen/watch/example_heygen_review/[^/]+/dub/-1\)"
+    assert re.fullmatch(link, text)
+
+
+def test_what_is_rejected_is_deleted(heygen, review, tmp_path):
+    states, _ = review("Delete")
+    assert [states[name] for name in ("run", "publish", "delete")] == ["success", "skipped", "success"]
+    assert list(tmp_path.iterdir()) == []
+    assert [job.deleted for job in heygen.jobs] == [True]
+
+
+def test_what_failed_is_not_reviewed(heygen, review):
+    heygen.behaviour.fail_jobs = 1
+    states, texts = review("Publish")
+    assert (states.pop("run"), states.pop("dub"), set(states.values())) == (
+        "failed",
+        "failed",
+        {"upstream_failed"},
+    )
+    assert texts == []
+
+
+# --- On purpose -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -149,5 +267,9 @@ def test_nothing_is_deleted_where_nothing_was_started(heygen, cleanup):
 def test_each_dag_and_task_says_in_the_ui_what_it_does(airflow, name):
     dag = importlib.import_module(name).dag
     assert "::" not in dag.doc_md  # it is Markdown
+    assert dag.description
+    for param in map(dag.params.get_param, dag.params):
+        assert param.schema.get("title"), param.value
+        assert param.description, param.value
     for task in dag.tasks:
         assert task.partial_kwargs.get("doc_md") if task.is_mapped else task.doc_md, task.task_id

@@ -1533,6 +1533,8 @@ def test_lines_go_to_the_log_of_their_own_trigger(heygen, monkeypatch, no_leak):
         def emit(self, record):
             heard.append((whose.get("nobody"), record.getMessage()))
 
+    heygen.behaviour.job_seconds = None
+    heygen.behaviour.pending_seconds, heygen.behaviour.running_seconds = 0.0, 1.0
     ids = create(5)
 
     async def one(overdub_id):

@@ -14,6 +14,7 @@ from airflow_provider_heygen.submission import (
     Seen,
     Step,
     Submission,
+    content_prefix,
     derived_key,
     digest,
     labels,
@@ -108,6 +109,14 @@ def test_a_derived_key_stays_over_retries_and_changes_with_what_wants_another_jo
     ]
     others.append(derived_key(TI, "other:x"))
     assert len({key, *others}) == len(others) + 1
+
+
+def test_the_same_request_has_the_same_prefix_in_each_key_unless_its_links_have_queries():
+    plain, signed = "a" * 64, "b" * 64
+    prefix = content_prefix(f"{plain}:{plain}")
+    assert derived_key(TI, f"{plain}:{plain}").startswith(prefix)
+    assert not derived_key(TI, f"{plain}:{signed}").startswith((prefix, content_prefix(f"{plain}:{signed}")))
+    assert content_prefix(f"{plain}:{signed}") != prefix
 
 
 @pytest.mark.parametrize("record", sorted(set(RECORDS) - {"nothing"}))

@@ -83,8 +83,31 @@ def test_the_usual_course():
     assert watch.log.lines == [
         "Overdub od_1 is pending.",
         "Overdub od_1 is running.",
-        "Overdub od_1 is completed.",
     ]
+
+
+def test_a_long_wait_says_every_five_minutes_that_it_goes_on(clock):
+    watch = watching()
+    watch.saw(overdub("running"))
+    for seconds in range(30, 3600, 30):
+        clock.now = NOW + seconds
+        watch.unchanged()
+    first, *further = watch.log.lines
+    assert first == "Overdub od_1 is running."
+    assert further == [f"Overdub od_1 is still running after {minutes} min." for minutes in range(5, 60, 5)]
+
+
+@pytest.mark.parametrize(
+    ("left", "text"),
+    [
+        (None, "Waiting here, checking every 10 s without a limit."),
+        (600, "Waiting here, checking every 10 s until 01:10 UTC."),
+        (2 * 86400, "Waiting here, checking every 10 s until 1970-01-03 01:00 UTC."),
+    ],
+)
+def test_what_a_wait_says_when_it_begins(monkeypatch, left, text):
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(time=lambda: 3600.0))
+    assert waiting.waiting_text("here", 10, None if left is None else 3600.0 + left) == text
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from airflow.providers.common.compat.sdk import BaseOperator, conf
 
@@ -44,9 +44,11 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
     Put a new audio track on a video; HeyGen re-syncs the speaker's lips.
 
     Starts one overdub and, by default, waits until it is final. Returns its ``overdub_id``, which sensor,
-    transfer, update and delete accept. XCom keys ``overdub_id`` and ``asset_ids`` (of the files that were
-    uploaded for it) are pushed as soon as the overdub exists, key ``overdub`` (the details, without URLs)
-    when it is final.
+    transfer, update and delete accept; with ``destination`` the URI of the saved video, as the transfer does.
+    XCom keys ``overdub_id`` and ``asset_ids`` (of the files that were uploaded for it) are pushed as soon as
+    the overdub exists, key ``overdub`` at the end: the details without HeyGen's URLs, ``mode``, ``cost`` (in
+    dollars, if the connection has ``price_per_second``), and with ``destination`` ``uri`` and ``size``
+    (bytes).
 
     The first 16 arguments are the fields of HeyGen's request, all templated. HeyGen's defaults apply to
     those that are not given. They are validated when the task runs, before anything is sent.
@@ -77,6 +79,16 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
     :param upload_links: download an https URL in ``video`` or ``audio`` on the worker and upload the file, as
         one in storage. For sources that HeyGen cannot reach, that exceed 32 MB (the account needs
         ``lipsyncs``), or whose URLs expire soon. The worker needs temporary disk space for the file.
+    :param destination: save the video there when it is completed: ``destination`` of
+        :class:`.HeyGenOverdubToObjectStorageOperator`. If that fails, a retry saves it without another
+        overdub. (templated)
+    :param captions: save the captions beside the video, too, as that operator does.
+    :param overwrite: replace what is at the destination. Without it, a file that this task instance did not
+        write is an error before anything is sent.
+    :param skip_existing: succeed at once, without any request to HeyGen, if the destination is there and not
+        older than the files in ``video`` and ``audio``. Otherwise it is replaced.
+    :param reuse: ``"content"`` to use the overdub of any task or DAG run with the same request in what is
+        billed, if HeyGen's list has one that is not older than three days and has not failed.
     :param heygen_conn_id: Airflow connection id. (templated)
     :param wait_for_completion: wait for the end; without it the id is returned at once.
     :param deferrable: wait in the triggerer, not on a worker.
@@ -98,11 +110,12 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
     template_fields: Sequence[str] = (
         *REQUEST_FIELDS,
         "extra_body",
+        "destination",
         "heygen_conn_id",
         "poke_interval",
         "timeout",
     )
-    link_fields = ("video", "audio", "callback_url")
+    link_fields = ("video", "audio", "callback_url", "destination")
     template_fields_renderers = {"video": "json", "audio": "json", "extra_body": "json"}
     operator_extra_links = (WatchLink(),)
     ui_color = "#e3d9ff"
@@ -128,6 +141,11 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         folder_id: str | None = None,
         extra_body: dict[str, Any] | None = None,
         upload_links: bool = False,
+        destination: str | None = None,
+        captions: bool = False,
+        overwrite: bool = False,
+        skip_existing: bool = False,
+        reuse: Literal["content"] | None = None,
         heygen_conn_id: str = "heygen_default",
         wait_for_completion: bool = True,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
@@ -155,13 +173,20 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         self.folder_id = folder_id
         self.extra_body = extra_body
         self.upload_links = upload_links
+        self.destination = destination
+        self.captions = captions
+        self.overwrite = overwrite
+        self.skip_existing = skip_existing
+        self.reuse = reuse
         self.heygen_conn_id = heygen_conn_id
         self.wait_for_completion = wait_for_completion
         self.deferrable = deferrable
         self.poke_interval = poke_interval
         self.timeout = timeout
         self.durable = durable
-        self._overdub_id: str | None = None  # for lineage, which Airflow asks of the operator after its task
+        # For lineage, which Airflow asks of the operator after its task.
+        self.overdub_id: str | None = None
+        self.written: dict[str, int] = {}
 
     def request_fields(self) -> dict[str, Any]:
         """Return the fields of HeyGen's request as they are now."""
@@ -179,8 +204,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         """Start the overdub, then wait for it here or in the triggerer."""
         from airflow_provider_heygen.dubbing import Dubbing
 
-        self._overdub_id = Dubbing(self, context).start()
-        return self._overdub_id
+        return Dubbing(self, context).start()
 
     def execute_again(
         self,
@@ -193,15 +217,13 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         """Send the create request again when HeyGen has a free slot, or its ``Retry-After`` has passed."""
         from airflow_provider_heygen.dubbing import Dubbing
 
-        self._overdub_id = Dubbing(self, context, since=since, until=until, kept=kept).start()
-        return self._overdub_id
+        return Dubbing(self, context, since=since, until=until, kept=kept).start()
 
     def execute_complete(self, context: Context, event: Any = None, since: float | None = None) -> str:
         """Hand on the result when the trigger has fired."""
         from airflow_provider_heygen.dubbing import Dubbing
 
-        self._overdub_id = Dubbing(self, context).finish(event, since)
-        return self._overdub_id
+        return Dubbing(self, context).finish(event, since)
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
         """Poll once more where Airflow itself has ended a deferral because no triggerer came."""
@@ -215,19 +237,21 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         return super().resume_execution(next_method, next_kwargs, context)
 
     def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage[Any, Any]:  # noqa: ARG002
-        """Tell OpenLineage: out of both sources came the overdub."""
+        """Tell OpenLineage: out of both sources came the overdub, and the files that are saved."""
         from airflow_provider_heygen import lineage
 
-        return lineage.of_task(
-            map(lineage.media_uri, (self.video, self.audio)),
-            [lineage.dataset(lineage.overdub_uri(str(self._overdub_id)))],
-        )
+        overdubs = [lineage.dataset(lineage.overdub_uri(self.overdub_id))] if self.overdub_id else []
+        return self._lineage(overdubs)
 
     def get_openlineage_facets_on_failure(self, task_instance: Any) -> OperatorLineage[Any, Any]:  # noqa: ARG002
-        """Tell OpenLineage what it was to be made of; there is nothing yet that somebody could read."""
+        """Tell OpenLineage what it was to be made of, and which files are saved all the same."""
+        return self._lineage([])
+
+    def _lineage(self, overdubs: list[Any]) -> OperatorLineage[Any, Any]:
         from airflow_provider_heygen import lineage
 
-        return lineage.of_task(map(lineage.media_uri, (self.video, self.audio)), [])
+        files = [lineage.written(uri, size) for uri, size in self.written.items()]
+        return lineage.of_task(map(lineage.media_uri, (self.video, self.audio)), [*overdubs, *files])
 
 
 class HeyGenUpdateOverdubOperator(BaseOperator):

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
-from airflow.providers.common.compat.sdk import Asset, BaseOperator
+from airflow.providers.common.compat.sdk import BaseOperator
 
 from airflow_provider_heygen.plugin import WatchLink
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from airflow.providers.common.compat.sdk import Context, ObjectStoragePath
+    from airflow.providers.common.compat.sdk import Context
     from airflow.providers.openlineage.extractors import OperatorLineage
-
-STATE_KEY = "heygen_saved"
-"""The key in the task state store; its value is :attr:`max_tries` by fingerprint of what was written."""
 
 
 class HeyGenOverdubToObjectStorageOperator(BaseOperator):
@@ -68,61 +64,23 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
         self.overwrite = overwrite
         self.captions = captions
         self.heygen_conn_id = heygen_conn_id
-        self._written: dict[str, int] = {}
+        self.written: dict[str, int] = {}  # for lineage, which Airflow asks of the operator after its task
 
     def execute(self, context: Context) -> str:
         """Fetch and store it."""
         from airflow_provider_heygen.dubbing import fails_task
+        from airflow_provider_heygen.hooks.heygen import HeyGenHook
+        from airflow_provider_heygen.saving import Saving
 
         with fails_task():
-            return self._save(context)
-
-    def _save(self, context: Context) -> str:
-        from airflow_provider_heygen.api import check_id
-        from airflow_provider_heygen.exceptions import HeyGenBadInputError
-        from airflow_provider_heygen.hooks.heygen import HeyGenHook
-        from airflow_provider_heygen.media import storage_path
-
-        text = str(self.destination)
-        video = storage_path(
-            f"{text}{check_id(self.overdub_id)}.mp4" if text.endswith("/") else text, "the destination"
-        )
-        destination = str(video)
-        captions = storage_path(f"{os.path.splitext(destination)[0]}.srt", "the captions")
-        if self.captions and str(captions) == destination:
-            raise HeyGenBadInputError("destination ends in '.srt', which is the name of the captions.")
-        with HeyGenHook(self.heygen_conn_id) as hook:
-            size = self._write(video, hook.download_overdub, context)
-            self.log.info("Overdub %s is at %s (%.1f MB).", self.overdub_id, destination, size / 1e6)
-            if self.captions:
-                self._write(captions, hook.download_captions, context)
-                context["ti"].xcom_push(key="captions", value=str(captions))
-        for outlet in self.outlets:
-            if isinstance(outlet, Asset):
-                extra = context["outlet_events"][outlet].extra
-                extra.update(overdub_id=self.overdub_id, uri=destination, size_bytes=size)
-        return destination
-
-    def _write(self, path: ObjectStoragePath, download: Any, context: Context) -> int:
-        """Download a file, in place of one that this task instance has written before it was cleared."""
-        from airflow_provider_heygen.compat import task_state_store
-        from airflow_provider_heygen.media import fingerprint
-
-        store, overwrite = task_state_store(context), self.overwrite
-        written: dict[str | None, int] = {}
-        if store is not None:
-            max_tries = context["ti"].max_tries  # Airflow changes it at a clear
-            written = store.get(STATE_KEY) or {}
-            overwrite = overwrite or written.get(fingerprint(path), max_tries) != max_tries
-        size: int = download(self.overdub_id, path, overwrite=overwrite)
-        self._written[str(path)] = size
-        if store is not None and (version := fingerprint(path)):
-            store.set(STATE_KEY, {**written, version: max_tries})
-        return size
+            saving = Saving(self, context, self.overdub_id)
+            with HeyGenHook(self.heygen_conn_id) as hook:
+                saving.save(hook)
+        return saving.uri
 
     def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage[Any, Any]:  # noqa: ARG002
         """Tell OpenLineage: out of the overdub came the files that are there, if the task failed, too."""
         from airflow_provider_heygen import lineage
 
-        files = [lineage.written(uri, size) for uri, size in self._written.items()]
+        files = [lineage.written(uri, size) for uri, size in self.written.items()]
         return lineage.of_task([lineage.overdub_uri(self.overdub_id)], files)

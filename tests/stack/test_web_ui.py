@@ -38,7 +38,8 @@ pytestmark = needs_the_web_ui
 
 VIEWPORT: Any = {"width": 1200, "height": 720}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-EXAMPLE, DUB_TALK, WATCH_TALK = "example_heygen_overdub", "dub_talk", "watch_talk"
+EXAMPLE, REVIEW = "example_heygen_overdub", "example_heygen_review"
+DUB_TALK, WATCH_TALK = "dub_talk", "watch_talk"
 LINKS = {
     "STACK_VIDEO": "https://media.example.com/talk.mp4?X-Amz-Signature=5ignature0fTheVideo",
     "STACK_AUDIO": "https://user:pa55w0rdOfTheAudio@media.example.com/talk.de.mp3",
@@ -155,7 +156,8 @@ def chromium() -> str:
 @pytest.fixture(scope="module")
 def stack(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     dags, media = tmp_path_factory.mktemp("dags"), tmp_path_factory.mktemp("media")
-    shutil.copy(HERE.parents[1] / "example_dags" / f"{EXAMPLE}.py", dags)
+    for dag_id in (EXAMPLE, REVIEW):
+        shutil.copy(HERE.parents[1] / "example_dags" / f"{dag_id}.py", dags)
     for dag_id in (DUB_TALK, WATCH_TALK):
         shutil.copy(HERE / "dags" / f"{dag_id}.py", dags)
     make_video(media / "talk.mp4", 2)
@@ -167,7 +169,7 @@ def stack(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         **LINKS,
     }
     with Stack(postgres=not why_no_postgres(), settings=settings) as stack:
-        stack.start(EXAMPLE, DUB_TALK, WATCH_TALK)
+        stack.start(EXAMPLE, REVIEW, DUB_TALK, WATCH_TALK)
         yield stack
 
 
@@ -219,10 +221,10 @@ def runs(web: Web, stack: Stack, heygen: HeyGen, connected: None) -> dict[str, R
     def all_say(text: str) -> bool:
         return all(text in run.log("dub") for run in runs.values())
 
-    for status in ("running", "completed"):
+    for status, text in {"running": "is running", "completed": "Dubbed"}.items():
         for job in heygen.jobs():
             heygen.force(job["id"], status)
-        wait_for(f"the tasks to see that it is {status}", partial(all_say, f"is {status}"))
+        wait_for(f"the tasks to see that it is {status}", partial(all_say, text))
     for run in runs.values():
         assert {task["state"] for task in run.wait().values()} == {"success"}
     return runs
@@ -325,15 +327,15 @@ def test_the_test_button(web: Web, testable: None, conn_id: str, title: str, sai
 
 def test_the_log_has_a_line_for_each_step(web: Web, runs: dict[str, Run]) -> None:
     web.open_task(runs[DUB_TALK])
-    web.page.get_by_text("is done").wait_for()
+    web.page.get_by_text("Dubbed").wait_for()
     overdub_id = runs[DUB_TALK].xcoms("dub")["overdub_id"]
-    lines = re.findall(r"INFO - ((?:Started o|O)verdub .*)", web.text())
-    assert [line.replace(overdub_id, "ID") for line in lines[1:-1]] == [
-        f"Overdub ID is {status}." for status in ("running", "completed")
+    lines = re.findall(r"INFO - ((?:Started overdub|Waiting in|Overdub|Dubbed) .*)", web.text())
+    assert [re.sub(r"\d+ s, mode|\d\d:\d\d", "N", line.replace(overdub_id, "ID")) for line in lines] == [
+        "Started overdub ID 'Talk, German', mode precision.",
+        "Waiting in the triggerer, checking every 1 s until N UTC.",
+        "Overdub ID is running.",
+        "Dubbed 2.5 s of video in N precision: overdub ID 'Talk, German'.",
     ]
-    assert re.fullmatch(rf"Started overdub {overdub_id} \(mode precision, key [0-9a-f-]{{36}}\)\.", lines[0])
-    done = rf"Overdub {overdub_id} \('Talk, German'\) is done, 2\.5 s of video, \d+ s after it was created\."
-    assert re.fullmatch(done, lines[-1])
     web.page.keyboard.press("w")  # wraps the lines
     web.picture("task-log", web.page.get_by_role("code").first)
 
@@ -363,8 +365,8 @@ def test_the_request_is_shown_without_what_is_secret_in_links(web: Web, runs: di
 def test_the_example_says_what_it_does(web: Web, stack: Stack) -> None:
     web.open(f"dags/{EXAMPLE}")
     web.button("Dag Docs").click()
-    web.dialog.get_by_text("Trigger it with your own files").wait_for()
-    assert "It needs a connection heygen_default" in web.dialog.inner_text()
+    web.dialog.get_by_text("Dub one video and save the result").wait_for()
+    assert "an Airflow connection heygen_default" in web.dialog.inner_text()
     web.open(f"dags/{EXAMPLE}/tasks/dub")
     web.button("Documentation").click()
     web.dialog.get_by_text("waits for it in the triggerer").wait_for()
@@ -437,6 +439,27 @@ def test_the_link_in_the_ui_leads_to_the_video(
         player = web.page.locator("video").last
         wait_for("the source to be loaded", lambda: player.evaluate("video => video.readyState > 0"))
         web.picture("watch")
+
+
+def test_a_person_watches_and_decides(web: Web, stack: Stack, heygen: HeyGen, runs: dict[str, Run]) -> None:
+    run = Run(stack.rest, REVIEW)
+    run.wait_for_state("dub", "deferred")
+    heygen.force(run.xcoms("dub")["overdub_id"], "completed")
+    run.wait_for_state("review", "awaiting_input", "deferred")
+    question = f"dags/{REVIEW}/runs/{run.run_id}/tasks/review/required_actions"
+    web.open(question)
+    link = web.page.get_by_role("link", name="Watch", exact=True)
+    link.wait_for()
+    assert "Talk, German, 2.5 s: Watch" in web.text()
+    web.picture("review")
+    assert link.evaluate("link => link.href") == f"{web.url}/{page_of(run)}"
+    web.open(page_of(run))
+    assert plays(web.page)
+    web.open(question)
+    web.button("Publish").click()
+    states = {name: task["state"] for name, task in run.wait().items()}
+    assert states == {"dub": "success", "review": "success", "publish": "success", "delete": "skipped"}
+    assert Path(stack.env["HEYGEN_EXAMPLE_MEDIA"], "published", "talk.de.mp4").stat().st_size > 1000
 
 
 def test_a_running_overdub_can_be_watched_from_its_deferred_task(web: Web, watched: dict[str, Run]) -> None:
@@ -577,5 +600,5 @@ def test_the_browser_was_sent_no_secret(web: Web, heygen: HeyGen, runs: dict[str
     sent = web.leave()
     assert [secret for secret in (heygen.key, WRONG_KEY, *SECRETS) if secret in sent] == []
     # The search sees what it should see.
-    assert f"Overdub {overdub_id} is completed." in sent
+    assert f"Overdub {overdub_id} is running." in sent
     assert "talk.mp4?***" in sent

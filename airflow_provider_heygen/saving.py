@@ -1,0 +1,125 @@
+"""What a task saves of an overdub: for the transfer, and for ``destination`` of the create operator."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import Asset
+
+from airflow_provider_heygen.api import check_id, redact_links
+from airflow_provider_heygen.compat import task_state_store
+from airflow_provider_heygen.download import size_there
+from airflow_provider_heygen.exceptions import HeyGenBadInputError
+from airflow_provider_heygen.media import fingerprint, storage_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from airflow.providers.common.compat.sdk import Context, ObjectStoragePath
+
+    from airflow_provider_heygen.hooks.heygen import HeyGenHook
+    from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
+    from airflow_provider_heygen.transfers.heygen_to_object_storage import (
+        HeyGenOverdubToObjectStorageOperator,
+    )
+
+STATE_KEY = "heygen_saved"
+"""The key in the task state store; its value is :attr:`max_tries` by fingerprint of what was written."""
+
+
+class Saving:
+    """
+    The files that a task saves of one overdub.
+
+    :param task: an operator with ``destination``, ``captions`` and ``overwrite``; gets the size of each
+        ``written`` file by its URI.
+    :param overdub_id: the overdub; only a destination that is a folder needs it.
+    :param overwrite: replace what is there; by default as the task says.
+    :raises HeyGenBadInputError: if the id is malformed, or the destination names no file.
+    """
+
+    def __init__(
+        self,
+        task: HeyGenCreateOverdubOperator | HeyGenOverdubToObjectStorageOperator,
+        context: Context,
+        overdub_id: str = "not-yet",
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        self.task = task
+        self.context = context
+        self.overdub_id = check_id(overdub_id)
+        self.overwrite = overwrite or task.overwrite
+        text = str(task.destination)
+        self.in_folder = text.endswith("/")
+        video = storage_path(f"{text}{self.overdub_id}.mp4" if self.in_folder else text, "the destination")
+        self.uri = str(video)
+        self.files = {"video": video}
+        captions = storage_path(f"{os.path.splitext(self.uri)[0]}.srt", "the captions")
+        if task.captions:
+            if str(captions) == self.uri:
+                raise HeyGenBadInputError("destination ends in '.srt', which is the name of the captions.")
+            self.files["captions"] = captions
+        self.store = task_state_store(context)
+
+    def save(self, hook: HeyGenHook) -> int:
+        """Download the files; return the size of the video in bytes."""
+        size = self._write("video", hook.download_overdub)
+        if "captions" in self.files:
+            self._write("captions", hook.download_captions)
+            self.context["ti"].xcom_push(key="captions", value=str(self.files["captions"]))
+        for outlet in self.task.outlets:
+            if isinstance(outlet, Asset):
+                extra = self.context["outlet_events"][outlet].extra
+                extra.update(overdub_id=self.overdub_id, uri=self.uri, size_bytes=size)
+        return size
+
+    def _write(self, what: str, download: Any) -> int:
+        path = self.files[what]
+        size: int = download(self.overdub_id, path, overwrite=self._replaces(path))
+        self.task.written[str(path)] = size
+        if self.store is not None and (version := fingerprint(path)):
+            written = self.store.get(STATE_KEY) or {}
+            self.store.set(STATE_KEY, {**written, version: self.context["ti"].max_tries})
+        return size
+
+    def _replaces(self, path: ObjectStoragePath) -> bool:
+        """Whether a file is replaced: on request, or if this task instance wrote it before it was cleared."""
+        if self.overwrite or self.store is None:
+            return self.overwrite
+        max_tries = self.context["ti"].max_tries  # Airflow changes it at a clear
+        return bool((self.store.get(STATE_KEY) or {}).get(fingerprint(path), max_tries) != max_tries)
+
+    def check_free(self) -> None:
+        """
+        Check that no file is in the way, before anything is paid for.
+
+        :raises HeyGenBadInputError: if there is one that :meth:`save` would not replace.
+        """
+        for path in () if self.in_folder else self.files.values():
+            if size_there(path) is not None and not self._replaces(path):
+                raise HeyGenBadInputError(
+                    f"{redact_links(str(path))} exists already; no overdub was started. Set overwrite=True to"
+                    " replace it or skip_existing=True to keep it, or choose another destination."
+                )
+
+    def size_if_current(self, sources: Iterable[ObjectStoragePath]) -> int | None:
+        """
+        Return the size of the video if it needs no new overdub: its files are there, and none is older.
+
+        :param sources: the files that it is made from.
+        """
+        sizes = [size_there(path) for path in self.files.values()]
+        oldest = min(_modified(path, float("inf")) for path in self.files.values())
+        if None in sizes or any(_modified(path, 0.0) > oldest for path in sources):
+            return None
+        return sizes[0]
+
+
+def _modified(path: ObjectStoragePath, unknown: float) -> float:
+    """Return the Unix seconds when a file was modified, as far as its storage tells."""
+    with suppress(Exception):
+        return float(path.fs.modified(path.path).timestamp())
+    return unknown
