@@ -134,7 +134,8 @@ async def queue(heygen_conn_id: str, since: float, pause: float, *, again: bool,
     poller = _poller(heygen_conn_id)
     place = Place(since, poller.now() + max(0.0, pause), poller.loop.create_future())
     ahead = poller.slots.join(place, refused_now=pause > 0, again=again)
-    poller.start(survey=True)
+    poller.survey_at = min(poller.survey_at, poller.now())
+    poller.start()
     log.info("HeyGen has no free slot. At least %d tasks wait before this one.", ahead)
     try:
         await place.task
@@ -161,7 +162,7 @@ class _Poller:
         self.slots = Slots(self._settings.max_concurrent_jobs if self._settings else None, self.slots.places)
         self._list, self._bulk = _Route("the list of overdubs"), _Route("the bulk status call")
         self._gets = _Route("GETs")
-        self._survey_at = self._verify_at = self._witness_at = -math.inf
+        self.survey_at = self._verify_at = self._witness_at = -math.inf
         self._witness = ""  # an overdub that has ended, says a GET, and was running, said a page before
         for job in self.jobs.values():
             job.word, job.hidden_until = None, -math.inf
@@ -179,10 +180,8 @@ class _Poller:
         self.start()
         return waiter
 
-    def start(self, *, survey: bool = False) -> None:
+    def start(self) -> None:
         """Have the poller run, and soon."""
-        if survey:
-            self._survey_at = min(self._survey_at, self.now())
         self._ring(self.now())
         if self._task is None:
             # Not in the context of the first trigger, whose log would get all lines.
@@ -213,7 +212,7 @@ class _Poller:
                     try:
                         await self._tick(session, gets)
                     except Exception as error:
-                        self._survey_at = self._tick_at + LONGEST_PAUSE
+                        self.survey_at = self._tick_at + LONGEST_PAUSE
                         await self._all_failed(error)
         finally:
             if self._task is asyncio.current_task():  # nobody has stopped it
@@ -225,7 +224,7 @@ class _Poller:
 
     async def _until_due(self) -> None:
         dues = [self.now() + REFRESH_SECONDS, *(job.due for job in self.jobs.values())]
-        dues += [self._survey_at] if self.slots.places else []
+        dues += [self.survey_at] if self.slots.places else []
         # While GETs have to wait, pages may tell.
         self._alarm = max(min(dues), min(self._gets.usable_from, self._tick_at + TICK_SECONDS))
         self._wake.clear()
@@ -245,7 +244,7 @@ class _Poller:
         self._spacing = 1 / hook.settings.max_requests_per_second
         interval = max(min((job.interval for job in self.jobs.values()), default=0.0), self._spacing)
         await self._ask_for_many(hook, max(interval, TICK_SECONDS))
-        if self._survey_at <= self._tick_at:
+        if self.survey_at <= self._tick_at:
             await self._survey(hook)
         with suppress(TimeoutError):
             async with asyncio.timeout(min(interval, TICK_SECONDS) / 2):
@@ -332,12 +331,12 @@ class _Poller:
 
         was_read = await self._read(self._list, self._list_pages(hook), more)
         now = self.now()
-        self._survey_at = now + COUNT_SECONDS
+        self.survey_at = now + COUNT_SECONDS
         if self.slots.places and (was_read or self._list.usable_from > now + BLIND_SECONDS):
             for place in self.slots.count(running, now):
                 if not place.task.done():
                     place.task.set_result(None)
-            self._survey_at = self.slots.next_count(now)
+            self.survey_at = min(self.survey_at, self.slots.go_at)
 
     async def _read(
         self, route: _Route, pages: _Pages, more: Callable[[api.Statuses], bool], span: float | None = None

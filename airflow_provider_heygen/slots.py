@@ -32,6 +32,7 @@ class Slots:
     The queue of one Airflow connection in one triggerer.
 
     :param ceiling: how many jobs may run at a time at most, if the user has said so.
+    :ivar go_at: when there may be room that another triggerer has seen, too, and has left.
     """
 
     def __init__(self, ceiling: int | None = None, places: list[Place] | None = None) -> None:
@@ -41,7 +42,7 @@ class Slots:
         self._running: set[str] = set()
         self._released: list[float] = []
         self._refused = self._learned = False
-        self._go_at = self._probe_at = math.inf
+        self.go_at = self._probe_at = math.inf
         self._probe_pause, self._probe_size = PROBE_SECONDS, 1
 
     def join(self, place: Place, *, refused_now: bool, again: bool) -> int:
@@ -59,24 +60,20 @@ class Slots:
             del self._released[:1]
         return self.places.index(place)
 
-    def next_count(self, now: float) -> float:
-        """Return when the running jobs are to be counted next."""
-        return min(now + COUNT_SECONDS, self._go_at)
-
     def count(self, running: set[str], now: float) -> list[Place]:
         """Take the ids of the running jobs; remove and return the tasks that may go now."""
         self._learn(running, now)
         ready = [place for place in self.places if place.not_before <= now]
         room = self.limit - len(running) - len(self._released)
         if room > 0 and ready:
-            self._go_at = min(self._go_at, now + random.uniform(0, SPREAD_SECONDS))  # noqa: S311 - no secret
-            if now < self._go_at:
+            self.go_at = min(self.go_at, now + random.uniform(0, SPREAD_SECONDS))  # noqa: S311 - no secret
+            if now < self.go_at:
                 return []
         elif ready and now >= self._probe_at and not self._released:
             room = min(self._probe_size, self.ceiling - len(running))
             self._probe_at = now + self._probe_pause
             self._probe_pause = min(self._probe_pause * 2, LONGEST_PROBE_SECONDS)
-        self._go_at = math.inf
+        self.go_at = math.inf
         going = ready[: max(0, int(min(room, len(ready))))]
         self.places = [place for place in self.places if place not in going]
         self._released += [now] * len(going)
