@@ -51,17 +51,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MAX_PAGE_SIZE = 100
-"""The longest page of the list endpoint (HeyGen's page "Create Overdub")."""
-
-MAX_MULTIPART_BYTES = 32 * 1024 * 1024
-"""The largest file that ``POST /v3/assets`` accepts: "32 MB", read generously (contract, ``x-limits``)."""
-
-DEFAULT_FAILURE_MESSAGE = "HeyGen gave no reason"
-"""``failure_message`` may be null on a failed overdub (contract, ``Overdub.failure_message``)."""
-
+MAX_PAGE_SIZE = 100  # of the list endpoint (HeyGen's page "Create Overdub")
+MAX_MULTIPART_BYTES = 32 * 1024 * 1024  # for POST /v3/assets: "32 MB", read generously (contract, x-limits)
+DEFAULT_FAILURE_MESSAGE = "HeyGen gave no reason"  # it may be null (contract, Overdub.failure_message)
+# Members that may hold an overdub's id; which one depends on endpoint and year (contract, x-rename).
 ID_NAMES = ("overdub_id", "lipsync_id", "id")
-"""Members that may hold an overdub's id; which one depends on endpoint and year (contract, ``x-rename``)."""
 
 
 def redact_links(text: str) -> str:
@@ -250,6 +244,7 @@ def _status_word(value: Any) -> str:
 
 Lenient = WrapValidator(_none_if_odd)
 OptionalText = Annotated[str | None, BeforeValidator(_text), Lenient]
+OptionalInt = Annotated[int | None, Lenient]
 Id = Annotated[str, Field(min_length=1), BeforeValidator(_text)]
 
 
@@ -291,7 +286,7 @@ class Overdub(_Response):
     video_url: Annotated[str | None, Lenient] = Field(default=None, repr=False)
     caption_url: Annotated[str | None, Lenient] = Field(default=None, repr=False)
     callback_id: OptionalText = None
-    created_at: Annotated[int | None, Lenient] = None
+    created_at: OptionalInt = None
     failure_message: OptionalText = None
 
     @property
@@ -345,9 +340,7 @@ class OverdubPage(_Response):
 
 # Batches and HeyGen's older videos have these statuses (contract, ``LipsyncStatusEntry.status``).
 _BULK_WORDS = {"queued": "pending", "waiting": "pending", "processing": "running"}
-
-NOT_FOUND = "not_found"
-"""The status of an id that the bulk status endpoint does not know."""
+NOT_FOUND = "not_found"  # the status of an id that the bulk status endpoint does not know
 
 
 class Statuses(NamedTuple):
@@ -373,10 +366,10 @@ class Asset(_Response):
     asset_id: Id = Field(validation_alias=AliasChoices("asset_id", "id"))
     url: Annotated[str | None, Lenient] = Field(default=None, repr=False)
     mime_type: OptionalText = None
-    size_bytes: Annotated[int | None, Lenient] = None
+    size_bytes: OptionalInt = None
     name: OptionalText = None
     type: OptionalText = None
-    uploaded_at: Annotated[int | None, Lenient] = None
+    uploaded_at: OptionalInt = None
 
 
 _SCOPES = {"lipsync:write": "create, rename or delete overdubs", "assets:write": "upload or delete files"}
@@ -387,7 +380,7 @@ class ApiKey(_Response):
 
     scope_mode: OptionalText = None
     scopes: Annotated[list[str] | None, Lenient] = None
-    expires_at: Annotated[int | None, Lenient] = None
+    expires_at: OptionalInt = None
 
     def limits(self) -> list[str]:
         """Return what the key may not do, and when it expires if that is within 14 days, in sentences."""
@@ -420,7 +413,7 @@ class DirectUpload(_Response):
         default_factory=dict, repr=False
     )
     expires_in_seconds: Annotated[float | None, Lenient] = None
-    max_bytes: Annotated[int | None, Lenient] = None
+    max_bytes: OptionalInt = None
 
 
 def _direct_upload(answer: Any) -> DirectUpload:
@@ -756,29 +749,37 @@ def asset_ids(value: Any) -> Iterator[str]:
         yield check_id(value, "asset_id")
 
 
+def _model(kind: Callable[[Any], T], **known: str) -> Callable[[Any], T]:
+    """Read an object under ``data``; what is known, such as the id asked for, may be missing there."""
+    return lambda answer: kind({**_data(answer, dict), **known})
+
+
+def _nothing(_: Any) -> None:
+    """Read no result."""
+
+
 def _on_resource(what: str, method: Any, read: Callable[[Any], T], item: str = "", **rest: Any) -> Call[T]:
     return Call(what=what, method=method, read=read, path=_COLLECTIONS[0] + item, renamed=True, **rest)
 
 
 def _on_overdub(what: str, method: str, overdub_id: str, read: Any = None, **rest: Any) -> Call[Any]:
-    def overdub(answer: Any) -> Overdub:
-        # The id that was asked for may be missing from the response.
-        return Overdub.model_validate({**_data(answer, dict), "id": overdub_id})
-
     item = f"/{quote(check_id(overdub_id), safe='')}"
-    return _on_resource(f"the {what} overdub '{overdub_id}'", method, read or overdub, item, **rest)
+    read = read or _model(Overdub.model_validate, id=overdub_id)
+    return _on_resource(f"the {what} overdub '{overdub_id}'", method, read, item, **rest)
 
 
-def _asset_path(asset_id: str) -> str:
-    return f"/v3/assets/{quote(check_id(asset_id, 'asset_id'), safe='')}"
+def _on_asset(
+    what: str, method: Any, asset_id: str, read: Any = None, step: str = "", **rest: Any
+) -> Call[Any]:
+    path = f"/v3/assets/{quote(check_id(asset_id, 'asset_id'), safe='')}{step}"
+    read = read or _model(Asset.model_validate, asset_id=asset_id)
+    return Call(what=f"the {what} of asset '{asset_id}'", method=method, path=path, read=read, **rest)
 
 
 def create_overdub(request: CreateOverdubRequest, idempotency_key: str) -> Call[str]:
     """Start an overdub; the result is its id. The key makes a repeat harmless for 24 hours."""
-    headers = {"Idempotency-Key": _check_key(idempotency_key)}
-    return _on_resource(
-        "the create", "POST", lambda answer: _id_of(_data(answer, dict)), json=request.body(), headers=headers
-    )
+    headers = _key_header(idempotency_key)
+    return _on_resource("the create", "POST", _model(_id_of), json=request.body(), headers=headers)
 
 
 def get_overdub(overdub_id: str) -> Call[Overdub]:
@@ -814,13 +815,9 @@ def list_statuses(overdub_ids: Iterable[str]) -> Call[Statuses]:
 
     An id that HeyGen does not know has the status :data:`NOT_FOUND`.
     """
-    return Call(
-        what="the statuses of overdubs",
-        method="GET",
-        path="/v3/lipsyncs/statuses",
-        params={"lipsync_ids": ",".join(check_id(overdub_id) for overdub_id in overdub_ids)},
-        read=_bulk_statuses,
-    )
+    params = {"lipsync_ids": ",".join(check_id(overdub_id) for overdub_id in overdub_ids)}
+    path = "/v3/lipsyncs/statuses"
+    return Call(what="the statuses of overdubs", method="GET", path=path, params=params, read=_bulk_statuses)
 
 
 def update_overdub(overdub_id: str, title: Any) -> Call[Overdub]:
@@ -837,66 +834,43 @@ def update_overdub(overdub_id: str, title: Any) -> Call[Overdub]:
 
 def delete_overdub(overdub_id: str) -> Call[None]:
     """Delete an overdub and its files for good. Whether this cancels a running one is not documented."""
-    return _on_overdub("deletion of", "DELETE", overdub_id, lambda _: None, body_matters=False)
+    return _on_overdub("deletion of", "DELETE", overdub_id, _nothing, body_matters=False)
 
 
 def upload_asset(idempotency_key: str) -> Call[Asset]:
     """Upload one file as ``multipart/form-data``; the transport adds the body, field name ``file``."""
-    return Call(
-        what="the upload",
-        method="POST",
-        path="/v3/assets",
-        headers={"Idempotency-Key": _check_key(idempotency_key)},
-        read=lambda answer: Asset.model_validate(_data(answer, dict)),
-    )
+    headers, read = _key_header(idempotency_key), _model(Asset.model_validate)
+    return Call(what="the upload", method="POST", path="/v3/assets", headers=headers, read=read)
 
 
 def get_asset(asset_id: str) -> Call[Asset]:
     """Read what HeyGen holds of one asset."""
-    return Call(
-        what=f"the GET of asset '{asset_id}'",
-        method="GET",
-        path=_asset_path(asset_id),
-        read=lambda answer: Asset.model_validate({**_data(answer, dict), "asset_id": asset_id}),
-    )
+    return _on_asset("GET", "GET", asset_id)
 
 
 def delete_asset(asset_id: str) -> Call[None]:
     """Delete one asset for good."""
-    return Call(
-        what=f"the deletion of asset '{asset_id}'",
-        method="DELETE",
-        path=_asset_path(asset_id),
-        read=lambda _: None,
-        body_matters=False,
-    )
+    return _on_asset("deletion", "DELETE", asset_id, _nothing, body_matters=False)
 
 
 def get_api_key() -> Call[ApiKey]:
     """Read what the API key of the connection may do, and until when; free."""
-    return Call(
-        what="the GET of the API key",
-        method="GET",
-        path="/v3/api_keys/self",
-        read=lambda answer: ApiKey.model_validate(_data(answer, dict)),
-    )
+    read = _model(ApiKey.model_validate)
+    return Call(what="the GET of the API key", method="GET", path="/v3/api_keys/self", read=read)
 
 
-def create_direct_upload(
-    *, filename: str, content_type: str, size_bytes: int, checksum_sha256: str, idempotency_key: str
-) -> Call[DirectUpload]:
-    """Ask for a URL to upload one file to, step 1 of 3; storage enforces size and checksum (hexadecimal)."""
+def create_direct_upload(idempotency_key: str, **file: str | int) -> Call[DirectUpload]:
+    """
+    Ask for a URL to upload one file to, step 1 of 3; storage enforces size and checksum.
+
+    :param file: ``filename``, ``content_type``, ``size_bytes`` and the hexadecimal ``checksum_sha256``.
+    """
     return Call(
         what="the request for a direct upload",
         method="POST",
         path=_DIRECT_UPLOADS,
-        headers={"Idempotency-Key": _check_key(idempotency_key)},
-        json={
-            "filename": filename,
-            "content_type": content_type,
-            "size_bytes": size_bytes,
-            "checksum_sha256": checksum_sha256,
-        },
+        headers=_key_header(idempotency_key),
+        json=file,
         read=_direct_upload,
     )
 
@@ -907,17 +881,10 @@ def complete_direct_upload(asset_id: str) -> Call[Asset]:
 
     HeyGen returns 409 until it finds the file, which may take a moment after the upload.
     """
-    return Call(
-        what=f"the completion of asset '{asset_id}'",
-        method="POST",
-        path=f"{_asset_path(asset_id)}/complete",
-        json={},
-        read=lambda answer: Asset.model_validate({**_data(answer, dict), "asset_id": asset_id}),
-        not_yet=409,
-    )
+    return _on_asset("completion", "POST", asset_id, step="/complete", json={}, not_yet=409)
 
 
-def _check_key(key: str) -> str:
+def _key_header(key: str) -> dict[str, str]:
     if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9_\-:.]{1,255}", key):
         raise HeyGenBadInputError("idempotency_key must be 1 to 255 characters of A-Z a-z 0-9 _ - : . ")
-    return key
+    return {"Idempotency-Key": key}

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
-from typing import Generic, TypeVar
-
-T = TypeVar("T")
+from typing import Any, NamedTuple
 
 USUAL_SLOTS = 10  # of an account without a contract (contract notes, section 4)
 COUNT_SECONDS = 10.0  # how often running jobs are counted while a task waits
@@ -22,33 +19,33 @@ RELEASE_SECONDS = 120.0  # how long a released task may take until its job or it
 PROBE_SECONDS, LONGEST_PROBE_SECONDS = 60.0, 600.0  # after a probe that failed; doubles
 
 
-@dataclass(eq=False, slots=True)
-class Place(Generic[T]):
+class Place(NamedTuple):
     """One task's place: Unix seconds of its first attempt, when it may go at the soonest, the task."""
 
     since: float
     not_before: float
-    task: T
+    task: Any
 
 
-class Slots(Generic[T]):
+class Slots:
     """
     The queue of one Airflow connection in one triggerer.
 
     :param ceiling: how many jobs may run at a time at most, if the user has said so.
+    :ivar go_at: when there may be room that another triggerer has seen, too, and has left.
     """
 
-    def __init__(self, ceiling: int | None = None) -> None:
+    def __init__(self, ceiling: int | None = None, places: list[Place] | None = None) -> None:
         self.ceiling = ceiling or math.inf
         self.limit = min(USUAL_SLOTS, self.ceiling)
-        self.places: list[Place[T]] = []
+        self.places = places or []
         self._running: set[str] = set()
         self._released: list[float] = []
         self._refused = self._learned = False
-        self._go_at = self._probe_at = math.inf
+        self.go_at = self._probe_at = math.inf
         self._probe_pause, self._probe_size = PROBE_SECONDS, 1
 
-    def join(self, place: Place[T], *, refused_now: bool, again: bool) -> int:
+    def join(self, place: Place, *, refused_now: bool, again: bool) -> int:
         """
         Take a task that was refused; return how many wait before it.
 
@@ -63,24 +60,20 @@ class Slots(Generic[T]):
             del self._released[:1]
         return self.places.index(place)
 
-    def next_count(self, now: float) -> float:
-        """Return when the running jobs are to be counted next."""
-        return min(now + COUNT_SECONDS, self._go_at)
-
-    def count(self, running: set[str], now: float) -> list[Place[T]]:
+    def count(self, running: set[str], now: float) -> list[Place]:
         """Take the ids of the running jobs; remove and return the tasks that may go now."""
         self._learn(running, now)
         ready = [place for place in self.places if place.not_before <= now]
         room = self.limit - len(running) - len(self._released)
         if room > 0 and ready:
-            self._go_at = min(self._go_at, now + random.uniform(0, SPREAD_SECONDS))  # noqa: S311 - no secret
-            if now < self._go_at:
+            self.go_at = min(self.go_at, now + random.uniform(0, SPREAD_SECONDS))  # noqa: S311 - no secret
+            if now < self.go_at:
                 return []
         elif ready and now >= self._probe_at and not self._released:
             room = min(self._probe_size, self.ceiling - len(running))
             self._probe_at = now + self._probe_pause
             self._probe_pause = min(self._probe_pause * 2, LONGEST_PROBE_SECONDS)
-        self._go_at = math.inf
+        self.go_at = math.inf
         going = ready[: max(0, int(min(room, len(ready))))]
         self.places = [place for place in self.places if place not in going]
         self._released += [now] * len(going)

@@ -611,22 +611,6 @@ def test_what_is_deleted_after_its_end_does_not_speak_against_the_bulk_call(capl
     assert "Doing without" not in caplog.text
 
 
-def test_what_is_remembered_of_ended_overdubs_is_bounded(monkeypatch):
-    monkeypatch.setattr(poller, "MAX_ENDED", 10)
-    server = Server({"stays": (500.0, "completed")} | jobs(40, first_end=0))
-
-    async def main():
-        stays = asyncio.create_task(poller.wait("heygen_default", watch("stays", 100.0)))
-        for name in list(server.ends)[1:]:
-            await poller.wait("heygen_default", watch(name, 1.0))
-        ((_, of_loop),) = [item for item in poller._pollers.items() if item[0][0] is server.loop]
-        assert len(of_loop._ended) == 10
-        await stays
-
-    with simulation(server) as runner:
-        runner.run(main())
-
-
 @pytest.mark.parametrize("name", ["title", "duration", "callback_id", "created_at", "failure_message"])
 def test_rows_that_lack_something_are_completed_by_a_get(name):
     ends = {f"od_{n}": (20.0 + n, "failed" if n % 2 else "completed") for n in range(10)}
@@ -1205,7 +1189,7 @@ def test_a_key_rotated_while_requests_are_under_way(look_up_seconds, latency):
 
     ends = run(server, [watch(name) for name in server.ends], meanwhile=rotate)
     assert {end.event["status"] for end in ends} == {"completed"}
-    assert server.refused <= 2 * poller.CONCURRENT_GETS
+    assert server.refused <= 2 * poller.CONCURRENT_GETS + 1  # and a page
 
 
 @pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])

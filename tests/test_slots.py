@@ -79,7 +79,7 @@ class World:
                         self.attempts[place.task] = math.inf
                     else:
                         self.starting[place.task] = self.now + self.dice.uniform(1, START)
-                self.counts[number] = queue.next_count(self.now)
+                self.counts[number] = min(self.now + COUNT_SECONDS, queue.go_at)
         ready = [place for queue in self.queues for place in queue.places if place.not_before <= self.now]
         taken = len(self.running) + self.hidden + len(self.starting)
         self.idle = self.idle + 1 if ready and taken < self.ceiling else 0.0

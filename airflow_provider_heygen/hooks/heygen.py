@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from contextlib import AsyncExitStack, ExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,36 +35,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-NAMES = ("overdubs", "lipsyncs")
-"""HeyGen's names for the resource, in the order in which they are tried."""
-
+NAMES = ("overdubs", "lipsyncs")  # HeyGen's names for the resource, in the order in which they are tried
+# How long after a create request was sent its overdub may still appear; HeyGen's p99 is near 31 s
+# (contract, x-timing of createOverdub).
 SETTLE_SECONDS = 45.0
-"""How long after a create request was sent its overdub may still appear; HeyGen's p99 is near 31 s
-(contract, ``x-timing`` of ``createOverdub``)."""
-
+# How far from the time of sending an overdub may have been created to be a candidate, by HeyGen's clock.
 SEARCH_SECONDS = 300.0
-"""How far from the time of sending an overdub may have been created to be a candidate, by HeyGen's clock."""
-
+# How exact such times are: all are whole seconds, and a server under load may send an old Date.
 CLOCK_NOISE_SECONDS = 5.0
-"""How exact such times are: all are whole seconds, and a server under load may send a ``Date`` that is
-seconds old."""
-
-MAX_SEARCH_PAGES = 18
-"""List pages that one search for a lost create request reads, over all its passes."""
-
-MAX_CANDIDATE_GETS = 40
-"""Overdubs without ``callback_id`` in the list that one search fetches, nearest to the time of sending
-first."""
-
-MAX_LISTED_PAGES = 100
-"""Pages of the list that are read to see whether an overdub is there."""
-
-KEY_SECONDS = 23 * 60 * 60
-"""How long an idempotency key is relied on: HeyGen keeps it for 24 hours (reference pages)."""
-
-MAX_UPLOAD_URLS = 3
-"""How many upload URLs are tried for one file, when they expire or are refused."""
-
+MAX_SEARCH_PAGES = 18  # of the list, for one search for a lost create request, over all its passes
+MAX_CANDIDATE_GETS = 40  # of overdubs that have no callback_id there, nearest to the time of sending first
+MAX_LISTED_PAGES = 100  # of the list, to see whether an overdub is there
+KEY_SECONDS = 23 * 60 * 60  # how long an idempotency key is relied on: HeyGen keeps it for 24 hours
+MAX_UPLOAD_URLS = 3  # for one file, when they expire or are refused
 
 # HeyGen's name for the resource, as it was found, by base URL and credential.
 _found: dict[Any, str] = {}
@@ -308,9 +291,9 @@ class HeyGenHook(BaseHook):
         self._delete(api.delete_asset(asset_id))
 
     def _delete(self, call: api.Call[None]) -> None:
-        deletion = _Deletion()
+        lost: list[bool] = []
         for attempt in self._retrying():
-            with attempt, deletion:
+            with attempt, _unless_done(lost):
                 self._send(call)
 
     def upload_asset(
@@ -346,11 +329,11 @@ class HeyGenHook(BaseHook):
         for number in range(1, MAX_UPLOAD_URLS + 1):
             slot = self._call(
                 api.create_direct_upload(
+                    key,
                     filename=source.name,
                     content_type=source.mime_type,
                     size_bytes=source.size,
                     checksum_sha256=source.digest,
-                    idempotency_key=key,
                 )
             )
             if slot.max_bytes is not None and source.size > slot.max_bytes:
@@ -501,9 +484,9 @@ class HeyGenHook(BaseHook):
 
     async def adelete_overdub(self, overdub_id: str) -> None:
         """:meth:`delete_overdub` for an event loop."""
-        call, deletion = api.delete_overdub(overdub_id), _Deletion()
-        async for attempt in tenacity.AsyncRetrying(**self._retry_options()):
-            with attempt, deletion:
+        call, lost = api.delete_overdub(overdub_id), list[bool]()
+        async for attempt in self._retrying(tenacity.AsyncRetrying):
+            with attempt, _unless_done(lost):
                 await self.asend(call)
 
     # --- Sending --------------------------------------------------------------------------------------
@@ -546,9 +529,6 @@ class HeyGenHook(BaseHook):
     def _account(self) -> tuple[object, ...]:
         return (self.settings.base_url, self.settings.auth_header)
 
-    def _keep_name(self, name: str) -> None:
-        _found[self._account] = name
-
     def __enter__(self) -> HeyGenHook:
         return self
 
@@ -581,17 +561,14 @@ class HeyGenHook(BaseHook):
     def _session(self) -> requests.Session:
         return self._closing.enter_context(self.get_conn())
 
-    def _retrying(self) -> tenacity.Retrying:
-        return tenacity.Retrying(**self._retry_options())
-
-    def _retry_options(self) -> dict[str, Any]:
-        return {
-            "retry": tenacity.retry_if_exception(self._worth_repeating),
-            "wait": _pause,
-            "stop": tenacity.stop_after_attempt(self.max_attempts),
-            "before_sleep": self._log_pause,
-            "reraise": True,
-        }
+    def _retrying(self, kind: Callable[..., Any] | None = None) -> Any:
+        return (kind or tenacity.Retrying)(
+            retry=tenacity.retry_if_exception(self._worth_repeating),
+            wait=_pause,
+            stop=tenacity.stop_after_attempt(self.max_attempts),
+            before_sleep=self._log_pause,
+            reraise=True,
+        )
 
     def _worth_repeating(self, error: BaseException) -> bool:
         if not isinstance(error, HeyGenTransientError):
@@ -633,7 +610,7 @@ class HeyGenHook(BaseHook):
         return transport.send(self._session, call, self.settings, form)
 
     async def _acall(self, call: api.Call[T]) -> T:
-        result: T = await tenacity.AsyncRetrying(**self._retry_options())(self.asend, call)
+        result: T = await self._retrying(tenacity.AsyncRetrying)(self.asend, call)
         return result
 
     async def asend(self, call: api.Call[T]) -> T:
@@ -656,7 +633,7 @@ class HeyGenHook(BaseHook):
                 raise
             return await send(call.under(self.resource))  # type: ignore[no-any-return]
         if call.renamed and self.known_resource is None:
-            self._keep_name(name)
+            _found[self._account] = name
         return result
 
     async def _has_other_name(
@@ -699,7 +676,7 @@ class HeyGenHook(BaseHook):
             if error.status_code != 404:
                 raise
             return False
-        self._keep_name(name)
+        _found[self._account] = name
         return True
 
 
@@ -713,18 +690,15 @@ def _run(steps: Coroutine[Any, Any, T]) -> T:
     raise AssertionError
 
 
-class _Deletion:
-    """The attempts of one deletion: once a response was lost, a 404 says that it was done."""
-
-    def __init__(self) -> None:
-        self.answer_lost = False
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        self.answer_lost = self.answer_lost or (isinstance(error, HeyGenError) and error.outcome_unknown)
-        return self.answer_lost and isinstance(error, HeyGenNotFoundError)
+@contextmanager
+def _unless_done(lost: list[bool]) -> Iterator[None]:
+    """Make one attempt at a deletion: once a response was lost, a 404 says that it was done."""
+    try:
+        yield
+    except HeyGenError as error:
+        if not (any(lost) and isinstance(error, HeyGenNotFoundError)):
+            lost.append(error.outcome_unknown)
+            raise
 
 
 class _Search:
@@ -740,11 +714,9 @@ class _Search:
     def __init__(
         self, hook: HeyGenHook, request: api.CreateOverdubRequest, key: str, first: float, last: float
     ) -> None:
-        self.hook = hook
+        self.hook, self.title, self.first, self.last = hook, request.title, first, last
         self.marker = request.callback_id or key
         self.unique = self.marker == key
-        self.title = request.title
-        self.first, self.last = first, last
         self.found: api.Overdub | None = None
         self.doubts: list[str] = []
         self.pages, self.pages_left, self.gets_left = 0, MAX_SEARCH_PAGES, MAX_CANDIDATE_GETS

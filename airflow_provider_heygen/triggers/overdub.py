@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
@@ -17,7 +18,17 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 
-class HeyGenOverdubTrigger(BaseTrigger):
+class _Trigger(BaseTrigger):
+    """Keeps each argument as an attribute of its name."""
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        """Return class path and arguments."""
+        kind = type(self)
+        arguments = {name: getattr(self, name) for name in signature(kind).parameters}
+        return f"{kind.__module__}.{kind.__qualname__}", arguments
+
+
+class HeyGenOverdubTrigger(_Trigger):
     """
     Fire one :class:`~airflow_provider_heygen.waiting.WaitEvent` when the wait for an overdub ends.
 
@@ -49,14 +60,6 @@ class HeyGenOverdubTrigger(BaseTrigger):
         self.deadline = deadline
         self.not_found_until = not_found_until
 
-    def serialize(self) -> tuple[str, dict[str, Any]]:
-        """Return class path and arguments."""
-        names = ("heygen_conn_id", "overdub_id", "poke_interval", "deadline", "not_found_until")
-        return (
-            "airflow_provider_heygen.triggers.overdub.HeyGenOverdubTrigger",
-            {name: getattr(self, name) for name in names},
-        )
-
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Wait until the overdub is final or gone, or the deadline has passed."""
         watch = Watch(
@@ -70,7 +73,7 @@ class HeyGenOverdubTrigger(BaseTrigger):
         yield TriggerEvent(await poller.wait(self.heygen_conn_id, watch))  # type: ignore[no-untyped-call]
 
 
-class HeyGenSlotTrigger(BaseTrigger):
+class HeyGenSlotTrigger(_Trigger):
     """
     Fire when a create request for which HeyGen had no free slot may be sent again, or must be given up.
 
@@ -98,14 +101,6 @@ class HeyGenSlotTrigger(BaseTrigger):
         self.not_before = not_before
         self.deadline = deadline
         self.again = again
-
-    def serialize(self) -> tuple[str, dict[str, Any]]:
-        """Return class path and arguments."""
-        names = ("heygen_conn_id", "since", "not_before", "deadline", "again")
-        return (
-            "airflow_provider_heygen.triggers.overdub.HeyGenSlotTrigger",
-            {name: getattr(self, name) for name in names},
-        )
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Wait in the queue; the task itself sees whether its time is over."""
