@@ -7,7 +7,7 @@ export AIRFLOW_HOME ?= $(CURDIR)/.local/airflow
 export AIRFLOW__CORE__LOAD_EXAMPLES := False
 
 .DELETE_ON_ERROR:
-.PHONY: demo ui test test-stack test-matrix test-oldest chaos_kills chaos_random chaos_celery bench docs screenshots lint format dist clean
+.PHONY: demo ui test test-stack test-matrix test-oldest chaos_kills chaos_random chaos_celery bench live-check docs screenshots lint format dist clean
 
 demo: .venv/done       ## dub a real video with a real Airflow DAG, on the HeyGen emulator
 	@$(BIN)/python example_dags/run_local.py demo
@@ -36,6 +36,9 @@ bench: .venv/done .venv-bench/done  ## what importing, waiting and moving files 
 	$(BIN)/python benchmarks/media.py
 	.venv-bench/bin/python benchmarks/polling.py
 	$(BIN)/python benchmarks/queueing.py
+
+live-check: .venv/done ## dub VIDEO with AUDIO on HeyGen itself, with the key in HEYGEN_API_KEY; asks first
+	@$(BIN)/python tests/live_check.py $(VIDEO) $(AUDIO)
 
 docs: .venv/done       ## the documentation, in .local/docs/index.html
 	$(BIN)/python -m sphinx -q -W --keep-going docs .local/docs

@@ -19,6 +19,7 @@ class Description(MetadataHookInterface):
     def update(self, metadata: dict[str, Any]) -> None:
         """Give the readme, which `dynamic` in pyproject.toml leaves to this."""
         text = (Path(self.root) / "README.md").read_text(encoding="utf-8")
+        text = re.sub(r"\[?!\[[^\]]*\]\([^)]*\)(\]\([^)]*\))?\n*", "", text)  # badges and pictures
         text = re.sub(r"\[([^\]]+)\]\((?!https?:)([^)]+)\)", _words, text)
         metadata["readme"] = {"content-type": "text/markdown", "text": text}
 
