@@ -317,8 +317,9 @@ class Overdub(_Response):
         """
         if self.status == OverdubStatus.FAILED:
             reason = redact_links(self.failure_message or DEFAULT_FAILURE_MESSAGE)
+            title = f" ({self.title!r})" if self.title else ""
             raise HeyGenOverdubFailedError(
-                f"Overdub {self.overdub_id} failed: {reason}", overdub_id=self.overdub_id
+                f"Overdub {self.overdub_id}{title} failed: {reason}", overdub_id=self.overdub_id
             )
         return self
 
