@@ -312,9 +312,8 @@ class Overdub(_Response):
         """
         if self.status == OverdubStatus.FAILED:
             reason = redact_links(self.failure_message or DEFAULT_FAILURE_MESSAGE)
-            raise HeyGenOverdubFailedError(
-                f"Overdub {self.overdub_id} failed: {reason}", overdub_id=self.overdub_id
-            )
+            named = f"{self.overdub_id} ({self.title!r})" if self.title else self.overdub_id
+            raise HeyGenOverdubFailedError(f"Overdub {named} failed: {reason}", overdub_id=self.overdub_id)
         return self
 
     def details(self) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from airflow.providers.common.compat.sdk import TaskDeferred
 from airflow.providers.standard.triggers.temporal import DateTimeTrigger
 
 from airflow_provider_heygen import waiting
-from airflow_provider_heygen.api import CreateOverdubRequest
+from airflow_provider_heygen.api import CreateOverdubRequest, redact_links
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
     HeyGenNotFoundError,
+    HeyGenOverdubFailedError,
     HeyGenOverdubTimeoutError,
     HeyGenPermanentError,
     HeyGenTaskFailedError,
@@ -22,6 +23,7 @@ from airflow_provider_heygen.exceptions import (
     retry_delay,
 )
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.lineage import media_uri
 from airflow_provider_heygen.media import size_text
 from airflow_provider_heygen.metrics import Wait
 from airflow_provider_heygen.saving import Saving
@@ -113,7 +115,7 @@ class Dubbing:
         """Hand on what the trigger has waited for. Return what the task returns."""
         checked = check_event(event)
         with fails_task(), self.hook:
-            return self._deliver(conclude(checked, Wait(self.ti, since), self.hook))
+            return self._deliver(self._conclude(checked, since, self.hook))
 
     def _request(self) -> tuple[CreateOverdubRequest, dict[str, Any]]:
         with fails_task():
@@ -240,7 +242,15 @@ class Dubbing:
         with HeyGenHook(self.task.heygen_conn_id, max_attempts=1) as hook:
             hook.created_under = self.hook.created_under
             end = Watch(overdub_id, log=self.task.log, **rules).follow(hook)
-        return self._deliver(conclude(end, Wait(self.ti, since)))
+        return self._deliver(self._conclude(end, since))
+
+    def _conclude(self, end: Any, since: float | None, hook: HeyGenHook | None = None) -> dict[str, Any]:
+        try:
+            return conclude(end, Wait(self.ti, since), hook)
+        except HeyGenOverdubFailedError as error:
+            sources = ((name, media_uri(getattr(self.task, name))) for name in ("video", "audio"))
+            named = ", ".join(f"{name} {redact_links(uri)}" for name, uri in sources if uri)
+            raise HeyGenOverdubFailedError(f"{error} ({named})", overdub_id=error.overdub_id) from error
 
     def _deliver(self, details: dict[str, Any]) -> str:
         result = self.task.overdub_id = str(details["overdub_id"])

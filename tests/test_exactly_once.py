@@ -279,10 +279,15 @@ def test_a_clear_after_success_without_waiting_starts_another(heygen):
 def test_a_failed_overdub_fails_the_task_for_good_and_a_clear_starts_another(heygen, deferrable):
     heygen.behaviour.fail_jobs = 1
     heygen.behaviour.failure_message = "No face in https://x.y/v.mp4?X-Amz-Signature=SECRET1"
-    task = Task(dub(deferrable=deferrable), store=StateStore())
+    signed = {"video": "https://x.y/v.mp4?sig=SECRET1"}
+    task = Task(dub(deferrable=deferrable, title="Talk", **signed), store=StateStore())
     with fails_for_good(HeyGenOverdubFailedError, match="No face") as caught:
         finish(task, task.start())
     assert "SECRET1" not in str(caught.value)
+    job = heygen.jobs[0].id
+    assert str(caught.value).startswith(f"Overdub {job} ('Talk') failed: No face")
+    assert str(caught.value).endswith(r" (video https://x.y/v.mp4?***, audio https://x.y/a.mp3)")
+    assert caught.value.overdub_id == job
     task.clear()
     assert finish(task, task.start()) == heygen.jobs[1].id
     assert len(heygen.jobs) == 2

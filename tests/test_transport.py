@@ -8,7 +8,7 @@ import json
 import re
 import socket
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 import requests
@@ -103,6 +103,12 @@ def saying(answer):
     def behave(connection):
         connection.recv(65536)
         connection.sendall(answer)
+        # Closed with bytes unread, it would be reset, and the answer might be lost.
+        connection.settimeout(5)
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(65536):
+                pass
 
     return behave
 
@@ -395,7 +401,9 @@ def test_password_of_the_proxy(send, scheme, given, sent):
     class Reading:
         def __init__(self, connection):
             self.connection = connection
-            self.sendall = connection.sendall
+
+        def __getattr__(self, name):
+            return getattr(self.connection, name)
 
         def recv(self, size):
             got.append(self.connection.recv(size))
