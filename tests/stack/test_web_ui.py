@@ -450,7 +450,7 @@ def test_a_person_watches_and_decides(web: Web, stack: Stack, heygen: HeyGen, ru
     web.open(question)
     link = web.page.get_by_role("link", name="Watch", exact=True)
     link.wait_for()
-    assert "Talk, German, 2.5 s: Watch" in web.text()
+    assert "Talk, German, 2.0 s: Watch" in web.text()
     web.picture("review")
     assert link.evaluate("link => link.href") == f"{web.url}/{page_of(run)}"
     web.open(page_of(run))
