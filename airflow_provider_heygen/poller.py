@@ -44,7 +44,7 @@ DISTRUST_SECONDS = 600.0  # how long pages are left alone at most, and if they a
 STALE_SECONDS = 10.0  # how far they may lag behind a GET
 BLIND_SECONDS = 120.0  # if the list is left alone for longer, the queue does without
 PAGE_COST = 2  # in GETs: a page is one request, but takes twice the CPU (measured)
-HIDDEN_SECONDS = 30.0  # until another search for what was on no page that paid; doubles
+SEARCH_SECONDS = 10.0  # until another search for what was on no page that paid; doubles
 
 _FINAL = ("completed", "failed", api.NOT_FOUND)
 _DETAILS = {"title", "duration", "callback_id", "created_at", "failure_message"}
@@ -71,7 +71,7 @@ class _Job:
     waiters: list[_Waiter] = field(default_factory=list)
     word: str | None = None  # its status in a page, as it came
     hidden_until: float = -math.inf  # until then no page is read for it
-    hidden_for: float = HIDDEN_SECONDS
+    vain_searches: int = 0
 
 
 @dataclass(eq=False)
@@ -119,8 +119,10 @@ async def wait(heygen_conn_id: str, watch: Watch) -> WaitEvent:
     # A deadline that passed while the triggerer was away leaves one poll: the overdub may have ended.
     left = None if watch.deadline is None else max(0.0, watch.left) + GRACE_SECONDS
     try:
-        await asyncio.wait([waiter.ended], timeout=left)
-        return waiter.ended.result() if waiter.ended.done() else watch.timed_out()
+        async with asyncio.timeout(left):
+            return await waiter.ended
+    except TimeoutError:
+        return watch.timed_out()
     finally:
         await poller.leave(waiter)
 
@@ -305,8 +307,9 @@ class _Poller:
             if len(wanted) > PAGE_COST and await self._read(route, pages, more, span):
                 # What was on no page that paid gets GETs.
                 for job in unpaid + list(wanted.values()) * (len(wanted) > PAGE_COST):
-                    job.hidden_until = self.now() + job.hidden_for
-                    job.hidden_for *= 2
+                    # On a grid, too: those that are hidden together are worth another search together.
+                    turn = self._tick_at // SEARCH_SECONDS + 2**job.vain_searches
+                    job.hidden_until, job.vain_searches = turn * SEARCH_SECONDS, job.vain_searches + 1
                 told = [job for job in self.jobs.values() if job.word and self._tick_at < job.due < math.inf]
                 if told and self._verify_at <= self._tick_at:
                     self._verify_at = self._tick_at + TICK_SECONDS
@@ -315,11 +318,13 @@ class _Poller:
 
     async def _survey(self, hook: HeyGenHook) -> None:
         """Read the list while jobs run, for the queue, or to its end, if overdubs may be gone."""
-        waits = [waiter for job in self.jobs.values() for waiter in job.waiters if not waiter.ended.done()]
-        doubtful = {waiter.watch.overdub_id for waiter in waits if waiter.watch.may_be_gone}
+        jobs = self.jobs.items()
+        doubtful = {name for name, job in jobs if any(waiter.watch.may_be_gone for waiter in job.waiters)}
         if not (doubtful or self.slots.places):
             return
-        listed, running = set[str](), {waiter.watch.overdub_id for waiter in waits}  # listed or not
+        listed = set[str]()
+        # What is awaited runs, also where the list does not have it.
+        running = {name for name, job in jobs if not all(waiter.ended.done() for waiter in job.waiters)}
 
         def more(page: api.Statuses) -> bool:
             unfinished = {name for name, row in page.rows.items() if row.get("status") not in _FINAL}
@@ -430,7 +435,7 @@ class _Poller:
             failure = answer
             self._tell(job, lambda watch: watch.failed(failure))
             if isinstance(failure, HeyGenNotFoundError):
-                job.hidden_until = self.now() + HIDDEN_SECONDS  # pages have no more to tell
+                job.hidden_until = self.now() + REFRESH_SECONDS  # pages have no more to tell
             else:
                 self._gets.failed(failure, began, self.now(), 0.5, LONGEST_PAUSE)
                 if self._gets.failures >= DOWN:
