@@ -1,7 +1,7 @@
 """
 Dub, let a person watch the result, then publish it or delete it.
 
-`review` waits for an answer in Airflow's UI (Required Actions), without a worker. Its text links to the page
+`review` waits for an answer in Airflow's UI (*Required Action*), without a worker. Its text links to the page
 that plays the video. Nothing is published before.
 """
 

@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from conftest import Storage
+from conftest import AIRFLOW, Storage
+from packaging.version import Version
 
 from airflow_provider_heygen.emulator.media import decode_audio, decode_frames, make_audio, make_video
 
@@ -131,7 +132,9 @@ def test_a_night(night, heygen, media, tmp_path):
     assert [secret for secret in secrets if secret in stored or secret.rpartition("=")[2] in stored] == []
 
 
-def test_a_language_that_fails_stops_no_other(night, heygen, tmp_path, capfd):
+def test_a_language_that_fails_stops_no_other(night, heygen, tmp_path, monkeypatch):
+    printed = []
+    monkeypatch.setattr("builtins.print", lambda *texts, **_: printed.extend(texts))
     heygen.behaviour.fail_jobs = 1
     state, tasks = night()
     assert state == "failed"
@@ -140,9 +143,10 @@ def test_a_language_that_fails_stops_no_other(night, heygen, tmp_path, capfd):
     (job,) = [job for job in heygen.jobs if job.status == "failed"]
     done = {f"talk.{language}" for language in LANGUAGES} - {job.title}
     assert set(night.manifest()) == done
-    printed = capfd.readouterr().out
-    assert f"ALERT: {job.title} is not dubbed: Overdub {job.id} failed" in printed
-    assert f"1 of 3 are missing: {job.title}" in printed
+    alerts = [text for text in printed if str(text).startswith("ALERT")]
+    text = f"ALERT: {job.title} is not dubbed: Overdub {job.id} failed: "
+    # Before Airflow 3.3, dag.test() calls no callbacks of tasks.
+    assert [alert[: len(text)] for alert in alerts] == [text] * (Version("3.3") <= AIRFLOW)
     # The next night makes what is missing, and what has another audio.
     audio = min(done)
     time.sleep(1.1)  # S3 counts in seconds
