@@ -285,7 +285,7 @@ class _Poller:
     # --- Many at once: pages of the list or of the bulk call ------------------------------------------
 
     async def _ask_for_many(self, hook: HeyGenHook, patience: float) -> None:
-        """Read pages as long as the search for the rest costs less than GETs for the rest."""
+        """Read pages as long as the search for the rest costs less than an eighth of GETs for the rest."""
         due = [job for job in self._due() if job.due > _AT_ONCE and job.hidden_until <= self._tick_at]
         wanted = {job.overdub_id: job for job in due}
         gain = best = 0
@@ -297,7 +297,7 @@ class _Poller:
             found = [wanted.pop(name) for name in told if name in wanted]
             gain += len(found) - PAGE_COST
             best, unpaid = (gain, []) if gain > best else (best, unpaid + found)
-            return len(wanted) > PAGE_COST and best - gain < len(wanted)
+            return len(wanted) > PAGE_COST and best - gain < len(wanted) / 8
 
         routes = [(self._list, self._list_pages(hook))]
         if hook.resource == "lipsyncs":
