@@ -115,6 +115,7 @@ class Dubbing:
         """Hand on what the trigger has waited for. Return what the task returns."""
         checked = check_event(event)
         with fails_task(), self.hook:
+            self.hook.created_under = self.ledger.record.resource if self.ledger.record else None
             return self._deliver(self._conclude(checked, since, self.hook))
 
     def _request(self) -> tuple[CreateOverdubRequest, dict[str, Any]]:
@@ -261,6 +262,7 @@ class Dubbing:
         if saving := self._saving(result):
             try:
                 with HeyGenHook(self.task.heygen_conn_id) as hook:  # one that may wait
+                    hook.created_under = self.hook.created_under
                     size = saving.save(hook)
             except HeyGenError as error:
                 # Never final: the overdub is paid for, and before Airflow 3.3 a clear starts another.

@@ -158,6 +158,18 @@ def test_dub_and_save_killed_at_any_step_and_retried(heygen, reaper, tmp_path, d
     assert step >= 3  # it did die on the way
 
 
+def test_the_start_that_ends_a_wait_knows_the_name_that_was_found(heygen, connect, tmp_path):
+    heygen.behaviour.resources = "lipsyncs"
+    connect(heygen.url, allow_http=True, allow_private_hosts=True)  # without the extra 'resource'
+    task = Task(dub(deferrable=True, destination=str(tmp_path / "v.mp4")), store=StateStore())
+    deferred = task.start()
+    event = asyncio.run(anext(deferred.trigger.run()))
+    heygen_hook._found.clear()  # as in another process
+    before = len(heygen.requests)
+    task.resume(deferred, event.payload)
+    assert not [request.path for request in heygen.requests[before:] if "/overdubs" in request.path]
+
+
 @SERVERS
 @RESOURCES
 @pytest.mark.parametrize(
