@@ -322,11 +322,11 @@ class _Poller:
         doubtful = {name for name, job in jobs if any(waiter.watch.may_be_gone for waiter in job.waiters)}
         if not (doubtful or self.slots.places):
             return
-        listed = set[str]()
-        # What is awaited runs, also where the list does not have it.
-        running = {name for name, job in jobs if not all(waiter.ended.done() for waiter in job.waiters)}
+        listed, running = set[str](), set[str]()
 
         def more(page: api.Statuses) -> bool:
+            for name, row in page.rows.items():
+                self._take_row(name, row)
             unfinished = {name for name, row in page.rows.items() if row.get("status") not in _FINAL}
             listed.update(page.rows)
             running.update(unfinished)
@@ -338,6 +338,8 @@ class _Poller:
         now = self.now()
         self.survey_at = now + COUNT_SECONDS
         if self.slots.places and (was_read or self._list.usable_from > now + BLIND_SECONDS):
+            # What is awaited runs, also where the list does not have it.
+            running |= {name for name, job in jobs if not all(waiter.ended.done() for waiter in job.waiters)}
             for place in self.slots.count(running, now):
                 if not place.task.done():
                     place.task.set_result(None)
@@ -385,7 +387,8 @@ class _Poller:
         job, word = self.jobs.get(overdub_id), row.get("status")
         late = self._tick_at - self._witness_at
         if overdub_id == self._witness and word not in _FINAL and late > STALE_SECONDS:
-            raise HeyGenPermanentError(f"overdub {overdub_id} is {word} there, {late:.0f} s after its end")
+            reason = f"overdub {overdub_id} is {word} there, {late:.0f} s after its end"
+            raise HeyGenPermanentError(reason)  # for the poller's own log
         if job is None or not isinstance(word, str) or word == api.NOT_FOUND:
             return False  # of somebody else, or half a row, which tells nothing
         if word == job.word:
