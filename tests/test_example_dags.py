@@ -87,7 +87,7 @@ def night(request, heygen, airflow, media, tmp_path, connect, monkeypatch):
     monkeypatch.setitem(dag.get_task("dub").partial_kwargs, "poke_interval", 1)
     connection = heygen.connection()
     connection["extra"]["price_per_second"] = {"speed": 0.05}
-    connect(connection["host"], connection["password"], **connection["extra"])
+    connect(heygen.url, connection["password"], **connection["extra"])
     storage = request.getfixturevalue("s3") if request.param == "s3" else Storage(f"file://{tmp_path}/talks")
     if request.param == "s3":
         storage = Storage(storage.uri("talks"))
@@ -144,7 +144,7 @@ def test_a_language_that_fails_stops_no_other(night, heygen, tmp_path, monkeypat
     done = {f"talk.{language}" for language in LANGUAGES} - {job.title}
     assert set(night.manifest()) == done
     alerts = [text for text in printed if str(text).startswith("ALERT")]
-    text = f"ALERT: {job.title} is not dubbed: Overdub {job.id} failed: "
+    text = f"ALERT: {job.title} is not dubbed: Overdub {job.id} ({job.title!r}) failed: "
     # Before Airflow 3.3, dag.test() calls no callbacks of tasks.
     assert [alert[: len(text)] for alert in alerts] == [text] * (Version("3.3") <= AIRFLOW)
     # The next night makes what is missing, and what has another audio.

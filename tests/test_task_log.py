@@ -102,7 +102,7 @@ def files(tmp_path):
 def test_dub_and_save(heygen, said, files, tmp_path, connect):
     connection = heygen.connection("lipsyncs")
     extra = connection["extra"] | {"price_per_second": {"speed": 0.05}}
-    connect(connection["host"], connection["password"], **extra)
+    connect(heygen.url, connection["password"], **extra)
     heygen.behaviour.pending_seconds = heygen.behaviour.running_seconds = 0.0
     saved = {"destination": f"{tmp_path}/out/v.mp4", "captions": True, "overwrite": True, "title": None}
     task = to_the_end(dub(deferrable=True, **files, **saved))
