@@ -325,7 +325,8 @@ class _Poller:
         listed, running = set[str](), set[str]()
 
         def more(page: api.Statuses) -> bool:
-            for name, row in page.rows.items():
+            # Where some may be gone, the list has to be read to its end, also if it lags.
+            for name, row in () if doubtful else page.rows.items():
                 self._take_row(name, row)
             unfinished = {name for name, row in page.rows.items() if row.get("status") not in _FINAL}
             listed.update(page.rows)
