@@ -7,7 +7,7 @@ export AIRFLOW_HOME ?= $(CURDIR)/.local/airflow
 export AIRFLOW__CORE__LOAD_EXAMPLES := False
 
 .DELETE_ON_ERROR:
-.PHONY: demo ui test test-stack test-matrix test-oldest chaos_kills chaos_random chaos_celery bench live-check docs screenshots lint format dist clean
+.PHONY: demo ui test test-stack test-matrix test-oldest chaos_kills chaos_random chaos_celery night bench live-check docs screenshots lint format dist clean
 
 demo: .venv/done       ## dub a real video with a real Airflow DAG, on the HeyGen emulator
 	@$(BIN)/python example_dags/run_local.py demo
@@ -26,9 +26,9 @@ test-oldest:           ## the tests on the oldest Airflow, with the oldest of wh
 	@$(MAKE) test-matrix CELLS=3.1-3.11
 
 test-stack: .venv/done ## kill the parts of a real Airflow at the worst moments; needs PostgreSQL and Redis
-	@$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) chaos_random chaos_kills chaos_celery
+	@$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) chaos_random chaos_kills chaos_celery night
 
-chaos_kills chaos_random chaos_celery: .venv/done
+chaos_kills chaos_random chaos_celery night: .venv/done
 	$(BIN)/python -m pytest tests/stack/$@.py
 
 bench: .venv/done .venv-bench/done  ## what importing, waiting and moving files cost, beside others; 14 minutes

@@ -33,7 +33,9 @@ PARTS = (
     ("--ignore", "tests/stack", "--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadfile"),
     ("tests/stack",),
 )
-CHAOS = tuple((f"tests/stack/chaos_{kind}.py",) for kind in ("kills", "random", "celery"))
+CHAOS = tuple(
+    (f"tests/stack/{part}.py",) for part in ("chaos_kills", "chaos_random", "chaos_celery", "night")
+)
 UV = subprocess.getstatusoutput("uv --version")[0] == 0
 ABSENT = "no such Python here"
 
