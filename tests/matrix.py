@@ -28,7 +28,7 @@ CONSTRAINTS = {
     "3.2": "constraints/3.2.txt",
     "3.3": "constraints.txt",
 }
-# As in `make test`: a real Airflow wants the machine for itself. Many tests wait, so three share two cores well.
+# As in `make test`: a real Airflow wants the machine for itself; many tests wait, so three share two cores.
 PARTS = (
     ("--ignore", "tests/stack", "--numprocesses", "3", "--dist", "loadfile"),
     ("tests/stack",),
