@@ -2,7 +2,6 @@ PYTHON ?= python3
 PORT ?= 8080
 BIN := .venv/bin
 EXTRAS := emulator,dev
-UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
 export AIRFLOW_HOME ?= $(CURDIR)/.local/airflow
 export AIRFLOW__CORE__LOAD_EXAMPLES := False
 
@@ -66,18 +65,11 @@ dist: .venv/done       ## wheel and sdist, checked as who installs them will mee
 clean:
 	rm -rf .venv .venv-bench .venv-dist .matrix .local dist
 
-# Make the environment $(1) with the packages $(2): with uv in seconds, where it works, otherwise with pip.
-define environment
-@echo "Installing into $(1) with $(or $(UV),pip), which takes $(if $(UV),some seconds,about a minute)."
-@$(PYTHON) -m venv $(if $(UV),--without-pip) $(1)
-@$(if $(UV),uv pip install --python $(1)/bin/python,$(1)/bin/python -m pip install) --quiet $(2)
-endef
-
 .venv/done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 to 3.13 is needed: make PYTHON=...")'
-	$(call environment,.venv,--constraint constraints.txt --editable '.[$(EXTRAS)]')
+	@tests/environment.sh $(PYTHON) .venv --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
 .venv-bench/done: pyproject.toml benchmarks/peers.txt
-	$(call environment,.venv-bench,--editable . --requirement benchmarks/peers.txt)
+	@tests/environment.sh $(PYTHON) .venv-bench --editable . --requirement benchmarks/peers.txt
 	@touch $@

@@ -36,7 +36,6 @@ PARTS = (
 CHAOS = tuple(
     (f"tests/stack/{part}.py",) for part in ("chaos_kills", "chaos_random", "chaos_celery", "night")
 )
-UV = subprocess.getstatusoutput("uv --version")[0] == 0
 ABSENT = "no such Python here"
 
 
@@ -57,12 +56,8 @@ def build(cell: Path, python: str, constraints: str) -> Path:
     built_from = (ROOT / "pyproject.toml").read_text() + (ROOT / constraints).read_text()
     mark, inside = cell / "built-from", cell / "bin" / "python"
     if not mark.exists() or mark.read_text() != built_from:
-        without_pip = ["--without-pip"] if UV else []
-        subprocess.run([python, "-m", "venv", "--clear", *without_pip, cell], check=True)
-        # As in the Makefile: uv needs seconds, where it works.
-        pip = ["uv", "pip", "install", "--python", inside] if UV else [inside, "-m", "pip", "install"]
-        pip += ["--quiet", "--constraint", constraints, "--editable", ".[emulator,dev]"]
-        subprocess.run(pip, cwd=ROOT, check=True)
+        arguments = ["--constraint", constraints, "--editable", ".[emulator,dev]"]
+        subprocess.run([ROOT / "tests" / "environment.sh", python, cell, *arguments], cwd=ROOT, check=True)
         mark.write_text(built_from)
     return inside
 
