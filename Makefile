@@ -1,7 +1,6 @@
 PYTHON ?= python3
 PORT ?= 8080
 BIN := .venv/bin
-EXTRAS := emulator,dev
 export AIRFLOW_HOME ?= $(CURDIR)/.local/airflow
 export AIRFLOW__CORE__LOAD_EXAMPLES := False
 
@@ -67,7 +66,7 @@ clean:
 
 .venv/done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 to 3.13 is needed: make PYTHON=...")'
-	@tests/environment.sh $(PYTHON) .venv --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@tests/environment.sh $(PYTHON) .venv --constraint constraints.txt --editable '.[emulator,dev]'
 	@touch $@
 
 .venv-bench/done: pyproject.toml benchmarks/peers.txt
