@@ -540,9 +540,9 @@ class Call(Generic[T]):
         in_doubt = self.method != "GET"
         if decoded is None and (self.body_matters or body):
             raise HeyGenGatewayError(
-                f"HeyGen answered {status} to {self.what} without JSON ({_content_type(headers, connection)},"
-                f" {len(body)} bytes). If this goes on, check the host of Airflow connection"
-                f" '{connection.conn_id}'.",
+                f"HeyGen returned {status} for {self.what} without JSON"
+                f" ({_content_type(headers, connection)}, {len(body)} bytes). If this"
+                f" persists, check the host of Airflow connection '{connection.conn_id}'.",
                 status_code=status,
                 outcome_unknown=in_doubt,
             )
@@ -551,7 +551,7 @@ class Call(Generic[T]):
         except ValueError as error:  # pydantic's ValidationError is one
             reason = "it has no id" if isinstance(error, ValidationError) else str(error)
             raise HeyGenTransientError(
-                f"HeyGen's answer to {self.what} cannot be used: {reason}.",
+                f"HeyGen's response to {self.what} cannot be used: {reason}.",
                 status_code=status,
                 outcome_unknown=in_doubt,
             ) from None
@@ -638,7 +638,7 @@ def _error(
     facts["request_id"] = _shown(headers.get("X-Request-Id"), connection)
     facts["retry_after"] = _retry_after(headers.get("Retry-After"))
     code = facts["code"]
-    message = " ".join(filter(None, ("HeyGen answered", str(status), code, "to", call.what)))
+    message = " ".join(filter(None, ("HeyGen returned", str(status), code, "for", call.what)))
     message += f": {said}" if said else "."
     message = message if message.endswith((".", "!", "?")) else f"{message}."
     trace = f" (request {facts['request_id']})" if facts["request_id"] else ""
@@ -648,7 +648,7 @@ def _error(
         # A page of something in between. It may also stand for a response that HeyGen did give.
         message += (
             f" The response ({_content_type(headers, connection)}) does not have the form of HeyGen's errors,"
-            " so it came from a gateway, proxy or firewall in between. If this goes on, check these and the"
+            " so it came from a gateway, proxy or firewall in between. If this persists, check these and the"
             f" host of Airflow connection '{connection.conn_id}'."
         )
         message += f" {step}." if status // 100 == 3 or status == 404 else ""
@@ -778,12 +778,12 @@ def _on_asset(
 def create_overdub(request: CreateOverdubRequest, idempotency_key: str) -> Call[str]:
     """Start an overdub; the result is its id. The key makes a repeat harmless for 24 hours."""
     headers = _key_header(idempotency_key)
-    return _on_resource("the create", "POST", _model(_id_of), json=request.body(), headers=headers)
+    return _on_resource("the create request", "POST", _model(_id_of), json=request.body(), headers=headers)
 
 
 def get_overdub(overdub_id: str) -> Call[Overdub]:
     """Read one overdub."""
-    return _on_overdub("look at", "GET", overdub_id)
+    return _on_overdub("GET of", "GET", overdub_id)
 
 
 def list_overdubs(limit: int, token: str | None) -> Call[OverdubPage]:

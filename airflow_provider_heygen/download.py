@@ -400,7 +400,7 @@ def _missing_part(
                 )
         else:
             raise HeyGenTransientError(
-                f"{_the_link(what)} at {host} answered {status} ({', '.join([kind or 'no type', *encoded])})"
+                f"{_the_link(what)} at {host} returned {status} ({', '.join([kind or 'no type', *encoded])})"
                 f" instead of the {what}; it may have expired.",
                 status_code=status,
             )

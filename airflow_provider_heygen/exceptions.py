@@ -1,7 +1,7 @@
 """
 What went wrong, as facts; and how long to pause after it.
 
-An exception says who answered and whether the request took effect. What follows from it depends on what was
+An exception says who responded and whether the request took effect. What follows from it depends on what was
 being done: the operators decide that (a refused create fails the task, a refused poll is waited out).
 """
 
@@ -59,7 +59,7 @@ class HeyGenTransientError(HeyGenError):
 
 class HeyGenGatewayError(HeyGenTransientError):
     """
-    An error response without HeyGen's envelope: a gateway, proxy or firewall answered, not HeyGen.
+    An error response without HeyGen's envelope: a gateway, proxy or firewall responded, not HeyGen.
 
     HeyGen documents ``error.code`` and ``error.message`` in every error response, so this one proves nothing
     about the request, whatever its status.

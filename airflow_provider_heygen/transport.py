@@ -180,7 +180,7 @@ def _fault(
                 f" {connection}."
             )
         return HeyGenTransientError(
-            f"{what}, no answer arrived that can be read.", outcome_unknown=call.method != "GET"
+            f"{what}, no readable response arrived.", outcome_unknown=call.method != "GET"
         )
     why = getattr(error, "strerror", None) or "no connection"
     if isinstance(error, socket.gaierror):

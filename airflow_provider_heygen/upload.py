@@ -353,7 +353,7 @@ def put(
     answer = f"{status} {code}".strip()
     if status in (401, 403, 404, 410):
         return answer
-    message = f"Storage at {host} answered {answer} to the upload of {source}"
+    message = f"Storage at {host} returned {answer} for the upload of {source}"
     if status in (408, 429) or status >= 500:
         raise HeyGenTransientError(f"{message}.", status_code=status)
     if code in ("BadDigest", "XAmzContentChecksumMismatch"):

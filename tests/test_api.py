@@ -568,7 +568,7 @@ def test_errors(heygen, status, code, kind, step):
             assert (error.status_code, error.code) == (status, code)
             assert error.request_id.startswith("req_")
             assert error.request_id in str(error)
-            assert f"HeyGen answered {status} {code} to the look at overdub 'od_1': It is so." in str(error)
+            assert f"HeyGen returned {status} {code} for the GET of overdub 'od_1': It is so." in str(error)
             assert step in str(error)
             if "body" in fault:
                 assert (error.param, error.doc_url) == ("video", "https://heygen.example/doc")
@@ -592,7 +592,7 @@ def test_errors(heygen, status, code, kind, step):
 @pytest.mark.parametrize("status", [301, 400, 401, 402, 403, 404, 409, 429, 451, 500, 502])
 @pytest.mark.parametrize("call", ["create", "get", "delete"])
 def test_who_has_answered(call, body, who, status):
-    with pytest.raises(HeyGenError, match=f"HeyGen answered {status}") as raised:
+    with pytest.raises(HeyGenError, match=f"HeyGen returned {status}") as raised:
         answer(call, body, status)
     assert isinstance(raised.value, HeyGenGatewayError) == (who == "a gateway")
     if who == "a gateway":

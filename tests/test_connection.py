@@ -590,7 +590,7 @@ def test_client_certificate(heygen, listen, connect, authority, call):
 def test_read_timeout(heygen, connect, call):
     connect(heygen.url, read_timeout=0.05)
     heygen.fail_next(latency=0.5)
-    with pytest.raises(HeyGenTransientError, match="no answer arrived"):
+    with pytest.raises(HeyGenTransientError, match="no readable response arrived"):
         call()
 
 

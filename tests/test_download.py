@@ -126,7 +126,7 @@ def test_given_up_midway(heygen, pauses, storage, overdub_id):
     storage.write("v.mp4", b"old")
     heygen.fail_next(path="/files/", drop_after_bytes=12 * MB)
     heygen.fail_next(path="/files/", status=403, count=100)
-    with pytest.raises(HeyGenTransientError, match="answered 403"):
+    with pytest.raises(HeyGenTransientError, match="returned 403"):
         HeyGenHook(max_attempts=3).download_overdub(overdub_id, storage.uri("v.mp4"), overwrite=True)
     assert storage.names() == ["v.mp4"]
     assert storage.read("v.mp4") == b"old"
@@ -1105,7 +1105,7 @@ def test_what_encodes_nothing(cdn, tmp_path, coding):
 @pytest.mark.parametrize("coding", ["gzip", "GZIP", "aws-chunked, gzip", "x-gzip", "br", "zstd"])
 def test_what_is_encoded(cdn, pauses, tmp_path, coding):
     cdn.headers["Content-Encoding"] = coding
-    with pytest.raises(HeyGenTransientError, match=r"answered 200 \(video/mp4, (x-)?(gzip|br|zstd)\)"):
+    with pytest.raises(HeyGenTransientError, match=r"returned 200 \(video/mp4, (x-)?(gzip|br|zstd)\)"):
         HeyGenHook(max_attempts=2).download_overdub("od_1", tmp_path / "v.mp4")
     assert list(tmp_path.iterdir()) == []
 

@@ -320,11 +320,11 @@ def test_nobody_listens(connect, pauses, look):
     connect(url)
     with pytest.raises(HeyGenTransientError) as raised:
         look("od_1", max_attempts=3)
-    assert f"during the look at overdub 'od_1' at {url}, nothing was sent" in str(raised.value)
+    assert f"during the GET of overdub 'od_1' at {url}, nothing was sent" in str(raised.value)
     assert not raised.value.outcome_unknown
     assert len(pauses) == 2
     pauses.clear()
-    with pytest.raises(HeyGenTransientError, match=r"during the create at .*, nothing was sent"):
+    with pytest.raises(HeyGenTransientError, match=r"during the create request at .*, nothing was sent"):
         HeyGenHook(max_attempts=3).create_overdub(REQUEST)
     assert len(pauses) == 2
 
@@ -370,7 +370,7 @@ def test_an_answer_that_drips_in(connect):
         thread = threading.Thread(target=drip, args=[server])
         thread.start()
         connect(f"http://127.0.0.1:{server.getsockname()[1]}", connect_timeout=0.2, read_timeout=0.2)
-        with pytest.raises(HeyGenTransientError, match="no answer arrived"):
+        with pytest.raises(HeyGenTransientError, match="no readable response arrived"):
             aget("od_1", max_attempts=1)
         thread.join()
 
@@ -1121,7 +1121,7 @@ def test_refused_upload(heygen, pauses, tmp_path):
     path = write_sound(tmp_path / "a.wav")
     error = {"code": "invalid_parameter", "message": "We do not like it", "param": "file"}
     heygen.fail_next(status=400, body=json.dumps({"error": error}))
-    with pytest.raises(HeyGenPermanentError, match=r"400 invalid_parameter to the upload.*field 'file'"):
+    with pytest.raises(HeyGenPermanentError, match=r"400 invalid_parameter for the upload.*field 'file'"):
         HeyGenHook().upload_asset(path)
     assert pauses == []
 

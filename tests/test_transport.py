@@ -230,7 +230,7 @@ def assert_never_sent(raised, base_url, text):
     error = raised.value
     assert type(error) is HeyGenUnreachableError, error
     assert error.outcome_unknown is False
-    assert re.match(rf"\w+ during the create at {re.escape(base_url)}, nothing was sent", str(error))
+    assert re.match(rf"\w+ during the create request at {re.escape(base_url)}, nothing was sent", str(error))
     assert re.search(rf"(?:{text}) of Airflow connection 'mine'\.$", str(error))
     assert SECRET not in str(error)
     assert error.__suppress_context__ or error.__context__ is None
@@ -282,7 +282,7 @@ def test_broken_after_sending(listen, authority, send, call, by_proxy, scheme, a
     proxy = listen() if scheme == "https" else gateway
     extra = {"proxies": {scheme: proxy.url}} if by_proxy else {}
     settings = settings_for(gateway.url, verify=authority.file, **extra)
-    with pytest.raises(HeyGenTransientError, match="no answer arrived") as raised:
+    with pytest.raises(HeyGenTransientError, match="no readable response arrived") as raised:
         send(call, settings)
     assert not isinstance(raised.value, HeyGenUnreachableError)
     assert raised.value.outcome_unknown is (call.method == "POST")
@@ -293,7 +293,7 @@ def test_broken_after_sending(listen, authority, send, call, by_proxy, scheme, a
 def test_silence_after_sending(listen, send):
     done = threading.Event()
     gateway = listen(lambda _: done.wait(2) and b"")
-    with pytest.raises(HeyGenTransientError, match="no answer arrived") as raised:
+    with pytest.raises(HeyGenTransientError, match="no readable response arrived") as raised:
         send(create_call(), settings_for(gateway.url, write_timeout=0.2))
     done.set()
     assert raised.value.outcome_unknown
@@ -450,7 +450,7 @@ def test_long_header(listen, send):
 )
 def test_unreadable_response(listen, send, answer):
     gateway = listen(lambda _: answer)
-    with pytest.raises(HeyGenTransientError, match=r"no answer arrived that can be read") as raised:
+    with pytest.raises(HeyGenTransientError, match=r"no readable response arrived") as raised:
         send(create_call(), settings_for(gateway.url))
     assert raised.value.outcome_unknown
 

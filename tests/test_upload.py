@@ -369,7 +369,7 @@ def test_an_upload_bears_silence_for_longer_than_a_connect(heygen, connect, paus
 
 def test_an_upload_does_not_bear_more_silence_than_it_was_told_to(connect, pauses, tmp_path):
     connect(SlowReader(30).url, connect_timeout=20, upload_timeout=0.3)
-    with pytest.raises(HeyGenTransientError, match="no answer arrived"):
+    with pytest.raises(HeyGenTransientError, match="no readable response arrived"):
         HeyGenHook(max_attempts=1).upload_asset(mp4(tmp_path / "v.mp4", 31 * MB))
 
 
@@ -466,7 +466,7 @@ def test_storage_that_never_shows_the_file(heygen, pauses, large):
     heygen.fail_next(
         path=".*/complete", status=409, code="conflict", message="Uploaded object not found yet.", count=99
     )
-    with pytest.raises(HeyGenTransientError, match=r"409 conflict to the completion.*not found yet"):
+    with pytest.raises(HeyGenTransientError, match=r"409 conflict for the completion.*not found yet"):
         HeyGenHook(max_attempts=4).upload_asset(large)
     assert len(pauses) == 3
     assert routes(heygen).count(DIRECT[1]) == 1
@@ -561,7 +561,7 @@ def test_a_put_follows_no_redirect(heygen, pauses, large, listen, status):
     other = listen()
     storage = listen(lambda _: (status, {"Location": f"{other.url}/elsewhere"}, b""))
     upload_to(heygen, storage.url)
-    with pytest.raises(HeyGenPermanentError, match=f"answered {status}.*does not follow redirects") as caught:
+    with pytest.raises(HeyGenPermanentError, match=f"returned {status}.*does not follow redirects") as caught:
         HeyGenHook().upload_asset(large)
     assert other.seen == []
     assert len(storage.seen) == 1
@@ -575,7 +575,7 @@ def test_what_storage_refuses(heygen, pauses, large, listen, status):
         lambda _: (status, {}, b"<Error><Code>Strange</Code><Message>?sig=SECRET</Message></Error>")
     )
     upload_to(heygen, storage.url)
-    with pytest.raises(HeyGenError, match=f"127.0.0.1 answered {status} Strange to the upload") as caught:
+    with pytest.raises(HeyGenError, match=f"127.0.0.1 returned {status} Strange for the upload") as caught:
         HeyGenHook(max_attempts=2).upload_asset(large)
     assert isinstance(caught.value, HeyGenPermanentError) is (status < 500)
     assert "SECRET" not in str(caught.value)
@@ -585,7 +585,7 @@ def test_what_storage_refuses(heygen, pauses, large, listen, status):
 def test_an_error_page_that_breaks_off(heygen, pauses, large, listen):
     storage = listen(lambda _: b"HTTP/1.1 507 Full\r\nContent-Length: 999\r\n\r\n<Error>")
     upload_to(heygen, storage.url)
-    with pytest.raises(HeyGenTransientError, match=r"127\.0\.0\.1 answered 507 to the upload"):
+    with pytest.raises(HeyGenTransientError, match=r"127\.0\.0\.1 returned 507 for the upload"):
         HeyGenHook(max_attempts=1).upload_asset(large)
 
 
@@ -945,8 +945,8 @@ def test_a_link_that_leads_where_it_must_not(heygen, connect, origin, url, error
 @pytest.mark.parametrize(
     ("content", "kind", "error"),
     [
-        ((404, {}, b""), HeyGenTransientError, "source video at 127.0.0.1 answered 404"),
-        ((200, {"Content-Type": "text/html"}, b"<html>"), HeyGenTransientError, "answered 200 .text/html"),
+        ((404, {}, b""), HeyGenTransientError, "source video at 127.0.0.1 returned 404"),
+        ((200, {"Content-Type": "text/html"}, b"<html>"), HeyGenTransientError, "returned 200 .text/html"),
         ((200, {}, b"<html>Sign in"), HeyGenTransientError, "gave a page instead of the source video"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", HeyGenTransientError, "ProtocolError while down"),
         ((200, {}, b"OggS" + bytes(600)), HeyGenTaskFailedError, "video: http.*v.mp4.* is an Ogg file"),

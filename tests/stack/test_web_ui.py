@@ -306,12 +306,12 @@ def testable(stack: Stack, connected: None) -> None:
         (
             "heygen_wrong_key",
             "Failed",
-            "HeyGen answered 401 .* the password of this connection .*'auth_type'",
+            "HeyGen returned 401 .* the password of this connection .*'auth_type'",
         ),
         (
             "heygen_wrong_resource",
             "Failed",
-            r"HeyGen answered 404 .* Remove the extra 'resource' \('lipsyncs'\) of this connection",
+            r"HeyGen returned 404 .* Remove the extra 'resource' \('lipsyncs'\) of this connection",
         ),
     ],
 )
