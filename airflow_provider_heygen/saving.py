@@ -113,7 +113,7 @@ class Saving:
         """
         sizes = [size_there(path) for path in self.files.values()]
         oldest = min(_modified(path, float("inf")) for path in self.files.values())
-        if None in sizes or any(_modified(path, 0.0) > oldest for path in sources):
+        if not all(sizes) or any(_modified(path, 0.0) > oldest for path in sources):
             return None
         return sizes[0]
 

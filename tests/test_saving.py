@@ -269,3 +269,49 @@ def test_a_missing_part_is_made_again(heygen, tmp_path):
     run(task)
     assert len(heygen.jobs) == 2
     assert (tmp_path / "v.srt").exists()
+
+
+def test_an_empty_file_is_no_video(heygen, tmp_path):
+    (tmp_path / "v.mp4").touch()
+    run(dubbing(f"{tmp_path}/v.mp4", skip_existing=True))
+    assert (tmp_path / "v.mp4").read_bytes() == heygen.jobs[0].output.read_bytes()
+
+
+@pytest.mark.parametrize("how", ["overwrite", "skip_existing"])
+@STORAGES
+def test_the_destination_is_not_a_source(heygen, storage, files, how):
+    """A retry would dub what the first try has saved."""
+    with open(files["video"].removeprefix("file://"), "rb") as file:
+        storage.write("v.mp4", file.read())
+    uri = storage.uri("v.mp4")
+    with pytest.raises(HeyGenTaskFailedError, match="destination is the file in video or audio"):
+        run(dubbing(uri, **{how: True, "video": ObjectStoragePath(uri), "audio": files["audio"]}))
+    assert heygen.requests == []
+
+
+def test_a_destination_that_is_lost_while_the_task_waits_is_not_final(heygen, tmp_path):
+    """Its template may read what a cleared task has returned."""
+    task = dubbing(f"{tmp_path}/v.mp4", deferrable=True)
+    deferred = task.start()
+    event = asyncio.run(anext(deferred.trigger.run())).payload
+    task.arguments["destination"] = "None"
+    with pytest.raises(HeyGenError, match=r"not saved: The path of the destination .* 'None'") as caught:
+        task.resume(deferred, event)
+    assert not isinstance(caught.value, AirflowFailException)
+    task.arguments["destination"] = f"{tmp_path}/v.mp4"
+    run(task)
+    assert len(heygen.jobs) == 1
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_connection_that_breaks_while_the_task_waits_is_not_final(heygen, connect, tmp_path, saves):
+    task = dubbing(f"{tmp_path}/v.mp4" if saves else None, deferrable=True)
+    deferred = task.start()
+    event = asyncio.run(anext(deferred.trigger.run())).payload
+    connect(heygen.url, "")
+    if saves:
+        with pytest.raises(HeyGenError, match=r"not saved: .* password is empty") as caught:
+            task.resume(deferred, event)
+        assert not isinstance(caught.value, AirflowFailException)
+    else:
+        assert task.resume(deferred, event) == heygen.jobs[0].id
