@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import TaskDeferred
@@ -108,7 +109,7 @@ class Dubbing:
                     self.task.log.info(why, saving.uri, size_text(size))
                     self.ti.xcom_push(key="overdub", value={"uri": saving.uri, "size": size})
                     return saving.uri
-            overdub_id = self._submit(request, files, saving.check_free if saving else None)
+            overdub_id = self._submit(request, files, partial(saving.check, self.hook) if saving else None)
             self.task.overdub_id = overdub_id
             self.ti.xcom_push(key="overdub_id", value=overdub_id)
             self.ti.xcom_push(key="asset_ids", value=self.ledger.asset_ids)

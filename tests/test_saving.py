@@ -133,6 +133,14 @@ def test_captions_in_the_way_are_found_too(heygen, tmp_path):
     assert heygen.requests == []
 
 
+@pytest.mark.parametrize("resource", ["overdubs", None])
+def test_captions_that_heygen_does_not_make_cost_nothing(heygen, tmp_path, resource):
+    with pytest.raises(HeyGenTaskFailedError, match="captions under resource 'lipsyncs' only; no overdub"):
+        run(dubbing(f"{tmp_path}/v.mp4", captions=True))
+    assert [request.path for request in heygen.requests] == ["/v3/overdubs"] * (resource is None)
+    assert heygen.jobs == []
+
+
 def test_a_retry_finds_its_own_file_and_starts_nothing(heygen, tmp_path):
     """The worker died after the video was saved, and before Airflow knew."""
     task = dubbing(f"{tmp_path}/v.mp4")
@@ -188,9 +196,14 @@ def test_lineage_has_the_overdub_and_the_files(heygen, tmp_path, deferrable):
     assert told.outputs[1].outputFacets["outputStatistics"].size == (tmp_path / "v.mp4").stat().st_size
 
 
-def test_a_task_that_fails_tells_what_it_has_saved(heygen, tmp_path, pauses):
-    task = dubbing(f"{tmp_path}/v.mp4", captions=True)  # 'overdubs' has no captions
-    with pytest.raises(HeyGenError, match="no link to the captions"):
+@LIPSYNCS
+def test_a_task_that_fails_tells_what_it_has_saved(heygen, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise HeyGenError("It broke.")
+
+    monkeypatch.setattr(HeyGenHook, "download_captions", broken)
+    task = dubbing(f"{tmp_path}/v.mp4", captions=True)
+    with pytest.raises(HeyGenError, match="It broke"):
         run(task)
     told = task.made[-1].get_openlineage_facets_on_failure(task.ti)
     assert named(told.outputs) == [("file", f"{tmp_path}/v.mp4")]
