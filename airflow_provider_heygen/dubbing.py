@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import TaskDeferred
@@ -24,7 +26,7 @@ from airflow_provider_heygen.exceptions import (
 )
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.lineage import media_uri
-from airflow_provider_heygen.media import size_text
+from airflow_provider_heygen.media import plain_uri, size_text
 from airflow_provider_heygen.metrics import Wait
 from airflow_provider_heygen.saving import Saving
 from airflow_provider_heygen.submitter import Ledger, submit
@@ -94,14 +96,20 @@ class Dubbing:
             seconds(self.task.poke_interval, "poke_interval")
             saving = self._saving()
             files = inputs(uris, self.hook, self.ledger.files)
+            paths = [file.path for file in files.values() if file.path]
+            if saving and plain_uri(saving.files["video"]) in map(plain_uri, paths):
+                # A retry would take the result for another source, and dub that.
+                raise HeyGenBadInputError(
+                    "destination is the file in video or audio. Choose another one; nothing was sent."
+                )
             if saving and self.task.skip_existing:
-                size = saving.size_if_current(file.path for file in files.values() if file.path)
+                size = saving.size_if_current(paths)
                 if size is not None:
                     why = "%s exists (%s) and is not older than its sources: nothing to do."
                     self.task.log.info(why, saving.uri, size_text(size))
                     self.ti.xcom_push(key="overdub", value={"uri": saving.uri, "size": size})
                     return saving.uri
-            overdub_id = self._submit(request, files, saving.check_free if saving else None)
+            overdub_id = self._submit(request, files, partial(saving.check, self.hook) if saving else None)
             self.task.overdub_id = overdub_id
             self.ti.xcom_push(key="overdub_id", value=overdub_id)
             self.ti.xcom_push(key="asset_ids", value=self.ledger.asset_ids)
@@ -256,23 +264,23 @@ class Dubbing:
     def _deliver(self, details: dict[str, Any]) -> str:
         result = self.task.overdub_id = str(details["overdub_id"])
         mode = self.task.mode if self.task.mode == "precision" else "speed"
-        cost = self.hook.settings.cost(mode, details.get("duration"))
-        details = {**details, "mode": mode, "cost": cost}
+        details = {**details, "mode": mode, "cost": None}
+        with suppress(Exception):  # a connection that is broken by now does not take back what is completed
+            details["cost"] = self.hook.settings.cost(mode, details.get("duration"))
         self.task.log.info("%s", summary(details))
-        if saving := self._saving(result):
-            try:
+        try:
+            if saving := self._saving(result):
                 with HeyGenHook(self.task.heygen_conn_id) as hook:  # one that may wait
                     hook.created_under = self.hook.created_under
-                    size = saving.save(hook)
-            except HeyGenError as error:
-                # Never final: the overdub is paid for, and before Airflow 3.3 a clear starts another.
-                raise HeyGenError(
-                    f"Overdub {result} is completed, but was not saved: {error} A retry saves it and"
-                    " starts no other overdub.",
-                    overdub_id=result,
-                ) from error
-            result = saving.uri
-            details = {**details, "uri": result, "size": size}
+                    details["size"] = saving.save(hook)
+                result = details["uri"] = saving.uri
+        except HeyGenError as error:
+            # Never final: the overdub is paid for, and before Airflow 3.3 a clear starts another.
+            raise HeyGenError(
+                f"Overdub {result} is completed, but was not saved: {error} A retry saves it and"
+                " starts no other overdub.",
+                overdub_id=result,
+            ) from error
         self.ti.xcom_push(key="overdub", value=details)
         self.ledger.delivered()
         return result

@@ -92,17 +92,26 @@ class Saving:
         max_tries = self.context["ti"].max_tries  # Airflow changes it at a clear
         return bool((self.store.get(STATE_KEY) or {}).get(fingerprint(path), max_tries) != max_tries)
 
-    def check_free(self) -> None:
+    def check(self, hook: HeyGenHook) -> None:
         """
-        Check that no file is in the way, before anything is paid for.
+        Check that no file is in the way, and that there will be captions, before anything is paid for.
 
-        :raises HeyGenBadInputError: if there is one that :meth:`save` would not replace.
+        :raises HeyGenBadInputError: if there is a file that :meth:`save` would not replace, or the account
+            has ``overdubs``, which have no captions.
         """
         for path in () if self.in_folder else self.files.values():
             if size_there(path) is not None and not self._replaces(path):
                 raise HeyGenBadInputError(
                     f"{redact_links(str(path))} exists already; no overdub was started. Set overwrite=True to"
                     " replace it or skip_existing=True to keep it, or choose another destination."
+                )
+        if "captions" in self.files:
+            _ = hook.known_resource or hook.list_overdubs(limit=1)  # finds it out
+            if hook.resource == "overdubs":
+                raise HeyGenBadInputError(
+                    "captions=True: HeyGen makes captions under resource 'lipsyncs' only; no overdub was"
+                    " started. If the account has it, set the extra 'resource' of Airflow connection"
+                    f" '{hook.heygen_conn_id}' to 'lipsyncs'; otherwise remove captions."
                 )
 
     def size_if_current(self, sources: Iterable[ObjectStoragePath]) -> int | None:
@@ -113,7 +122,7 @@ class Saving:
         """
         sizes = [size_there(path) for path in self.files.values()]
         oldest = min(_modified(path, float("inf")) for path in self.files.values())
-        if None in sizes or any(_modified(path, 0.0) > oldest for path in sources):
+        if not all(sizes) or any(_modified(path, 0.0) > oldest for path in sources):
             return None
         return sizes[0]
 

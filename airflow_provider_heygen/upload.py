@@ -232,19 +232,32 @@ class LinkedSource(Source):
         """
         Check the file behind a URL. Read no more of it than its beginning, if its server reports the size.
 
-        A URL may be signed again for each try: then the ``ETag`` identifies a version of the file.
+        A URL may be signed again for each try: then the ``ETag`` identifies a version of the file. A URL that
+        gives nothing any more names the file that an earlier try found there.
 
         :param known: see :meth:`Source.of`.
         :raises HeyGenError: see :meth:`Source.of` and :func:`.download.save`.
         """
-        head, size, version = hook.peek(link, what)
-        source = cls(None, size or 0, "", link=link, what=what, hook=hook)
+        shown = redact_links(link)
+        place = hashlib.sha256(json.dumps([what, shown]).encode()).hexdigest()
+        source = cls(None, 0, "", f"{place}:", link=link, what=what, hook=hook)
+        try:
+            head, size, version = hook.peek(link, what)
+        except HeyGenTransientError as error:
+            # The URL may have expired since an earlier try, or a deferral, which has uploaded the file.
+            source.fingerprint = next((key for key in known if key.startswith(f"{place}:")), None)
+            if source.fingerprint is None:
+                raise
+            source.known_digest, source.mime_type = known[source.fingerprint]
+            hook.log.warning("%s Going on with what an earlier try has found there.", error)
+            return source
+        source.size = size or 0
         if size is None:
             source.size = source.file.seek(0, os.SEEK_END)
         _check_size(str(source), source.size, hook.settings)
         if size and version:
-            place = str(source) if version[0] == "ETag" else link
-            source.fingerprint = hashlib.sha256(json.dumps([place, size, version]).encode()).hexdigest()
+            of = [shown if version[0] == "ETag" else link, size, version]
+            source.fingerprint = f"{place}:{hashlib.sha256(json.dumps(of).encode()).hexdigest()}"
             source.known_digest, _ = known.get(source.fingerprint, (None, None))
         source.mime_type = _media_type(io.BytesIO(head), str(source))
         return source

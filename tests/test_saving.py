@@ -133,6 +133,14 @@ def test_captions_in_the_way_are_found_too(heygen, tmp_path):
     assert heygen.requests == []
 
 
+@pytest.mark.parametrize("resource", ["overdubs", None])
+def test_captions_that_heygen_does_not_make_cost_nothing(heygen, tmp_path, resource):
+    with pytest.raises(HeyGenTaskFailedError, match="captions under resource 'lipsyncs' only; no overdub"):
+        run(dubbing(f"{tmp_path}/v.mp4", captions=True))
+    assert [request.path for request in heygen.requests] == ["/v3/overdubs"] * (resource is None)
+    assert heygen.jobs == []
+
+
 def test_a_retry_finds_its_own_file_and_starts_nothing(heygen, tmp_path):
     """The worker died after the video was saved, and before Airflow knew."""
     task = dubbing(f"{tmp_path}/v.mp4")
@@ -188,9 +196,14 @@ def test_lineage_has_the_overdub_and_the_files(heygen, tmp_path, deferrable):
     assert told.outputs[1].outputFacets["outputStatistics"].size == (tmp_path / "v.mp4").stat().st_size
 
 
-def test_a_task_that_fails_tells_what_it_has_saved(heygen, tmp_path, pauses):
-    task = dubbing(f"{tmp_path}/v.mp4", captions=True)  # 'overdubs' has no captions
-    with pytest.raises(HeyGenError, match="no link to the captions"):
+@LIPSYNCS
+def test_a_task_that_fails_tells_what_it_has_saved(heygen, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise HeyGenError("It broke.")
+
+    monkeypatch.setattr(HeyGenHook, "download_captions", broken)
+    task = dubbing(f"{tmp_path}/v.mp4", captions=True)
+    with pytest.raises(HeyGenError, match="It broke"):
         run(task)
     told = task.made[-1].get_openlineage_facets_on_failure(task.ti)
     assert named(told.outputs) == [("file", f"{tmp_path}/v.mp4")]
@@ -269,3 +282,49 @@ def test_a_missing_part_is_made_again(heygen, tmp_path):
     run(task)
     assert len(heygen.jobs) == 2
     assert (tmp_path / "v.srt").exists()
+
+
+def test_an_empty_file_is_no_video(heygen, tmp_path):
+    (tmp_path / "v.mp4").touch()
+    run(dubbing(f"{tmp_path}/v.mp4", skip_existing=True))
+    assert (tmp_path / "v.mp4").read_bytes() == heygen.jobs[0].output.read_bytes()
+
+
+@pytest.mark.parametrize("how", ["overwrite", "skip_existing"])
+@STORAGES
+def test_the_destination_is_not_a_source(heygen, storage, files, how):
+    """A retry would dub what the first try has saved."""
+    with open(files["video"].removeprefix("file://"), "rb") as file:
+        storage.write("v.mp4", file.read())
+    uri = storage.uri("v.mp4")
+    with pytest.raises(HeyGenTaskFailedError, match="destination is the file in video or audio"):
+        run(dubbing(uri, **{how: True, "video": ObjectStoragePath(uri), "audio": files["audio"]}))
+    assert heygen.requests == []
+
+
+def test_a_destination_that_is_lost_while_the_task_waits_is_not_final(heygen, tmp_path):
+    """Its template may read what a cleared task has returned."""
+    task = dubbing(f"{tmp_path}/v.mp4", deferrable=True)
+    deferred = task.start()
+    event = asyncio.run(anext(deferred.trigger.run())).payload
+    task.arguments["destination"] = "None"
+    with pytest.raises(HeyGenError, match=r"not saved: The path of the destination .* 'None'") as caught:
+        task.resume(deferred, event)
+    assert not isinstance(caught.value, AirflowFailException)
+    task.arguments["destination"] = f"{tmp_path}/v.mp4"
+    run(task)
+    assert len(heygen.jobs) == 1
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_connection_that_breaks_while_the_task_waits_is_not_final(heygen, connect, tmp_path, saves):
+    task = dubbing(f"{tmp_path}/v.mp4" if saves else None, deferrable=True)
+    deferred = task.start()
+    event = asyncio.run(anext(deferred.trigger.run())).payload
+    connect(heygen.url, "")
+    if saves:
+        with pytest.raises(HeyGenError, match=r"not saved: .* password is empty") as caught:
+            task.resume(deferred, event)
+        assert not isinstance(caught.value, AirflowFailException)
+    else:
+        assert task.resume(deferred, event) == heygen.jobs[0].id

@@ -1009,6 +1009,48 @@ def test_a_retry_downloads_no_more_than_it_must(heygen, pauses, origin, headers,
 VIDEO_AND_AUDIO = (("video", "/v.mp4"), ("audio", "/a.mp3"))
 
 
+def expire(origin):
+    origin.server.answer = lambda _: (403, {}, b"<Error><Code>AccessDenied</Code></Error>")
+
+
+@pytest.mark.parametrize("headers", [{}, {"ETag": '"1"'}], ids=str)
+def test_a_link_that_expires_loses_no_overdub(heygen, pauses, origin, headers, tmp_path):
+    for name, (content, _) in origin.files.items():
+        origin.files[name] = (content, headers)
+    heygen.fail_next(path="/files/", status=403, count=6)
+    task = Task(dub_links(origin, destination=f"{tmp_path}/v.mp4"), store=StateStore())
+    with pytest.raises(HeyGenError, match="not saved"):
+        task.start()
+    expire(origin)
+    assert task.start() == f"file://{tmp_path}/v.mp4"
+    assert (len(heygen.assets), len(heygen.jobs)) == (2, 1)
+    task.clear()  # perhaps because of what was there
+    with pytest.raises(HeyGenTransientError, match="may have expired"):
+        task.start()
+
+
+@pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
+def test_a_link_that_expires_in_the_queue_is_not_needed_again(heygen, pauses, origin, store):
+    task = Task(dub_links(origin, deferrable=True), store=StateStore() if store else None)
+    heygen.fail_next(method="POST", path="/v3/overdubs", status=429)
+    deferred = task.start()
+    expire(origin)
+    task.resume(deferred, {"status": "ready"})
+    assert (len(heygen.assets), len(heygen.jobs)) == (2, 1)
+
+
+def test_a_link_that_expires_before_the_file_is_uploaded(heygen, pauses, origin):
+    heygen.fail_next(path="/v3/assets", status=503, count=6)
+    task = Task(dub_links(origin), store=StateStore())
+    with pytest.raises(HeyGenTransientError, match="503"):
+        task.start()
+    expire(origin)
+    with pytest.raises(HeyGenTransientError, match="may have expired") as caught:
+        task.start()
+    assert "SECRET" not in str(caught.value)
+    assert heygen.jobs == []
+
+
 def test_a_retry_after_an_upload_that_failed_downloads_again(heygen, pauses, origin):
     heygen.fail_next(path="/v3/assets", status=503, count=6)
     task = Task(dub_links(origin), store=StateStore())
