@@ -255,7 +255,10 @@ def test_waits_until_its_timeout_and_says_why(outcome: Outcome, name: str) -> No
 @pytest.mark.parametrize("name", names(SENSORS, SKIPS))
 def test_is_skipped(outcome: Outcome, name: str) -> None:
     task = outcome.tasks[name]
-    assert (task["state"], task["try_number"]) == ("skipped", 1)
+    # Airflow may fail a try that is rescheduled for a second before its worker has reported that.
+    tries = {1, 2} if "reschedule" in name else {1}
+    assert task["state"] == "skipped"
+    assert task["try_number"] in tries, outcome.run.log(name, 1)
 
 
 @pytest.mark.parametrize("name", names(CREATES + SENSORS, ["survives_trouble"]))
