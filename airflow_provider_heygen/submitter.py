@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from airflow.providers.common.compat.sdk import Context
 
-    from airflow_provider_heygen.api import CreateOverdubRequest, Overdub
+    from airflow_provider_heygen.api import CreateOverdubRequest
     from airflow_provider_heygen.hooks.heygen import HeyGenHook
     from airflow_provider_heygen.upload import Source
 
@@ -164,29 +164,33 @@ def submit(
             return overdub_id
     if check is not None:
         check()
-    if reuse and (found := _find_reusable(body_digest, hook)):
-        log.info(
-            "Reattached to overdub %s %r, mode %s, which a task or run with the same request started %s ago.",
-            found.overdub_id,
-            redact_links(found.title or ""),
-            request.mode or "speed",
-            waiting.duration_text(time.time() - (found.created_at or 0)),
-        )
-        _reattach(ledger.begin(body_digest, submission), found.overdub_id, request, hook, ledger)
-        return found.overdub_id
+    if reuse and (found := _find_reusable(body_digest, request, hook)):
+        _reattach(ledger.begin(body_digest, submission), found, request, hook, ledger)
+        return found
     if submission is None or step is Step.POST_NEW:
         if submission is not None and submission.overdub_id and not submission.delivered:
             log.info(
                 "Overdub %s of an earlier try is left unchanged; submitting a new one.", submission.overdub_id
             )
         submission = ledger.begin(body_digest, submission)
+    return _send(request, submission, hook, ledger, files)
+
+
+def _send(
+    request: CreateOverdubRequest,
+    submission: Submission,
+    hook: HeyGenHook,
+    ledger: Ledger,
+    files: Mapping[str, Source],
+) -> str:
+    """Upload and create; once more if HeyGen has forgotten what an earlier try uploaded."""
     try:
         return _create(request, submission, hook, ledger, files)
     except HeyGenNotFoundError as error:
         if not files or error.code != "asset_not_found" or error.outcome_unknown:
             raise
         log.info("%s The files are uploaded again.", error)
-    submission = ledger.begin(body_digest, submission).model_copy(update={"assets": {}})
+    submission = ledger.begin(submission.digest, submission).model_copy(update={"assets": {}})
     return _create(request, submission, hook, ledger, files, generation=2)
 
 
@@ -200,9 +204,9 @@ def _reattach(
     metrics.reattached(ledger.ti)
 
 
-def _find_reusable(body_digest: str, hook: HeyGenHook) -> Overdub | None:
+def _find_reusable(body_digest: str, request: CreateOverdubRequest, hook: HeyGenHook) -> str | None:
     """
-    Return an overdub of the same request that has not failed and is younger than three days.
+    Return the id of an overdub of the same request that has not failed and is younger than three days.
 
     It is found by the ``callback_id`` that the provider sends. The order of HeyGen's list is not documented,
     so it is read until a page's worth of older overdubs in a row.
@@ -218,7 +222,15 @@ def _find_reusable(body_digest: str, hook: HeyGenHook) -> Overdub | None:
         in_a_row = 0
         same = (overdub.callback_id or "").startswith(content_prefix(body_digest))
         if same and overdub.status in usable:
-            return overdub
+            log.info(
+                "Reattached to overdub %s %r, mode %s, which a task or run with the same request started"
+                " %s ago.",
+                overdub.overdub_id,
+                redact_links(overdub.title or ""),
+                request.mode or "speed",
+                waiting.duration_text(time.time() - (overdub.created_at or 0)),
+            )
+            return overdub.overdub_id
     return None
 
 

@@ -218,7 +218,7 @@ def test_200_retries_while_answers_are_lost(heygen, pauses, monkeypatch, resourc
     heygen.behaviour.resources, heygen.behaviour.idempotency = resources, idempotency
     monkeypatch.setattr(heygen_hook, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(waiting, "GONE_SECONDS", 0.01)
-    dice, began = random.Random(13), time.monotonic()
+    dice = random.Random(13)
     for number in range(1, 41):
         task = Task(dub(wait_for_completion=False), store=StateStore() if store else None)
         task.ti.run_id = f"run {number}"
@@ -232,7 +232,6 @@ def test_200_retries_while_answers_are_lost(heygen, pauses, monkeypatch, resourc
             heygen.clear_faults()
         assert task.start() == heygen.jobs[-1].id
         assert len(heygen.jobs) == number
-    assert time.monotonic() - began < 20
 
 
 @MODES
