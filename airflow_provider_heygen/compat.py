@@ -16,11 +16,11 @@ _asking: set[asyncio.Task[Any]] = set()
 
 async def to_its_end(question: Coroutine[Any, Any, T]) -> T:
     """
-    Await a call to Airflow and let it finish even if the caller is cancelled meanwhile.
+    Await a call to Airflow, and finish it even if the caller is cancelled.
 
-    Before Airflow 3.2, a response that is not read stays in the pipe between triggerer and supervisor. The
-    next call reads it as its own and fails (observed on Airflow 3.1); if that is the call of the runner of
-    all triggers, all of them end.
+    Before Airflow 3.2, an unread response stays in the pipe between triggerer and supervisor. The next call
+    reads that response and fails (observed on Airflow 3.1). If the trigger runner made the next call, all
+    triggers end.
     """
     task = asyncio.create_task(question)
     _asking.add(task)  # an event loop itself does not keep its tasks alive
@@ -29,21 +29,21 @@ async def to_its_end(question: Coroutine[Any, Any, T]) -> T:
 
 
 def is_deferral_timeout(next_method: str, next_kwargs: Any) -> bool:
-    """Return whether Airflow ended a deferral by its timeout, as it does where no triggerer comes."""
+    """Return whether Airflow ended a deferral by its timeout, as it does if no triggerer runs."""
     error = (next_kwargs or {}).get("error")
     return next_method == "__fail__" and str(getattr(error, "value", error)) == "Trigger timeout"
 
 
 def task_state_store(context: Any) -> Any:
-    """Return Airflow's task state store, or ``None`` before Airflow 3.3, which has none."""
+    """Return Airflow's task state store, or ``None`` before Airflow 3.3."""
     return context.get("task_state_store")
 
 
 def triggerer_stats() -> Any:
     """
-    Return Airflow's metrics as a triggerer has set them up.
+    Return the metrics that a triggerer sets up.
 
-    From Airflow 3.2 on there are two: a worker sets up those of the Task SDK, a triggerer those of the core.
+    Since Airflow 3.2, a worker sets up the metrics of the Task SDK, and a triggerer those of Airflow core.
     """
     with suppress(ImportError):
         from airflow.observability import stats

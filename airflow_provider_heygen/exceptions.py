@@ -1,8 +1,8 @@
 """
-What went wrong, as facts; and how long to pause after it.
+Exceptions that state facts, and the delay after a failure.
 
-An exception says who responded and whether the request took effect. What follows from it depends on what was
-being done: the operators decide that (a refused create fails the task, a refused poll is waited out).
+An exception states who responded and whether the request took effect. The operators decide what follows: a
+rejected create request fails the task, a rejected poll does not end the wait.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from dataclasses import KW_ONLY, dataclass
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
 MAX_RETRY_AFTER = 900.0
-"""The longest ``Retry-After`` that is honoured, in seconds: one absurd header must not silence a
-connection."""
+"""The longest ``Retry-After`` that is honoured, in seconds: no header may stop a connection for longer."""
 
 
 @dataclass(eq=False, repr=False)
@@ -34,7 +33,7 @@ class HeyGenError(AirflowException):
     :param outcome_unknown: whether the request may have taken effect although its response was lost or came
         from a gateway. Search for the overdub before you repeat a create request.
     :param overdub_id: the overdub, if known.
-    :param no_slot: whether HeyGen returned 429 to a create request. A 429 to an upload says nothing of slots.
+    :param no_slot: whether HeyGen returned 429 to a create request. A 429 to an upload has other causes.
     """
 
     message: str
@@ -59,7 +58,7 @@ class HeyGenTransientError(HeyGenError):
 
 class HeyGenGatewayError(HeyGenTransientError):
     """
-    An error response without HeyGen's envelope: a gateway, proxy or firewall responded, not HeyGen.
+    An error response without HeyGen's envelope: a gateway, proxy or firewall responded instead of HeyGen.
 
     HeyGen documents ``error.code`` and ``error.message`` in every error response, so this one proves nothing
     about the request, whatever its status.
@@ -71,7 +70,7 @@ class HeyGenUnreachableError(HeyGenTransientError):
 
 
 class HeyGenPermanentError(HeyGenError):
-    """HeyGen rejected the request and would do so again. Of an overdub that is running, this says nothing."""
+    """HeyGen rejected the request and would do so again. This does not affect an overdub that runs."""
 
 
 class HeyGenBadInputError(HeyGenPermanentError, ValueError):
@@ -113,14 +112,14 @@ def retry_delay(
     failures: int, error: BaseException | None = None, *, first: float = 1.0, longest: float = 30.0
 ) -> float:
     """
-    Return the seconds to pause after a failure: never less than HeyGen asked for, and at most 15 minutes.
+    Return the delay in seconds after a failure: at least what HeyGen asked for, and at most 15 minutes.
 
     :param failures: consecutive failures so far, from 1.
-    :param error: the last one; its ``retry_after`` counts.
-    :param first: seconds after the first failure; doubles with each further one.
-    :param longest: the longest pause, in seconds, that HeyGen did not ask for.
+    :param error: the last failure; its ``retry_after`` applies.
+    :param first: delay after the first failure, in seconds; doubles with each further failure.
+    :param longest: longest delay, in seconds, unless HeyGen asks for more.
     """
     backoff = min(first * 2.0 ** min(failures - 1, 30), max(first, longest))
     asked = getattr(error, "retry_after", None) or 0.0
-    # Jitter spreads those that failed together; it never shortens what HeyGen asked for.
+    # Jitter spreads requests that failed together; it never shortens what HeyGen asked for.
     return min(max(backoff, asked) * random.uniform(1.0, 1.25), max(MAX_RETRY_AFTER, first))  # noqa: S311

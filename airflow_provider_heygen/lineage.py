@@ -1,12 +1,12 @@
 """
-What tasks tell OpenLineage: datasets under the names that other tools give them, and none of their secrets.
+Datasets that tasks report to OpenLineage, under the names that other tools use, and without secrets.
 
-HeyGen's own objects are in the namespace ``heygen``: ``overdubs/<id>``, whatever the connection's resource is
-called, and ``assets/<id>``. Files are named as OpenLineage's conventions say, without the Airflow connection
-that reads them; links without their query and user.
+HeyGen's objects are in the namespace ``heygen``: ``overdubs/<id>``, under either name of the resource, and
+``assets/<id>``. The names of files follow OpenLineage's conventions, without Airflow connection ids and
+without the query and user of URLs.
 
-Airflow imports this module wherever an Asset is made, so nothing heavy stands at its top, and what it needs
-of OpenLineage is imported where OpenLineage calls.
+Airflow imports this module wherever an Asset is made, so it imports nothing heavy at its top, and OpenLineage
+only in the functions that OpenLineage calls.
 """
 
 from __future__ import annotations
@@ -25,26 +25,25 @@ if TYPE_CHECKING:
 
 NAMESPACE = "heygen"
 
-# The same store under the names of several clients.
+# Several clients have different names for the same store.
 _ONE_STORE = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
 
 
 def overdub_uri(overdub_id: str) -> str:
-    """Give the URI of an overdub as an Airflow Asset."""
+    """Return the URI of an overdub as an Airflow Asset."""
     return f"{NAMESPACE}://overdubs/{overdub_id}"
 
 
 def asset_uri(asset_id: str) -> str:
-    """Give the URI of an uploaded file as an Airflow Asset."""
+    """Return the URI of a HeyGen asset as an Airflow Asset."""
     return f"{NAMESPACE}://assets/{asset_id}"
 
 
 def media_uri(value: Any) -> str | None:
     """
-    Give the URI of what ``video`` or ``audio`` names.
+    Return the URI of ``video`` or ``audio``, or ``None`` if it is empty.
 
-    :param value: a link, the URI or path of a file, an ObjectStoragePath, or HeyGen's ``{"type": ...}``.
-    :returns: ``None`` if it names nothing.
+    :param value: URL, URI or path of a file, ObjectStoragePath, or HeyGen's ``{"type": ...}``.
     """
     if isinstance(value, dict):
         if value.get("asset_id"):
@@ -55,10 +54,10 @@ def media_uri(value: Any) -> str | None:
 
 def dataset(uri: str) -> Dataset:
     """
-    Give the dataset of a URI, or of a local path.
+    Return the dataset of a URI or a local path.
 
-    By OpenLineage's naming conventions, as the converters of Airflow's own providers have it: a file that
-    another task writes or reads is the same dataset there.
+    Its name follows OpenLineage's conventions, as in Airflow's own providers. Other tasks that use the file
+    then report the same dataset.
     """
     from airflow.providers.common.compat.openlineage.facet import Dataset
 
@@ -73,10 +72,10 @@ def _name(uri: str) -> tuple[str, str]:
     if not separator or scheme == "file":
         return "file", os.path.abspath(rest if separator else uri)
     if scheme in ("http", "https"):
-        parts = urlsplit(redact_links(uri))  # before, because an error of urlsplit quotes what it was given
+        parts = urlsplit(redact_links(uri))  # redacted first, because an error of urlsplit quotes the URL
         return f"{scheme}://{parts.netloc.rpartition('@')[2]}", parts.path or "/"
     authority, _, path = redact_links(rest).partition("/")
-    authority = authority.rpartition("@")[2]  # the name of an Airflow connection, or a user
+    authority = authority.rpartition("@")[2]  # an Airflow connection id, or a user
     if scheme == NAMESPACE:
         return NAMESPACE, f"{authority}/{path}"
     return f"{_ONE_STORE.get(scheme, scheme)}://{authority}", path.strip("/") or "/"
@@ -84,9 +83,9 @@ def _name(uri: str) -> tuple[str, str]:
 
 def of_task(inputs: Iterable[str | None], outputs: Iterable[Dataset]) -> OperatorLineage[Any, Any]:
     """
-    Give a task's lineage as OpenLineage takes it.
+    Return a task's lineage for OpenLineage.
 
-    :param inputs: URIs; ``None`` is passed over.
+    :param inputs: URIs; ``None`` is skipped.
     """
     from airflow.providers.openlineage.extractors import OperatorLineage
 
@@ -95,9 +94,9 @@ def of_task(inputs: Iterable[str | None], outputs: Iterable[Dataset]) -> Operato
 
 def written(uri: str, size: int) -> Dataset:
     """
-    Give the dataset of a file that a task has written.
+    Return the dataset of a file that a task has written.
 
-    :param size: in bytes.
+    :param size: size in bytes.
     """
     from airflow.providers.common.compat.openlineage.facet import (
         OutputDataset,
@@ -115,7 +114,7 @@ def sanitize_uri(uri: SplitResult) -> SplitResult:
     """
     Check the URI of an Airflow Asset: ``heygen://overdubs/<id>`` or ``heygen://assets/<id>``.
 
-    :raises ValueError: it names nothing.
+    :raises ValueError: if it names nothing.
     """
     if not uri.netloc or uri.path in ("", "/"):
         raise ValueError("URI format heygen:// must be heygen://overdubs/<id> or heygen://assets/<id>")
@@ -123,5 +122,5 @@ def sanitize_uri(uri: SplitResult) -> SplitResult:
 
 
 def convert_asset(asset: Asset, lineage_context: Any) -> Dataset:  # noqa: ARG001
-    """Translate such an Asset for OpenLineage, which finds it in the lineage of hooks."""
+    """Return the dataset of an Airflow Asset that OpenLineage finds in hook lineage."""
     return dataset(asset.uri)

@@ -1,8 +1,8 @@
 """
 Counts for Airflow's metrics: StatsD, Datadog or OpenTelemetry.
 
-Each event is counted once, where it is known to have happened. A metrics error never fails a task. The table
-of names is in ``docs/guides/observability.md``.
+Each event is counted once, where it is known to have happened. A metrics error never fails a task.
+``docs/guides/observability.md`` lists the names.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 
 def submitted(ti: Any) -> None:
-    """Count an overdub that a task has started: HeyGen returned its id."""
+    """Count an overdub that a task started and whose id HeyGen returned."""
     _send("incr", "heygen.overdubs.submitted", tags=_tags(ti))
 
 
 def reattached(ti: Any) -> None:
-    """Count an overdub of an earlier try that a task reattaches to."""
+    """Count an overdub to which a task reattaches."""
     _send("incr", "heygen.overdubs.reattached", tags=_tags(ti))
 
 
@@ -41,7 +41,7 @@ class Wait:
     """
     The wait of one task instance for its overdub.
 
-    :param ti: its ``dag_id`` and ``task_id`` become tags.
+    :param ti: the task instance; its ``dag_id`` and ``task_id`` become tags.
     :param since: start of the wait in Unix seconds; ``None`` if unknown, and then the wait is not timed.
     """
 
@@ -60,7 +60,7 @@ class Wait:
         tags = _tags(self.ti)
         _send("incr", f"heygen.overdubs.{status}", tags=tags)
         if self.since is not None:
-            # The backends give a plain number different units.
+            # The backends interpret a plain number in different units.
             took = timedelta(seconds=max(0.0, time.time() - self.since))
             _send("timing", "heygen.overdubs.wait", took, tags=tags | {"status": status})
 

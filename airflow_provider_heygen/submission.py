@@ -1,10 +1,10 @@
 """
-Exactly once: what a task has submitted so far, and what to do about it when it starts again.
+The submission record of a task, and the decision what the next try does with it.
 
-HeyGen bills each job that completes, so a crash, a retry or a lost answer must not start a second one; a job
-that failed, a changed request and a clear after success must. The record below is written to Airflow's task
-state store (3.3+) *before* the request is sent, so whoever comes next knows that something may be out there.
-This module decides, :mod:`.submitter` carries it out.
+HeyGen bills each overdub that completes. A crash, a retry or a lost response must not start a second one; a
+failed overdub, a changed request and a clear after success must. The record is written to Airflow's task
+state store (3.3+) *before* the request is sent. The next try then knows that a request may have reached
+HeyGen. This module decides, and :mod:`.submitter` acts.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ if TYPE_CHECKING:
     from airflow_provider_heygen.api import CreateOverdubRequest
 
 STATE_KEY = "heygen_overdub"
-"""The key in the task state store; frozen, retries of an older release must find it."""
+"""The key in the task state store; frozen, because a retry after an upgrade must find it."""
 
 _NAMESPACE = uuid.UUID("6f0c8a2e-41d5-5b7c-9d0e-8f1f6a3b2c4d")
 
 
 class Submission(BaseModel):
     """
-    One submission of one task.
+    The submission record of a task.
 
-    :param digest: of the request, to tell a changed one: see :func:`digest`.
-    :param number: counts the submissions of this task; a new one gets a new key.
+    :param digest: digest of the request, to detect a changed request; see :func:`digest`.
+    :param number: number of this submission of the task, from 1. Each submission has its own key.
     :param key: idempotency key, and ``callback_id`` unless the author set one; see :func:`content_prefix`.
     :param began: Unix seconds of the first attempt.
-    :param max_tries: the task's ``max_tries`` then. Airflow sets it anew when somebody clears the task, to
-        the tries so far and ``retries``, and leaves it alone over retries.
-    :param sent: a request may have reached HeyGen.
-    :param sent_at: Unix seconds of the last time that may have been.
-    :param overdub_id: what HeyGen answered, once it has.
-    :param answered: Unix seconds of that answer; how fresh the overdub is.
-    :param delivered: the task has handed on the result.
-    :param title: the title that it was sent with.
-    :param callback_id: the author's ``callback_id`` that it was sent with.
-    :param labels: a digest of the other labels, to notice a change.
-    :param resource: HeyGen's name for the resource, under which it was sent, if it was known then.
-    :param assets: what was uploaded for it: the SHA-256 of each file, and the asset it has become.
-    :param files: SHA-256 and MIME type of each file by its fingerprint, so that it is read once.
+    :param max_tries: the task's ``max_tries`` at that time. When a user clears the task, Airflow sets it to
+        the tries so far plus ``retries``. A retry does not change it.
+    :param sent: whether a create request may have reached HeyGen.
+    :param sent_at: Unix seconds of the last attempt that may have reached HeyGen.
+    :param overdub_id: the overdub, once HeyGen has returned its id.
+    :param answered: Unix seconds of the response with the id.
+    :param delivered: whether the task has returned the result.
+    :param title: the title in the request.
+    :param callback_id: the author's own ``callback_id`` in the request.
+    :param labels: digest of the other labels, to detect a change.
+    :param resource: HeyGen's name for the resource in the request, if known.
+    :param assets: the id of each uploaded HeyGen asset, by the SHA-256 of its file.
+    :param files: SHA-256 and MIME type of each file by its fingerprint, so that a file is read once.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -71,7 +71,7 @@ class Submission(BaseModel):
 
     @classmethod
     def load(cls, stored: Any) -> Submission | None:
-        """Read what the state store holds; what no release has written counts as nothing."""
+        """Return the stored record, or ``None`` if there is none or it is invalid."""
         try:
             return cls.model_validate(stored)
         except ValidationError:
@@ -79,10 +79,10 @@ class Submission(BaseModel):
 
     def same_request(self, other: str, max_tries: int) -> bool:
         """
-        Tell whether a digest is of the request this submission is for.
+        Return whether a digest is of the request of this submission.
 
-        A template may sign an input's link anew for each try, which does not make a retry another wish. After
-        a clear it may: somebody has perhaps corrected the link.
+        A template may sign an input URL again on each try, so on a retry a changed query is not a changed
+        request. After a clear it is: a user may have corrected the URL.
         """
         if self.max_tries != max_tries:
             return self.digest == other
@@ -90,15 +90,15 @@ class Submission(BaseModel):
 
 
 def content_prefix(digest: str) -> str:
-    """Return the beginning of the keys of all submissions that ask for the same, in any task and run."""
+    """Return the prefix of the keys of all submissions of the same request, in any task and DAG run."""
     return f"{digest.rpartition(':')[2][:32]}:"
 
 
 def derived_key(ti: Any, digest: str) -> str:
     """
-    Give a key that a retry of a task instance comes to by itself, for an Airflow without a state store.
+    Derive the key from the task instance, for Airflow versions without a task state store.
 
-    It changes with a clear, and never with the try number, or a retry would start a second overdub.
+    It changes with a clear, but not with the try number, or a retry would start a second overdub.
     """
     unsigned, _, whole = digest.partition(":")
     parts = (ti.dag_id, ti.run_id, ti.task_id, ti.map_index, ti.max_tries, unsigned)
@@ -109,24 +109,24 @@ def derived_key(ti: Any, digest: str) -> str:
 
 def upload_key(submission: Submission, digest: str, max_tries: int, generation: int) -> str:
     """
-    Give the idempotency key of one upload for a submission.
+    Return the idempotency key of one upload for a submission.
 
     :param digest: SHA-256 of the file.
-    :param max_tries: the task's ``max_tries`` now: after a clear the same key would bring the old asset.
-    :param generation: begins when HeyGen has forgotten the asset.
+    :param max_tries: the task's ``max_tries`` now: after a clear, the same key would return the old asset.
+    :param generation: increases when HeyGen no longer has the asset.
     """
     return str(uuid.uuid5(_NAMESPACE, json.dumps((submission.key, max_tries, generation, digest))))
 
 
 LABELS = ("title", "callback_url", "callback_id", "folder_id")
-"""Fields that HeyGen does not bill: another value does not make another overdub."""
+"""Fields that HeyGen does not bill: another value does not lead to another overdub."""
 
 
 def digest(request: CreateOverdubRequest) -> str:
     """
-    Return two digests of what is billed of a request: without credentials and queries in its URLs, and whole.
+    Return two digests of the billed fields: without credentials and queries in their URLs, and complete.
 
-    Records outlive releases, so this must not change; what is redacted for a log may.
+    Records outlive releases, so this must not change, even if the redaction of log lines does.
     """
     billed = {name: value for name, value in request.body().items() if name not in LABELS}
     body = json.dumps(billed, sort_keys=True)
@@ -135,7 +135,7 @@ def digest(request: CreateOverdubRequest) -> str:
 
 
 def labels(request: CreateOverdubRequest) -> dict[str, Any]:
-    """Return what a record keeps of a request's labels: of a callback URL, which may be secret, a digest."""
+    """Return a request's labels for the record; a callback URL may be secret, so only as a digest."""
     others = json.dumps((request.callback_url, request.folder_id)).encode()
     return {
         "title": request.title,
@@ -145,11 +145,11 @@ def labels(request: CreateOverdubRequest) -> dict[str, Any]:
 
 
 class Seen(StrEnum):
-    """What HeyGen has of a submission."""
+    """The state of a submission's overdub at HeyGen."""
 
     NOT_LOOKED = "not looked"
     ALIVE = "alive"
-    """It is not final, or completed."""
+    """The overdub is not final, or completed."""
     FAILED = "failed"
     MISSING = "missing"
 
@@ -166,19 +166,18 @@ class Step(StrEnum):
 
 def next_step(record: Submission | None, digest: str, max_tries: int, seen: Seen = Seen.NOT_LOOKED) -> Step:
     """
-    Decide what a starting task does.
+    Decide what a try does.
 
-    :param record: what an earlier run of this task instance left behind.
-    :param digest: of the request it would send now.
+    :param record: what the task instance has submitted so far.
+    :param digest: digest of the request of this try.
     :param max_tries: the task's ``max_tries`` now.
-    :param seen: what HeyGen has; first ask without, then again with what :attr:`Step.LOOK` or
-        :attr:`Step.SEARCH` found.
+    :param seen: what :attr:`Step.LOOK` or :attr:`Step.SEARCH` has found; the first call omits it.
     """
     if record is None or not record.same_request(digest, max_tries):
         return Step.POST_NEW
     if record.delivered and record.max_tries != max_tries:
-        # Cleared after success: "do it again". Without a clear in between, the worker died after it had
-        # noted the delivery and before Airflow knew.
+        # A user cleared the task after its success. Without a clear, the worker died after it recorded the
+        # delivery and before Airflow recorded the success.
         return Step.POST_NEW
     if record.overdub_id is None and not record.sent:
         return Step.POST_AGAIN
@@ -187,6 +186,6 @@ def next_step(record: Submission | None, digest: str, max_tries: int, seen: Seen
     if seen is Seen.FAILED:
         return Step.POST_NEW
     if seen is Seen.MISSING:
-        # An id that is certainly gone was deleted. One we never learnt may not have come to be.
+        # An overdub with a known id was deleted. Without an id, the request may never have arrived.
         return Step.POST_NEW if record.overdub_id else Step.POST_AGAIN
     return Step.ATTACH

@@ -1,4 +1,4 @@
-"""Start one overdub, or upload one file, for one task instance: :mod:`.submission`, carried out."""
+"""Start one overdub, or upload one file, for one task instance, as :mod:`.submission` decides."""
 
 from __future__ import annotations
 
@@ -42,19 +42,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REUSE_SECONDS = 3 * 24 * 60 * 60
-"""How old an overdub of another task or run may be to be reused."""
+"""Maximum age in seconds of an overdub of another task or DAG run that may be reused."""
 
 
 class Ledger:
     """
     The submission record of a task instance, in Airflow's task state store (3.3+).
 
-    Before 3.3 it lasts as long as the try; what an earlier try may have sent is derived from the task
-    instance.
+    Before 3.3, it lasts for one try, and what an earlier try may have sent is derived from the task instance.
 
-    :param durable: without it the record lasts as long as the try, and nothing is derived.
-    :param again: this run goes on after a deferral in which nothing was waited for but HeyGen's patience.
-    :param kept: :attr:`kept` of the run before that deferral.
+    :param durable: ``False`` if the record lasts for one try and nothing is derived.
+    :param again: whether the task continues after it was deferred until HeyGen has a free slot.
+    :param kept: :attr:`kept` before that deferral.
     """
 
     def __init__(self, context: Context, *, durable: bool, again: bool = False, kept: Any = None) -> None:
@@ -67,38 +66,38 @@ class Ledger:
 
     @cached_property
     def record(self) -> Submission | None:
-        """What this and earlier runs of the task instance have written; read once."""
+        """The record of this and earlier tries, read once."""
         if self.store is None:
             return Submission.load(self._kept)
         record = Submission.load(self.store.get(STATE_KEY))
         if record is not None and record.max_tries != self.ti.max_tries:
-            # Somebody has cleared the task, perhaps because of what was uploaded.
+            # A user has cleared the task, perhaps because of the uploaded files.
             return record.model_copy(update={"assets": {}, "files": {}})
         return record
 
     @property
     def kept(self) -> Any:
-        """The record as JSON, where no store keeps it over a deferral."""
+        """The record as JSON, if no store keeps it during a deferral."""
         return self.record.model_dump(mode="json") if self.store is None and self.record else None
 
     @property
     def files(self) -> Mapping[str, tuple[str, str]]:
-        """What is known of files by their fingerprint."""
+        """SHA-256 and MIME type of files by their fingerprint."""
         return self.record.files if self.record else {}
 
     def recall(self, body_digest: str) -> Submission | None:
-        """Return what an earlier run of this task instance has left behind."""
+        """Return what the task instance has submitted so far."""
         derive = self.durable and self.store is None and (self.ti.try_number > 1 or self.again)
         if self.record is None and derive:
             began = self.dag_run_began.timestamp() if self.dag_run_began else time.time()
-            # When an earlier try sent it is not known, only that it did not after this one began.
+            # The time of sending is unknown, but has passed.
             found = {"began": began, "sent": True, "sent_at": time.time()}
             self.record = self.begin(body_digest, None).model_copy(update=found)
         return self.record
 
     def begin(self, body_digest: str, before: Submission | None) -> Submission:
-        """Begin a new submission; nothing is written yet."""
-        # What is written down can be random, and then no other Airflow comes to the same one.
+        """Return a new submission, not yet written."""
+        # A stored key can be random, so no other Airflow has the same one.
         derive = self.durable and self.store is None
         random = f"{content_prefix(body_digest)}{uuid.uuid4()}"
         return Submission(
@@ -111,7 +110,7 @@ class Ledger:
         )
 
     def write(self, submission: Submission, **changes: Any) -> None:
-        """Write it down, changed, for whoever runs this task instance next."""
+        """Write a changed submission for the next try."""
         self.record = submission.model_copy(update={**changes, "max_tries": self.ti.max_tries})
         if self.store is not None:
             self.store.set(STATE_KEY, self.record.model_dump(mode="json"))
@@ -123,11 +122,11 @@ class Ledger:
 
     @property
     def asset_ids(self) -> list[str]:
-        """The assets that were uploaded for the overdub."""
+        """The ids of the HeyGen assets that were uploaded for the overdub."""
         return list(self.record.assets.values()) if self.record else []
 
     def delivered(self) -> None:
-        """Note that the task hands on its result: a clear after this wants another overdub."""
+        """Record that the task returns its result: clearing it now starts another overdub."""
         if self.record is not None and self.store is not None:
             self.write(self.record, delivered=True)
 
@@ -142,15 +141,14 @@ def submit(
     reuse: bool = False,
 ) -> str:
     """
-    Start the overdub, or reattach to the one that an earlier run of this task has started. Return its id.
+    Start the overdub, or reattach to the overdub of an earlier try, and return its id.
 
-    :param files: those of ``video`` and ``audio`` that are to be uploaded for it, in place of what the
-        request has there.
+    :param files: files to upload for ``video`` and ``audio``, instead of these fields of the request.
     :param check: called before anything is sent for a new overdub.
-    :param reuse: reattach to an overdub of another task or run, too; see :func:`_find_reusable`.
-    :raises HeyGenError: if it could not be started; the ledger knows whether something may have been sent.
+    :param reuse: whether to reattach to an overdub of another task or DAG run; see :func:`_find_reusable`.
+    :raises HeyGenError: if no overdub could be started. The record states whether a request may be out.
     """
-    # The bytes are what is wished for: the asset they become is another one after each upload.
+    # The digest contains the content of a file, because each upload creates another asset.
     request = _with_assets(request, {name: f"sha256:{file.digest}" for name, file in files.items()})
     body_digest = digest(request)
     submission = ledger.recall(body_digest)
@@ -208,8 +206,8 @@ def _find_reusable(body_digest: str, request: CreateOverdubRequest, hook: HeyGen
     """
     Return the id of an overdub of the same request that has not failed and is younger than three days.
 
-    It is found by the ``callback_id`` that the provider sends. The order of HeyGen's list is not documented,
-    so it is read until a page's worth of older overdubs in a row.
+    It is found by the provider's ``callback_id``. HeyGen does not document the order of its list, so the list
+    is read until as many consecutive overdubs as fit on a page are older.
     """
     usable = (OverdubStatus.PENDING, OverdubStatus.RUNNING, OverdubStatus.COMPLETED)
     oldest, in_a_row = time.time() - REUSE_SECONDS, 0
@@ -245,13 +243,13 @@ def _create(
     submission = _upload(files.values(), submission, hook, ledger, generation)
     request = _with_assets(request, {name: submission.assets[file.digest] for name, file in files.items()})
     if submission.sent and submission.labels:
-        # An earlier attempt may yet take effect, and is found by what it was sent with.
+        # An earlier attempt may still take effect. A search finds it by its own callback_id.
         request = request.model_copy(update={"callback_id": submission.callback_id})
     submission = before = submission.model_copy(update=labels(request))
     hook.created_under = submission.resource
 
     def note() -> None:
-        # The next try must know that it may have been sent, when, and under which name of the resource.
+        # The next try must know that the request may have been sent, when, and under which resource.
         nonlocal submission
         submission = submission.model_copy(update={"sent": True, "resource": hook.known_resource})
         ledger.write(submission, sent_at=time.time())
@@ -260,7 +258,7 @@ def _create(
         overdub_id = hook.create_overdub(request, idempotency_key=submission.key, before_sending=note)
     except HeyGenError as error:
         error.no_slot = error.status_code == 429 and not error.outcome_unknown
-        # This run may be sure that it started nothing; it does not speak for an earlier one.
+        # Even if this try started nothing, an earlier one may have: keep its record.
         if error.outcome_unknown:
             ledger.write(submission, sent=True, sent_at=time.time())
         else:
@@ -268,14 +266,14 @@ def _create(
         raise
     found = {"resource": hook.known_resource, "overdub_id": overdub_id, "answered": time.time()}
     ledger.write(submission, sent=True, **found)
-    metrics.submitted(ledger.ti)  # when it is written: whoever finds it does not count it again
+    metrics.submitted(ledger.ti)  # after writing, so that no retry counts it again
     title = f" {redact_links(request.title)!r}" if request.title else ""
     log.info("Started overdub %s%s, mode %s.", overdub_id, title, request.mode or "speed")
     return overdub_id
 
 
 def upload_once(file: Source, hook: HeyGenHook, ledger: Ledger) -> str:
-    """Upload a file, or go on with what an earlier run of this task has uploaded. Gives the asset's id."""
+    """Return the asset id of a file, which is uploaded unless an earlier try has uploaded it."""
     submission = ledger.recall(file.digest)
     if submission is None or next_step(submission, file.digest, ledger.ti.max_tries) is Step.POST_NEW:
         submission = ledger.begin(file.digest, submission)
@@ -285,7 +283,7 @@ def upload_once(file: Source, hook: HeyGenHook, ledger: Ledger) -> str:
 def _upload(
     files: Collection[Source], submission: Submission, hook: HeyGenHook, ledger: Ledger, generation: int = 1
 ) -> Submission:
-    """Upload what is not uploaded yet; return the submission with all of its assets."""
+    """Upload the files that are not uploaded yet; return the submission with all of its assets."""
     seen = {file.fingerprint: (file.digest, file.mime_type) for file in files if file.fingerprint}
     submission = submission.model_copy(update={"files": seen})
     for file in files:
@@ -293,7 +291,7 @@ def _upload(
             asset_id = submission.assets[file.digest]
             log.info("Uploaded before (%s): %s, as asset %s.", size_text(file.size), file, asset_id)
             continue
-        # Before the request: whoever comes after us must send it under the same key.
+        # Written before the request, because the next try must send the file under the same key.
         ledger.write(submission)
         key = upload_key(submission, file.digest, ledger.ti.max_tries, generation)
         began = time.monotonic()
@@ -320,10 +318,10 @@ def _with_assets(request: CreateOverdubRequest, asset_ids: Mapping[str, str]) ->
 def _see(
     submission: Submission, request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger
 ) -> tuple[Submission, str, Seen]:
-    """Find out what HeyGen has of an earlier submission; return that, and its id, if there is one."""
+    """Check an earlier submission at HeyGen; return it with the overdub's id, if any, and the state."""
     hook.created_under = submission.resource
     if submission.overdub_id is not None:
-        # What HeyGen has started is not submitted again because a poll fails: the wait copes with that.
+        # A failed poll is no reason to submit again: the wait continues after failed polls.
         until = submission.answered + waiting.FRESH_SECONDS
         watch = waiting.Watch(
             submission.overdub_id,
@@ -336,7 +334,7 @@ def _see(
         status = end["status"] if isinstance(end, dict) else ""
         seen = {"failed": Seen.FAILED, "gone": Seen.MISSING}.get(status, Seen.ALIVE)
         return submission, submission.overdub_id, seen
-    if submission.labels:  # without a store, it is not known what an earlier try has sent
+    if submission.labels:  # unknown without a store
         sent = {"title": submission.title, "callback_id": submission.callback_id}
         request = request.model_copy(update=sent)
     try:
@@ -346,7 +344,7 @@ def _see(
     except HeyGenOutcomeUnknownError:
         if submission.max_tries == ledger.ti.max_tries:
             raise
-        # The user was told what cannot be determined, and has decided by a clear, for later tries, too.
+        # A user has read this error and cleared the task, which confirms that no candidate belongs to it.
         return submission.model_copy(update={"sent": False}), "", Seen.MISSING
     if overdub is None:
         return submission, "", Seen.MISSING
@@ -357,9 +355,9 @@ def _see(
 def _relabel(
     submission: Submission, overdub_id: str, request: CreateOverdubRequest, hook: HeyGenHook
 ) -> Submission:
-    """Rename a reattached overdub whose task has another title now; return the submission with that noted."""
+    """Rename a reattached overdub if the title has changed; return the submission with the new title."""
     if not submission.labels:
-        return submission  # what it was sent with is not known
+        return submission  # the labels of the request are unknown
     wanted = labels(request)
     if wanted["labels"] != submission.labels or wanted["callback_id"] != submission.callback_id:
         log.warning(

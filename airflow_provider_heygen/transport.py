@@ -3,7 +3,7 @@ The two transports over :mod:`.api`: requests on the worker, aiohttp in the trig
 
 Both send the same calls under the same network settings, send the credential to the connection's own origin
 only, and raise the same exceptions. The class of a library's exception does not prove whether the request
-may have reached HeyGen. Each attempt therefore records whether it had a connection to send over.
+may have reached HeyGen. Each attempt therefore records whether it had a connection.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# By itself, urllib3 would send 16 kB at a time, which is slow. A piece has to be on its way within the
-# connection's upload_timeout, so a large one would fail on a slow line.
+# By default, urllib3 sends 16 kB at a time, which is slow. Each piece must be sent within the connection's
+# upload_timeout, so a large piece would fail on a slow network.
 _PIECE_BYTES = 256 << 10
 
-# HeyGen's gateway is known to refuse the default agents of HTTP libraries (contract notes, section 2).
+# HeyGen's gateway rejects the default agents of HTTP libraries (third-party report).
 USER_AGENT = f"airflow-provider-heygen/{__version__}"
 
 
 class Chunks:
     """
-    A body in pieces that are worth a system call.
+    A body in pieces of a size that is fast to send.
 
-    :param body: has ``len``, the bytes that are left, and ``read``.
-    :param write_timeout: seconds in which a piece has to be on its way; the connection applies it.
+    :param body: object with ``len``, the number of remaining bytes, and ``read``.
+    :param write_timeout: seconds within which each piece must be sent; the connection applies it.
     """
 
     def __init__(self, body: Any, write_timeout: float | None = None) -> None:
@@ -77,7 +77,7 @@ class Chunks:
 
 @dataclass
 class _Attempt:
-    """One request, and whether it had a connection, past the proxy's CONNECT and the TLS handshake."""
+    """Whether a request had a connection, after the proxy's CONNECT and the TLS handshake."""
 
     connected: bool = False
 
@@ -91,11 +91,11 @@ def send(
     """
     Send a call once, from a worker.
 
-    :param session: from :func:`new_session`, with the credential.
-    :param form: the body, if it is a file.
-    :raises HeyGenUnreachableError: the call was never sent.
-    :raises HeyGenTransientError: the connection broke after sending; or see :meth:`.Call.answer`.
-    :raises HeyGenBadInputError: a setting of the connection cannot work.
+    :param session: session of :func:`new_session`, with the credential.
+    :param form: body, if it is a file.
+    :raises HeyGenUnreachableError: if the call was never sent.
+    :raises HeyGenTransientError: if the connection broke after sending; or see :meth:`.Call.answer`.
+    :raises HeyGenBadInputError: if a setting of the connection cannot work. Nothing was sent.
     """
     data, headers = None, dict(call.headers)
     if form is not None:
@@ -113,23 +113,23 @@ def send(
             timeout=(settings.connect_timeout, _read_timeout(settings, call, upload=form is not None)),
         )
     except HeyGenError:
-        raise  # the file cannot be read; some of them are a ValueError
+        raise  # the file cannot be read; some of these errors are a ValueError
     except (OSError, ValueError, HTTPError) as error:  # a RequestException is an OSError
         # Raises HeyGenBadInputError if a setting is the reason.
         proxy = None if attempt.connected else _options(settings)["proxy"]
         raise _fault(error, attempt, call, settings, proxy) from None
     if response.status_code < 200:
-        # http.client takes a 1xx for the response. The real one must not pass for that of the next request.
+        # http.client returns a 1xx as the response. The next request must not read the real one as its own.
         session.close()
     return call.answer(response.status_code, response.headers, response.content, settings)
 
 
 async def asend(call: Call[T], settings: HeyGenConnection) -> T:
-    """:func:`send` for an event loop, by :func:`shared_session`."""
+    """Send a call once, as :func:`send` does, on an event loop with :func:`shared_session`."""
     name, value = settings.auth_header
     read_timeout = _read_timeout(settings, call)
     timeout = aiohttp.ClientTimeout(
-        # A response that drips in must not outlive the deadline of a wait.
+        # A slow response must not last beyond the deadline of a wait.
         total=settings.connect_timeout + read_timeout,
         sock_connect=settings.connect_timeout,
         sock_read=read_timeout,
@@ -138,7 +138,7 @@ async def asend(call: Call[T], settings: HeyGenConnection) -> T:
     async with shared_session(settings) as (session, options):
         headers = {**call.headers, name: value}
         if urlsplit(settings.base_url).scheme == "http":
-            # There is no CONNECT, and aiohttp sends proxy_headers with nothing else.
+            # aiohttp sends proxy_headers only with CONNECT, which plain http does not use.
             headers |= options["proxy_headers"]
         try:
             async with session.request(
@@ -167,7 +167,7 @@ def _read_timeout(settings: HeyGenConnection, call: Call[Any], *, upload: bool =
 def _fault(
     error: Exception, attempt: _Attempt, call: Call[Any], settings: HeyGenConnection, proxy: str | None
 ) -> HeyGenError:
-    """Return what an exception of either library proves: without a connection, nothing was sent."""
+    """Return the HeyGenError that an exception of either library proves: no connection, nothing sent."""
     # Wrappers may quote the proxy's password. __context__ may belong to an earlier attempt.
     while inner := next((e for e in (error.__cause__, *error.args) if isinstance(e, Exception)), None):
         error = inner
@@ -205,7 +205,7 @@ def _fault(
 
 def new_session(settings: HeyGenConnection, *, credential: bool) -> requests.Session:
     """
-    Return a session with the connection's proxies and TLS settings, which win over the environment's.
+    Return a session with the connection's proxies and TLS settings, which override the environment's.
 
     It never uses ``~/.netrc`` and never follows a redirect.
 
@@ -222,7 +222,7 @@ def new_session(settings: HeyGenConnection, *, credential: bool) -> requests.Ses
     session = _Session()
     for scheme in ("http://", "https://"):
         session.mount(scheme, _Adapter(idle=120, interval=30, count=20))  # as Airflow's HTTP connection
-    session.auth = authorize  # without an auth, requests would look into ~/.netrc
+    session.auth = authorize  # without an auth, requests would read ~/.netrc
     session.headers["User-Agent"] = USER_AGENT
     session.proxies = dict(settings.proxies)
     session.verify = settings.verify
@@ -237,7 +237,7 @@ def _origin(url: str | None) -> tuple[str | None, str | None, int | None]:
 
 
 class _Session(requests.Session):
-    """A session whose own proxies and TLS settings win over the environment's, as in Airflow's HTTP hook."""
+    """A session whose proxies and TLS settings override the environment's, as in Airflow's HTTP hook."""
 
     def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
         proxies = {**self.proxies, **(proxies or {})}
@@ -269,9 +269,9 @@ def _recording(base: Any) -> Any:
     class Connection(base):  # type: ignore[misc]
         def request(self, *args: Any, **kwargs: Any) -> None:
             if self.is_closed:
-                self.connect()  # name look-up, TCP, the proxy's CONNECT, TLS
+                self.connect()  # DNS, TCP, the proxy's CONNECT, TLS
             _attempt.get(_Attempt()).connected = True
-            # urllib3 would send a body under the connect timeout.
+            # urllib3 would apply the connect timeout to the body.
             self.timeout: Any = getattr(kwargs.get("body"), "write_timeout", None) or self.timeout
             super().request(*args, **kwargs)
 
@@ -298,10 +298,10 @@ async def shared_session(
     settings: HeyGenConnection,
 ) -> AsyncIterator[tuple[aiohttp.ClientSession, dict[str, Any]]]:
     """
-    Share one aiohttp session with every other user of the same settings on this event loop.
+    Share one aiohttp session among all users of the same settings on this event loop.
 
     :returns: the session, without the credential, and the options that each of its requests needs.
-    :raises HeyGenBadInputError: the proxies or certificate files cannot be used.
+    :raises HeyGenBadInputError: if the proxies or certificate files cannot be used.
     """
     of_loop = _sessions.setdefault(asyncio.get_running_loop(), {})
     # The credential is sent with each request, so a rotated key needs no new session.
@@ -329,14 +329,14 @@ def _new_aiohttp_session() -> aiohttp.ClientSession:
     trace.on_connection_create_end.append(record)  # after the proxy's CONNECT and TLS
     trace.on_connection_reuseconn.append(record)
     session = aiohttp.ClientSession(
-        # Longer than a sensible poll interval: a waiting trigger must not pay for TLS at each poll.
+        # Longer than the usual poke_interval, so that a poll needs no new TLS handshake.
         connector=aiohttp.TCPConnector(limit=20, keepalive_timeout=120),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": USER_AGENT},
         trace_configs=[trace],
         max_field_size=65536,  # the limit of http.client
     )
-    # aiohttp would repeat a lost DELETE by itself and return the 404 of its second attempt.
+    # aiohttp would repeat a DELETE without a response and return the 404 of its second attempt.
     session._retry_connection = False
     return session
 
@@ -348,9 +348,9 @@ def _options(settings: HeyGenConnection) -> dict[str, Any]:
     """
     Return for aiohttp the proxy and TLS settings that requests would use, from connection and environment.
 
-    aiohttp's own ``trust_env`` is left off: it would read ``~/.netrc`` and add a second credential.
+    aiohttp's own ``trust_env`` stays off: it would read ``~/.netrc`` and add a second credential.
 
-    :raises HeyGenBadInputError: one of them cannot be used.
+    :raises HeyGenBadInputError: if a setting cannot be used.
     """
     session = new_session(settings, credential=False)
     found = session.merge_environment_settings(settings.base_url, {}, None, None, None)
@@ -362,7 +362,7 @@ def _options(settings: HeyGenConnection) -> dict[str, Any]:
             headers = _proxy_headers(proxy)
             url = URL(proxy)
             usable = url.scheme in ("http", "https") and url.port != 0
-            str(url.host).encode("idna")  # as the look-up of its address does
+            str(url.host).encode("idna")  # as the DNS query does
             proxy = str(url.with_user(None))
         except ValueError:
             usable = False
@@ -385,7 +385,7 @@ def _proxy_headers(proxy: str) -> dict[str, str]:
     if not (user or password):
         return {}
     pair = f"{user}:{password}"
-    # Both libraries send latin-1, and fail at any other character.
+    # Both libraries send latin-1 and fail on any other character.
     encoded = pair.encode("latin-1" if max(pair) <= "\xff" else "utf-8")
     return {"Proxy-Authorization": f"Basic {base64.b64encode(encoded).decode()}"}
 

@@ -29,29 +29,29 @@ if TYPE_CHECKING:
     from airflow_provider_heygen.metrics import Wait
 
 FRESH_SECONDS = 30
-"""How long after our own create request a 404 means "not readable yet"."""
+"""Seconds after a create request during which a 404 means that the overdub is not readable yet."""
 
 GONE_SECONDS = 30.0
-"""How far apart two 404 must be before an overdub that is not listed either counts as gone, in seconds."""
+"""Minimum seconds between two 404 before an overdub that is also missing from the list is gone."""
 
 LONGEST_BACKOFF = 120.0
-"""Seconds between polls, at most, while they fail (unless HeyGen asks for more)."""
+"""Maximum seconds between polls while they fail, unless HeyGen asks for more."""
 
 SILENCE_SECONDS = 300.0
-"""How long a wait logs nothing, at most, while its polls succeed."""
+"""Maximum seconds without a log line while polls succeed."""
 
 EventStatus = Literal["completed", "failed", "gone", "timeout", "error"]
 
 
 class WaitEvent(TypedDict):
     """
-    How a wait ended. Airflow stores and logs it whole: it holds no link and no secret.
+    The end of a wait. Airflow stores and logs it, so it contains no URL and no secret.
 
-    :param overdub_id: the overdub waited for.
-    :param status: ``completed`` or ``failed`` as HeyGen says; ``gone`` if the overdub was deleted;
+    :param overdub_id: the awaited overdub.
+    :param status: ``completed`` or ``failed`` as HeyGen reports; ``gone`` if the overdub was deleted;
         ``timeout`` if the deadline passed; ``error`` if the wait could not begin.
-    :param message: text for people.
-    :param overdub: the details without links, with ``completed``.
+    :param message: text for users.
+    :param overdub: details without URLs, if ``completed``.
     """
 
     overdub_id: str
@@ -62,18 +62,17 @@ class WaitEvent(TypedDict):
 
 class Watch:
     """
-    Follow one overdub: take the result of each poll, return the pause until the next one, or the end.
+    The wait for one overdub: turns each poll result into the delay until the next poll, or into the end.
 
-    A wait ends because the overdub is completed, failed or gone, or because its time is over. Whatever else
-    a poll meets (a refusal, a gateway's page, an outage) says nothing about an overdub that runs and is paid
-    for.
+    A wait ends if the overdub is completed, failed or gone, or if the deadline has passed. Any other poll
+    result (a rejection, a gateway's page, an outage) proves nothing about the overdub.
 
     :param overdub_id: the overdub.
     :param poke_interval: seconds between polls while they succeed.
     :param deadline: Unix seconds at which the wait ends; ``None`` for never.
-    :param not_found_until: Unix seconds before which a 404 is waited out.
-    :param log: gets one line per change of status, and of what is wrong.
-    :param told: the status that the log has been told before.
+    :param not_found_until: Unix seconds until which a 404 means "not readable yet".
+    :param log: receives one line per change of status or of error.
+    :param told: the status that was logged before.
     """
 
     __slots__ = (
@@ -116,9 +115,9 @@ class Watch:
         self.missing_for = 0.0
 
     def saw(self, overdub: Overdub) -> float | WaitEvent:
-        """Take a successful poll."""
+        """Handle a successful poll."""
         self.status = overdub.status
-        if overdub.status != self.told and not overdub.is_final:  # of the end, the task itself tells
+        if overdub.status != self.told and not overdub.is_final:  # the task itself logs the end
             self.told = overdub.status
             self.logged_at = time.monotonic()
             known = isinstance(overdub.status, OverdubStatus)
@@ -139,7 +138,7 @@ class Watch:
         return self.unchanged()
 
     def unchanged(self) -> float | WaitEvent:
-        """Take a successful poll that found what the last one found, and no end."""
+        """Handle a successful poll whose result is not final and the same as before."""
         self.failures, self.trouble, self.missing_since, self.missing_for = 0, "", None, 0.0
         now = time.monotonic()
         if now - self.logged_at >= SILENCE_SECONDS:
@@ -149,7 +148,7 @@ class Watch:
         return self._pause(self.poke_interval)
 
     def failed(self, error: Exception) -> float | WaitEvent:
-        """Take a poll that failed, for whatever reason."""
+        """Handle a failed poll."""
         if isinstance(error, HeyGenNotFoundError):
             if time.time() < self.not_found_until:
                 self.log.info("Overdub %s is not readable yet; it was created just now.", self.overdub_id)
@@ -163,7 +162,7 @@ class Watch:
             first = longest = min(self.poke_interval, GONE_SECONDS)
         pause = retry_delay(self.failures, error, first=first, longest=longest)
         text = redact_links(str(error))
-        # Not a line for each poll of a long outage.
+        # A long outage must not log a line for each poll.
         if text != self.trouble or self.failures.bit_count() == 1:
             self.trouble = text
             self.log.warning(
@@ -177,14 +176,14 @@ class Watch:
 
     @property
     def may_be_gone(self) -> bool:
-        """Whether HeyGen has returned 404 for so long that the list has to decide; see :meth:`absent`."""
+        """Whether HeyGen has returned 404 for so long that :meth:`absent` must check the list."""
         return self.missing_for >= GONE_SECONDS
 
     def absent(self, listed: bool | None) -> WaitEvent | None:
         """
-        Take what the list says of an overdub that :attr:`may_be_gone`; return the end if it is gone.
+        Return the end of the wait if an overdub that :attr:`may_be_gone` is gone.
 
-        :param listed: whether it is there; ``None`` if that could not be determined.
+        :param listed: whether the list contains the overdub; ``None`` if that could not be determined.
         """
         if listed:
             self.missing_since, self.missing_for = None, 0.0
@@ -198,11 +197,11 @@ class Watch:
         )
 
     def give_up(self, error: Exception) -> WaitEvent:
-        """End the wait because it cannot begin."""
+        """Return the end of a wait that cannot begin."""
         return self._end("error", redact_links(str(error)))
 
     def poll(self, hook: HeyGenHook) -> float | WaitEvent:
-        """Poll once with a synchronous hook; return the pause until the next poll, or the end."""
+        """Poll once with a synchronous hook; return the delay until the next poll, or the end."""
         try:
             return self.saw(hook.get_overdub(self.overdub_id))
         except HeyGenBadInputError:
@@ -214,13 +213,13 @@ class Watch:
         return step
 
     def follow(self, hook: HeyGenHook) -> WaitEvent:
-        """Poll until the end."""
+        """Poll until the wait ends."""
         while not isinstance(step := self.poll(hook), dict):
             time.sleep(step)
         return step
 
     def settle(self, hook: HeyGenHook) -> float | WaitEvent:
-        """Poll for a caller that will not remember a 404: if the list confirms it, poll again to be sure."""
+        """Poll once, and a second time if the poll returned 404 and the list does not contain the overdub."""
         step = self.poll(hook)
         if (
             self.missing_since is None
@@ -241,7 +240,7 @@ class Watch:
         return math.inf if self.deadline is None else self.deadline - time.time()
 
     def timed_out(self) -> WaitEvent:
-        """End the wait because its time is over."""
+        """Return the end of a wait whose deadline has passed."""
         trouble = f" The last status check failed: {self.trouble}" if self.trouble else ""
         return self._end(
             "timeout",
@@ -256,12 +255,12 @@ class Watch:
 
 
 def duration_text(seconds: float) -> str:
-    """Return a duration as people say it."""
+    """Return a duration as text, in seconds or minutes."""
     return f"{seconds:.0f} s" if seconds < 300 else f"{seconds / 60:.0f} min"
 
 
 def waiting_text(where: str, poke_interval: float, deadline: float | None) -> str:
-    """Return what a wait that begins says of itself."""
+    """Return the log line for the start of a wait."""
     until = "without a limit"
     if deadline is not None:
         end = datetime.fromtimestamp(deadline, UTC)
@@ -271,7 +270,7 @@ def waiting_text(where: str, poke_interval: float, deadline: float | None) -> st
 
 
 def summary(details: Mapping[str, Any]) -> str:
-    """Say what came of a completed overdub, how long it took and what it costs, as far as is known."""
+    """Return the log line for a completed overdub, with its duration and cost if they are known."""
     title, duration, created_at, mode, cost = (
         details.get(name) for name in ("title", "duration", "created_at", "mode", "cost")
     )
@@ -284,11 +283,10 @@ def summary(details: Mapping[str, Any]) -> str:
 
 def check_event(event: Any, overdub_id: str | None = None) -> WaitEvent:
     """
-    Check the event a deferred task is resumed with.
+    Check the event with which a deferred task is resumed.
 
-    :param overdub_id: the overdub it must be about, where that is known.
-    :raises HeyGenTriggerEventError: it is missing, malformed or about another overdub. Taking it for success
-        would hand an unfinished video to the rest of the DAG.
+    :param overdub_id: the overdub that the event must be about, if known.
+    :raises HeyGenTriggerEventError: if the event is missing, malformed or about another overdub.
     """
     if (
         not isinstance(event, dict)
@@ -308,20 +306,20 @@ def check_event(event: Any, overdub_id: str | None = None) -> WaitEvent:
 
 
 def no_triggerer(overdub_id: str) -> WaitEvent:
-    """Return the end of a wait that no triggerer has served until its time was over."""
+    """Return the end of a wait that no triggerer has served before its deadline."""
     return Watch(overdub_id, poke_interval=1.0, deadline=None, not_found_until=0.0, log=None).timed_out()
 
 
 def conclude(event: WaitEvent, wait: Wait, hook: HeyGenHook | None = None) -> dict[str, Any]:
     """
-    Turn the end of a wait into the overdub's details, or into the right exception.
+    Return the overdub's details at the end of a wait, or raise the exception that fits.
 
-    :param wait: counts how it has ended.
-    :param hook: polls once more if the time was over in the triggerer, which may have been away or unable to
-        reach HeyGen. ``None`` if the last poll was made here.
-    :raises HeyGenOverdubFailedError: if HeyGen says it failed.
-    :raises HeyGenNotFoundError: if it is gone.
-    :raises HeyGenOverdubTimeoutError: if the deadline passed. A retry keeps waiting.
+    :param wait: counts the end.
+    :param hook: polls once more after a timeout in the triggerer, which may have been down or unable to reach
+        HeyGen. ``None`` if the last poll was made on this worker.
+    :raises HeyGenOverdubFailedError: if HeyGen reports that the overdub failed.
+    :raises HeyGenNotFoundError: if the overdub is gone.
+    :raises HeyGenOverdubTimeoutError: if the deadline passed. A retry continues the wait.
     :raises HeyGenError: if the wait could not begin.
     """
     overdub_id, message = event["overdub_id"], event["message"]
@@ -352,9 +350,9 @@ def conclude(event: WaitEvent, wait: Wait, hook: HeyGenHook | None = None) -> di
 
 def seconds(value: Any, name: str) -> float:
     """
-    Give a duration in seconds from a number, its text (a template renders to text) or a timedelta.
+    Return a duration in seconds from a number, its text (a template renders to text) or a timedelta.
 
-    :raises HeyGenBadInputError: it is not a positive duration.
+    :raises HeyGenBadInputError: if the duration is not positive.
     """
     try:
         number = value.total_seconds() if isinstance(value, timedelta) else float(value)
@@ -369,9 +367,9 @@ def seconds(value: Any, name: str) -> float:
 
 def execution_deadline(execution_timeout: timedelta | None, context: Mapping[str, Any]) -> float | None:
     """
-    Return the Unix seconds at which ``execution_timeout`` ends, counted from the start of this try.
+    Return the Unix seconds at which ``execution_timeout`` of this try ends.
 
-    Airflow itself does not enforce it while a task is deferred.
+    Airflow itself does not enforce the timeout while a task is deferred.
     """
     if execution_timeout is None:
         return None
@@ -380,7 +378,7 @@ def execution_deadline(execution_timeout: timedelta | None, context: Mapping[str
 
 
 def backstop(deadline: float | None, poke_interval: float) -> timedelta | None:
-    """Give Airflow's own deferral timeout: a little after ours, for a triggerer that never comes back."""
+    """Return Airflow's deferral timeout, a little after the deadline, in case no triggerer runs."""
     if deadline is None:
         return None
     return timedelta(seconds=max(0.0, deadline - time.time()) + poke_interval + 60)

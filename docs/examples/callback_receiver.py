@@ -1,8 +1,8 @@
 """
 Receive HeyGen's callbacks: ``uvicorn callback_receiver:app``.
 
-HeyGen does not sign what it sends to a ``callback_url``, so anybody could have sent it. A callback is taken
-as a hint that something may have happened to an overdub; what has happened is asked of HeyGen.
+HeyGen does not sign callbacks, so anyone could have sent one. This receiver uses a callback only as a hint
+that the status of an overdub may have changed, and requests the overdub from HeyGen.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_BYTES = 64 * 1024
 
 
 def hinted_id(body: bytes) -> str | None:
-    """Find an overdub's id; the shape of the body is not documented for overdubs."""
+    """Return the overdub's id; HeyGen does not document the shape of the body for overdubs."""
     try:
         event = json.loads(body)
     except ValueError:
@@ -45,9 +45,9 @@ def hinted_id(body: bytes) -> str | None:
 
 def make_app(ended: Callable[[Overdub], Any], heygen_conn_id: str = "heygen_default") -> Starlette:
     """
-    Make the receiver.
+    Return the receiver.
 
-    :param ended: called with each overdub that HeyGen itself says has ended. The same one may come again.
+    :param ended: function to call with each overdub that is final at HeyGen, perhaps more than once.
     """
 
     def look(overdub_id: str) -> None:
@@ -67,7 +67,7 @@ def make_app(ended: Callable[[Overdub], Any], heygen_conn_id: str = "heygen_defa
             if len(body) > MAX_BYTES:
                 return Response(status_code=413)
         overdub_id = hinted_id(body)
-        # HeyGen wants its answer within seconds, and a stranger learns nothing from it.
+        # HeyGen expects a response within seconds. It is the same for every sender.
         return Response(status_code=202, background=BackgroundTask(look, overdub_id) if overdub_id else None)
 
     return Starlette(routes=[Route("/heygen", receive, methods=["POST"])])
