@@ -95,28 +95,28 @@ def get_provider_info() -> dict[str, Any]:
                     ),
                     "connect_timeout": _seconds("Connect timeout", 10, "Seconds to reach HeyGen."),
                     "read_timeout": _seconds(
-                        "Read timeout", 30, "Seconds to wait for the answer when a status is asked for."
+                        "Read timeout", 30, "Seconds to wait for the response to a GET request."
                     ),
                     "write_timeout": _seconds(
                         "Write timeout",
                         120,
-                        "Seconds to wait for the answer when an overdub is created; HeyGen may take 30.",
+                        "Seconds to wait for the response to a create request; HeyGen may take 30.",
                     ),
                     "upload_timeout": _seconds(
-                        "Upload timeout", 600, "Seconds of silence to bear during an upload."
+                        "Upload timeout", 600, "Longest silence during an upload, in seconds."
                     ),
                     "max_requests_per_second": {
                         "label": "Requests per second",
                         # The form knows no exclusive minimum.
                         "schema": {"type": ["number", "null"], "minimum": 0.1},
-                        "description": "How often one triggerer asks HeyGen at most, for all waiting overdubs"
-                        " together. Default: 5.",
+                        "description": "Maximum number of polls per second of one triggerer, for all waiting"
+                        " overdubs. Default: 5.",
                     },
                     "max_concurrent_jobs": {
                         "label": "Concurrent jobs",
                         "schema": {"type": ["integer", "null"], "minimum": 1},
                         "description": "How many jobs HeyGen runs at a time for the account."
-                        " Empty: learned from what HeyGen refuses.",
+                        " Empty: learned from HeyGen's 429 responses.",
                     },
                     "allow_http": {
                         "label": "Allow plain http",
@@ -126,7 +126,7 @@ def get_provider_info() -> dict[str, Any]:
                     "allow_private_hosts": {
                         "label": "Allow private hosts",
                         "schema": {"type": ["boolean", "null"], "default": False},
-                        "description": "Follow result and upload links into private networks,"
+                        "description": "Follow result and upload URLs into private networks,"
                         " as with the emulator on this machine.",
                     },
                 },

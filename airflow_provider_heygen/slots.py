@@ -12,7 +12,7 @@ import math
 import random
 from typing import Any, NamedTuple
 
-USUAL_SLOTS = 10  # of an account without a contract (contract notes, section 4)
+USUAL_SLOTS = 10  # pay-as-you-go (contract, `x-limits.concurrent_jobs_pay_as_you_go`)
 COUNT_SECONDS = 10.0  # how often running jobs are counted while a task waits
 SPREAD_SECONDS = 10.0  # room is used after a random part of this, if it is still there: others see it, too
 RELEASE_SECONDS = 120.0  # how long a released task may take until its job or its refusal is seen

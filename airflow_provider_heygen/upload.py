@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 _BLOCK_BYTES = 4 << 20
 _HEAD_BYTES = 512
 
-# What HeyGen takes (contract notes, section 6) and an overdub can be made from.
+# What HeyGen accepts (contract, `uploadAsset`) and an overdub can be made from.
 _TAKEN = {
     "video/webm": rb"\x1aE\xdf\xa3.{0,250}?B\x82.{1,8}?webm",
     # After the refused brands: the list of mp4's brands is open, so HeyGen decides on an unknown one.

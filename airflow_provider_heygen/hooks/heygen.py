@@ -414,7 +414,7 @@ class HeyGenHook(BaseHook):
                 )
             link = overdub.video_url if what == "video" else overdub.caption_url
             if not link:
-                # Seen for a short time after completion (contract notes, section 7).
+                # For a short time after completion (third-party report).
                 hint = "" if what == "video" else ". HeyGen makes captions under resource 'lipsyncs' only"
                 raise HeyGenTransientError(
                     f"Overdub {overdub_id} is completed but has no link to the {what} yet{hint}."
