@@ -95,7 +95,6 @@ def prepare(env: dict[str, str], heygen: Emulator) -> None:
     connections = HOME / "connections.json"
     connections.write_text(json.dumps({"heygen_default": heygen.connection()}))
     airflow(env, "connections", "import", "--overwrite", str(connections))
-    airflow(env, "pools", "set", "heygen", "10", "jobs HeyGen runs at a time", "--include-deferred")
     airflow(env, "dags", "reserialize")
 
 
