@@ -58,7 +58,7 @@ DEFAULT_FAILURE_MESSAGE = "HeyGen gave no reason"  # it may be null (contract, O
 ID_NAMES = ("overdub_id", "lipsync_id", "id")
 
 
-def redact_links(text: str) -> str:
+def redact_urls(text: str) -> str:
     """Cut the query out of every URL in a text: a presigned URL is a secret, and HeyGen quotes URLs."""
     text = re.sub(r"(?i)(https?://)[^\s/@\"'<>]*@", r"\1", text)
     # A link without a query matches, too: starting again inside of it would take quadratic time.
@@ -229,7 +229,7 @@ class CreateOverdubRequest(_Request):
 # --- What comes back ----------------------------------------------------------------------------------
 
 
-def _none_if_odd(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+def _none_if_invalid(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     try:
         return handler(value)
     except ValidationError:
@@ -238,11 +238,11 @@ def _none_if_odd(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 
 def _status_word(value: Any) -> str:
     # Goes into logs and messages, so it must be no more than a word.
-    word = redact_links(_text(value)).strip().lower()[:100] if isinstance(value, str) else ""
+    word = redact_urls(_text(value)).strip().lower()[:100] if isinstance(value, str) else ""
     return word or "unknown"
 
 
-Lenient = WrapValidator(_none_if_odd)
+Lenient = WrapValidator(_none_if_invalid)
 OptionalText = Annotated[str | None, BeforeValidator(_text), Lenient]
 OptionalInt = Annotated[int | None, Lenient]
 Id = Annotated[str, Field(min_length=1), BeforeValidator(_text)]
@@ -311,7 +311,7 @@ class Overdub(_Response):
         :raises HeyGenOverdubFailedError: if HeyGen says that it failed; the message has HeyGen's reason.
         """
         if self.status == OverdubStatus.FAILED:
-            reason = redact_links(self.failure_message or DEFAULT_FAILURE_MESSAGE)
+            reason = redact_urls(self.failure_message or DEFAULT_FAILURE_MESSAGE)
             named = f"{self.overdub_id} ({self.title!r})" if self.title else self.overdub_id
             raise HeyGenOverdubFailedError(f"Overdub {named} failed: {reason}", overdub_id=self.overdub_id)
         return self
@@ -320,7 +320,7 @@ class Overdub(_Response):
         """Return what may be stored and shown: everything except the presigned URLs."""
         shown = self.model_dump(mode="json", exclude={"video_url", "caption_url"})
         return {
-            name: redact_links(value) if isinstance(value, str) else value for name, value in shown.items()
+            name: redact_urls(value) if isinstance(value, str) else value for name, value in shown.items()
         }
 
 
@@ -338,7 +338,7 @@ class OverdubPage(_Response):
 
 
 # Batches and HeyGen's older videos have these statuses (contract, ``LipsyncStatusEntry.status``).
-_BULK_WORDS = {"queued": "pending", "waiting": "pending", "processing": "running"}
+_BULK_STATUSES = {"queued": "pending", "waiting": "pending", "processing": "running"}
 NOT_FOUND = "not_found"  # the status of an id that the bulk status endpoint does not know
 
 
@@ -346,7 +346,7 @@ class Statuses(NamedTuple):
     """
     The statuses of many overdubs at once, for a poller that reads thousands and needs few.
 
-    :param rows: the raw rows by overdub id, for :func:`overdub_of`.
+    :param rows: the raw rows by overdub id, for :func:`parse_overdub`.
     :param next_token: the next page, ``None`` on the last one.
     """
 
@@ -453,11 +453,11 @@ def _bulk_statuses(answer: Any) -> Statuses:
     rows, token = _statuses(answer, ("video_id", *ID_NAMES))
     for row in rows.values():
         if isinstance(row.get("status"), str):
-            row["status"] = _BULK_WORDS.get(row["status"], row["status"])
+            row["status"] = _BULK_STATUSES.get(row["status"], row["status"])
     return Statuses(rows, token)
 
 
-def overdub_of(overdub_id: str, row: Mapping[str, Any]) -> Overdub:
+def parse_overdub(overdub_id: str, row: Mapping[str, Any]) -> Overdub:
     """Return the overdub of one raw row; raise ``ValueError`` if it cannot be read."""
     return Overdub.model_validate({**row, "id": overdub_id})
 
@@ -467,7 +467,7 @@ def _page(answer: Any) -> OverdubPage:
     data = []
     for overdub_id, row in rows.items():
         with suppress(ValueError):
-            data.append(overdub_of(overdub_id, row))
+            data.append(parse_overdub(overdub_id, row))
     return OverdubPage(data=data, has_more=token is not None, next_token=token)
 
 
@@ -485,8 +485,8 @@ class Call(Generic[T]):
     :param path: path of the URL; under ``overdubs`` if the call is ``renamed``.
     :param read: turns the decoded JSON into the result, or raises ``ValueError``.
     :param renamed: whether the path depends on HeyGen's name for the resource, which :meth:`under` sets.
-    :param body_matters: whether a 2xx response with an empty body is an error, as one that is not JSON is.
-    :param not_yet: an error status that is transient for this call only.
+    :param requires_body: whether a 2xx response with an empty body is an error, as one that is not JSON is.
+    :param transient_status: an error status that is transient for this call only.
     :param read_headers: adds to the result what the headers say.
     """
 
@@ -498,8 +498,8 @@ class Call(Generic[T]):
     params: Mapping[str, str | int] = field(default_factory=dict)
     json: Mapping[str, Any] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    body_matters: bool = True
-    not_yet: int | None = None
+    requires_body: bool = True
+    transient_status: int | None = None
     read_headers: Callable[[T, Mapping[str, str]], T] = lambda result, _: result
 
     def under(self, resource: str) -> Call[T]:
@@ -538,7 +538,7 @@ class Call(Generic[T]):
             status = _STATUS_BY_CODE.get(decoded["error"].get("code"), 400)
             raise _error(self, status, headers, decoded, connection)
         in_doubt = self.method != "GET"
-        if decoded is None and (self.body_matters or body):
+        if decoded is None and (self.requires_body or body):
             raise HeyGenGatewayError(
                 f"HeyGen returned {status} for {self.what} without JSON"
                 f" ({_content_type(headers, connection)}, {len(body)} bytes). If this"
@@ -614,16 +614,16 @@ _STATUS_BY_CODE = {
 }
 
 # Codes of transient errors whose status is not transient (contract, x-error-catalog).
-_WAITING_CODES = {"request_in_progress", "resource_not_ready", "asset_not_available"}
+_TRANSIENT_CODES = {"request_in_progress", "resource_not_ready", "asset_not_available"}
 
 
-def _shown(value: Any, connection: HeyGenConnection) -> str | None:
+def _printable(value: Any, connection: HeyGenConnection) -> str | None:
     """Return a text from the network as a message may show it: without secrets, and not endless."""
-    return connection.redact(redact_links(_text(value)))[:1000] if isinstance(value, str) and value else None
+    return connection.redact(redact_urls(_text(value)))[:1000] if isinstance(value, str) and value else None
 
 
 def _content_type(headers: Mapping[str, str], connection: HeyGenConnection) -> str:
-    return _shown(headers.get("Content-Type"), connection) or "no content type"
+    return _printable(headers.get("Content-Type"), connection) or "no content type"
 
 
 def _error(
@@ -631,11 +631,11 @@ def _error(
 ) -> HeyGenError:
     envelope = _envelope(decoded)
     facts: dict[str, Any] = {
-        name: _shown(envelope.get(name), connection) for name in ("code", "message", "param", "doc_url")
+        name: _printable(envelope.get(name), connection) for name in ("code", "message", "param", "doc_url")
     }
     said = facts.pop("message")
     facts["status_code"] = status
-    facts["request_id"] = _shown(headers.get("X-Request-Id"), connection)
+    facts["request_id"] = _printable(headers.get("X-Request-Id"), connection)
     facts["retry_after"] = _retry_after(headers.get("Retry-After"))
     code = facts["code"]
     message = " ".join(filter(None, ("HeyGen returned", str(status), code, "for", call.what)))
@@ -666,7 +666,7 @@ def _is_transient(call: Call[Any], status: int, code: str | None) -> bool:
     # A second request under a key that is still being worked on; bodies without a code were seen.
     in_progress = status == 409 and code is None and "Idempotency-Key" in call.headers
     spent = status == 429 and re.search("trial|quota", code or "")
-    waits = code in _WAITING_CODES or in_progress or status in (408, 425, call.not_yet)
+    waits = code in _TRANSIENT_CODES or in_progress or status in (408, 425, call.transient_status)
     return waits or status >= 500 or (status == 429 and not spent)
 
 
@@ -729,7 +729,7 @@ def check_id(value: Any, name: str = "overdub_id") -> str:
         )
     if value in (".", "..") or re.search(r"[\s/\\?#%\[\]{}]", value) or not value.isprintable():
         raise HeyGenBadInputError(
-            f"{name} {redact_links(value)!r} is not an id: it has characters of a path, a query or a list."
+            f"{name} {redact_urls(value)!r} is not an id: it has characters of a path, a query or a list."
         )
     return value
 
@@ -796,7 +796,7 @@ def list_overdubs(limit: int, token: str | None) -> Call[OverdubPage]:
     )
 
 
-def skim_overdubs(limit: int, token: str | None) -> Call[Statuses]:
+def list_raw_overdubs(limit: int, token: str | None) -> Call[Statuses]:
     """:func:`list_overdubs`, with the rows left as they are."""
     return _list(_statuses, limit, token)
 
@@ -833,7 +833,7 @@ def update_overdub(overdub_id: str, title: Any) -> Call[Overdub]:
 
 def delete_overdub(overdub_id: str) -> Call[None]:
     """Delete an overdub and its files for good. Whether this cancels a running one is not documented."""
-    return _on_overdub("deletion of", "DELETE", overdub_id, _nothing, body_matters=False)
+    return _on_overdub("deletion of", "DELETE", overdub_id, _nothing, requires_body=False)
 
 
 def upload_asset(idempotency_key: str) -> Call[Asset]:
@@ -849,7 +849,7 @@ def get_asset(asset_id: str) -> Call[Asset]:
 
 def delete_asset(asset_id: str) -> Call[None]:
     """Delete one asset for good."""
-    return _on_asset("deletion", "DELETE", asset_id, _nothing, body_matters=False)
+    return _on_asset("deletion", "DELETE", asset_id, _nothing, requires_body=False)
 
 
 def get_api_key() -> Call[ApiKey]:
@@ -880,7 +880,7 @@ def complete_direct_upload(asset_id: str) -> Call[Asset]:
 
     HeyGen returns 409 until it finds the file, which may take a moment after the upload.
     """
-    return _on_asset("completion", "POST", asset_id, step="/complete", json={}, not_yet=409)
+    return _on_asset("completion", "POST", asset_id, step="/complete", json={}, transient_status=409)
 
 
 def _key_header(key: str) -> dict[str, str]:

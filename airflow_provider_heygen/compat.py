@@ -14,7 +14,7 @@ T = TypeVar("T")
 _asking: set[asyncio.Task[Any]] = set()
 
 
-async def to_its_end(question: Coroutine[Any, Any, T]) -> T:
+async def finish_despite_cancellation(question: Coroutine[Any, Any, T]) -> T:
     """
     Await a call to Airflow, and finish it even if the caller is cancelled.
 

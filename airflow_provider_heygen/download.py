@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from requests.exceptions import RequestException
 from urllib3.exceptions import HTTPError
 
-from airflow_provider_heygen.api import redact_links
+from airflow_provider_heygen.api import redact_urls
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
@@ -25,11 +25,11 @@ from airflow_provider_heygen.exceptions import (
 )
 from airflow_provider_heygen.media import (
     CHUNK_BYTES,
-    check_link,
-    explained,
-    links_unlogged,
+    check_url,
+    redact_urllib3_logs,
     size_text,
     storage_path,
+    translate_storage_errors,
 )
 
 if TYPE_CHECKING:
@@ -86,21 +86,21 @@ def save(
     :raises HeyGenTransientError: no link works, or the download breaks off again and again.
     :raises HeyGenPermanentError: the link leads where it must not, or the destination is taken.
     """
-    target = _Target(destination)
-    there = size_there(destination)
+    target = _PendingFile(destination)
+    there = existing_size(destination)
     progress = _Progress(say, what, target)
     furthest = 0
-    with links_unlogged(), target:
+    with redact_urllib3_logs(), target:
         for attempt in attempts:
             with attempt:
                 link = fresh_link()
                 try:
                     with (
                         _explained(what, link),
-                        _missing_part(link, what, target, session, settings) as response,
+                        _open_remainder(link, what, target, session, settings) as response,
                     ):
                         if there is not None and not overwrite:
-                            head = _first(response, CHUNK_BYTES)
+                            head = _read_head(response, CHUNK_BYTES)
                             _check_head(what, head)
                             # Another video may have the same size, but hardly the same beginning, too.
                             if there == target.size and target.begins_with(head):
@@ -121,7 +121,7 @@ def save(
                     if target.written >= furthest + CHUNK_BYTES:
                         furthest, attempt.retry_state.attempt_number = target.written, 1
                 target.check(what)
-        if not overwrite and size_there(destination) is not None:
+        if not overwrite and existing_size(destination) is not None:
             raise HeyGenError(f"{target} has been written by another while the {what} was downloaded.")
         target.publish()
         progress.end()
@@ -143,15 +143,15 @@ def peek(
         of ``ETag`` or ``Last-Modified``.
     :raises HeyGenError: see :func:`save`.
     """
-    target = _Target(storage_path(os.devnull, what))  # nothing is written
+    target = _PendingFile(storage_path(os.devnull, what))  # nothing is written
     for attempt in attempts:
         with (
             attempt,
-            links_unlogged(),
+            redact_urllib3_logs(),
             _explained(what, link),
-            _missing_part(link, what, target, session, settings) as response,
+            _open_remainder(link, what, target, session, settings) as response,
         ):
-            head = _first(response, 1 << 16)
+            head = _read_head(response, 1 << 16)
             _check_head(what, head)
             return head, target.size, target.version
     raise AssertionError
@@ -168,14 +168,14 @@ def _explained(what: str, link: str) -> Iterator[None]:
         ) from None
 
 
-def size_there(path: ObjectStoragePath) -> int | None:
+def existing_size(path: ObjectStoragePath) -> int | None:
     """
     Return the size in bytes of what is at a destination, or ``None`` if nothing is.
 
     :raises HeyGenBadInputError: if that is a directory.
     """
-    name = redact_links(str(path))
-    with explained(name, "looked at"):
+    name = redact_urls(str(path))
+    with translate_storage_errors(name, "looked at"):
         path.fs.invalidate_cache()  # what is remembered of it may no longer be so
         if path.is_dir():
             raise HeyGenBadInputError(f"{name} is a directory; name a file, or end it with a slash.")
@@ -185,7 +185,7 @@ def size_there(path: ObjectStoragePath) -> int | None:
             return None
 
 
-class _Target:
+class _PendingFile:
     """
     A file that is being written, and that nobody sees before it is published.
 
@@ -212,9 +212,9 @@ class _Target:
         self._boxes = _Boxes()
 
     def __str__(self) -> str:
-        return redact_links(str(self._path))
+        return redact_urls(str(self._path))
 
-    def __enter__(self) -> _Target:
+    def __enter__(self) -> _PendingFile:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -222,12 +222,12 @@ class _Target:
 
     def begins_with(self, head: bytes) -> bool:
         """Tell whether what is at the destination begins with that."""
-        with explained(self, "read"):
+        with translate_storage_errors(self, "read"):
             return bool(self._fs.cat_file(self._path.path, start=0, end=len(head)) == head)
 
     def write(self, chunk: bytes) -> None:
         """Add to it."""
-        with explained(self, "written"):
+        with translate_storage_errors(self, "written"):
             if self._file is None:
                 self._open()
             self._file.write(chunk)
@@ -250,7 +250,7 @@ class _Target:
 
     def publish(self) -> None:
         """Let everybody see it, at once and whole."""
-        with explained(self, "written"):
+        with translate_storage_errors(self, "written"):
             self._file.close()
             if not self._direct:
                 self._fs.mv(self._name, self._path.path)
@@ -337,7 +337,7 @@ def _remove_leftovers(folder: Path, stem: str) -> None:
 class _Progress:
     """Says in the log how far a download is: every 10 s, and less and less often when it takes long."""
 
-    def __init__(self, say: Callable[..., None], what: str, target: _Target) -> None:
+    def __init__(self, say: Callable[..., None], what: str, target: _PendingFile) -> None:
         self._say, self._what, self._target = say, what, target
         self._began = self._said = time.monotonic()
         self._received = self._told = 0
@@ -362,8 +362,8 @@ class _Progress:
 
 
 @contextlib.contextmanager
-def _missing_part(
-    link: str, what: str, target: _Target, session: requests.Session, settings: HeyGenConnection
+def _open_remainder(
+    link: str, what: str, target: _PendingFile, session: requests.Session, settings: HeyGenConnection
 ) -> Iterator[requests.Response]:
     """
     Open what is still missing of a file; all of it, if the server has another one or knows no Range.
@@ -392,7 +392,7 @@ def _missing_part(
             target.size = int(length) if length.isdigit() else None
             target.version = _version(response.headers)
         elif status in (206, 416) and target.written:
-            if not _continues(target, response.headers):
+            if not _resumes_at_offset(target, response.headers):
                 target.discard()
                 raise HeyGenTransientError(
                     f"The {what} at {host} has changed while it was downloaded ({status}); starting over.",
@@ -407,7 +407,7 @@ def _missing_part(
         yield response
 
 
-def _first(response: requests.Response, size: int) -> bytes:
+def _read_head(response: requests.Response, size: int) -> bytes:
     """Read the first bytes; unlike urllib3's ``read``, raise when they break off."""
     head = b""
     while chunk := response.raw.read1(size - len(head)):
@@ -433,7 +433,7 @@ def _version(headers: Mapping[str, str]) -> tuple[str, str] | None:
     return None
 
 
-def _continues(target: _Target, headers: Mapping[str, str]) -> bool:
+def _resumes_at_offset(target: _PendingFile, headers: Mapping[str, str]) -> bool:
     """Whether an answer 206 goes on where we are, to the end of the same file."""
     found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
     if found is None or int(found[1]) != target.written:
@@ -461,7 +461,7 @@ def _follow(
     """
     base = ""
     for _ in range(MAX_REDIRECTS + 1):
-        link, host = check_link(base, link, settings, _the_link(what))
+        link, host = check_url(base, link, settings, _the_link(what))
         response = session.get(
             link,
             stream=True,

@@ -12,7 +12,7 @@ from airflow.providers.common.compat.sdk import TaskDeferred
 from airflow.providers.standard.triggers.temporal import DateTimeTrigger
 
 from airflow_provider_heygen import waiting
-from airflow_provider_heygen.api import CreateOverdubRequest, redact_links
+from airflow_provider_heygen.api import CreateOverdubRequest, redact_urls
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
@@ -27,19 +27,19 @@ from airflow_provider_heygen.exceptions import (
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.lineage import media_uri
 from airflow_provider_heygen.media import plain_uri, size_text
-from airflow_provider_heygen.metrics import Wait
+from airflow_provider_heygen.metrics import WaitMetrics
 from airflow_provider_heygen.saving import Saving
-from airflow_provider_heygen.submitter import Ledger, submit
+from airflow_provider_heygen.submitter import SubmissionStore, submit
 from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger, HeyGenSlotTrigger
-from airflow_provider_heygen.upload import inputs, storage_uris
+from airflow_provider_heygen.upload import check_inputs, storage_uris
 from airflow_provider_heygen.waiting import (
-    Watch,
-    backstop,
+    OverdubWait,
     check_event,
-    conclude,
+    completion_summary,
+    deferral_timeout,
     execution_deadline,
-    seconds,
-    summary,
+    parse_seconds,
+    resolve_wait,
     waiting_text,
 )
 
@@ -79,11 +79,11 @@ class Dubbing:
     ) -> None:
         self.task = task
         self.context = context
-        self.again = since is not None
+        self.resumed = since is not None
         self.since = since or time.time()
         self.until = until or execution_deadline(task.execution_timeout, context)
         self.ti: Any = context["ti"]
-        self.ledger = Ledger(context, durable=task.durable, again=self.again, kept=kept)
+        self.store = SubmissionStore(context, durable=task.durable, resumed=self.resumed, kept=kept)
         # A deferrable task waits in the triggerer, not on its worker.
         self.hook = HeyGenHook(task.heygen_conn_id, longest_pause=0.0 if task.deferrable else 60.0)
 
@@ -93,9 +93,9 @@ class Dubbing:
         with fails_task(), self.hook:
             # Before anything is sent: these raise if they are wrong.
             self._deadline()
-            seconds(self.task.poke_interval, "poke_interval")
+            parse_seconds(self.task.poke_interval, "poke_interval")
             saving = self._saving()
-            files = inputs(uris, self.hook, self.ledger.files)
+            files = check_inputs(uris, self.hook, self.store.files)
             paths = [file.path for file in files.values() if file.path]
             if saving and plain_uri(saving.files["video"]) in map(plain_uri, paths):
                 # A retry would take the result for another source, and dub that.
@@ -112,19 +112,19 @@ class Dubbing:
             overdub_id = self._submit(request, files, partial(saving.check, self.hook) if saving else None)
             self.task.overdub_id = overdub_id
             self.ti.xcom_push(key="overdub_id", value=overdub_id)
-            self.ti.xcom_push(key="asset_ids", value=self.ledger.asset_ids)
+            self.ti.xcom_push(key="asset_ids", value=self.store.asset_ids)
             if self.task.wait_for_completion:
                 return self._wait(overdub_id, time.time())
-            self._until_readable(overdub_id)
-            self.ledger.delivered()
+            self._wait_until_readable(overdub_id)
+            self.store.mark_delivered()
             return overdub_id
 
     def finish(self, event: Any, since: float | None) -> str:
         """Hand on what the trigger has waited for. Return what the task returns."""
         checked = check_event(event)
         with fails_task(), self.hook:
-            self.hook.created_under = self.ledger.record.resource if self.ledger.record else None
-            return self._deliver(self._conclude(checked, since, self.hook))
+            self.hook.created_under = self.store.record.resource if self.store.record else None
+            return self._finish(self._conclude(checked, since, self.hook))
 
     def _request(self) -> tuple[CreateOverdubRequest, dict[str, Any]]:
         with fails_task():
@@ -168,13 +168,13 @@ class Dubbing:
         while True:
             try:
                 reuse = self.task.reuse is not None
-                return submit(request, self.hook, self.ledger, files, check, reuse=reuse)
+                return submit(request, self.hook, self.store, files, check, reuse=reuse)
             except HeyGenTransientError as error:
                 if error.status_code != 429 and error.retry_after is None:
                     raise
                 pause = retry_delay(1, error, first=SHORTEST_DEFERRAL)
                 if self.until is not None and time.time() + pause > self.until:
-                    doubt = self.ledger.in_doubt
+                    doubt = self.store.outcome_unknown
                     started = (
                         "whether an overdub was started is unknown" if doubt else "no overdub was started"
                     )
@@ -187,7 +187,7 @@ class Dubbing:
                 if self.task.deferrable:
                     self._defer(error, time.time() + pause)
             time.sleep(pause)
-            self.again = True
+            self.resumed = True
 
     def _defer(self, error: HeyGenError, not_before: float) -> None:
         trigger: BaseTrigger = HeyGenSlotTrigger(
@@ -195,26 +195,26 @@ class Dubbing:
             since=self.since,
             not_before=not_before,
             deadline=self.until,
-            again=self.again,
+            resumed=self.resumed,
         )
         if not error.no_slot:
             trigger = DateTimeTrigger(moment=datetime.fromtimestamp(not_before, UTC))
         raise TaskDeferred(
             trigger=trigger,
             method_name="execute_again",
-            kwargs={"since": self.since, "until": self.until, "kept": self.ledger.kept},
-            timeout=backstop(self.until, not_before - time.time()),
+            kwargs={"since": self.since, "until": self.until, "kept": self.store.kept},
+            timeout=deferral_timeout(self.until, not_before - time.time()),
         )
 
     def _deadline(self) -> float | None:
         """Return the Unix seconds at which a wait that begins now ends."""
         timeout = self.task.timeout
-        ends = [self.until, None if timeout is None else time.time() + seconds(timeout, "timeout")]
+        ends = [self.until, None if timeout is None else time.time() + parse_seconds(timeout, "timeout")]
         return min((end for end in ends if end is not None), default=None)
 
-    def _until_readable(self, overdub_id: str) -> None:
-        """Wait until HeyGen can return the overdub, which may be 404 for a moment after its creation."""
-        until = time.time() + waiting.FRESH_SECONDS
+    def _wait_until_readable(self, overdub_id: str) -> None:
+        """Wait until HeyGen can return the overdub, which may be 404 just after its creation."""
+        until = time.time() + waiting.NOT_FOUND_GRACE_SECONDS
         while time.time() < until:
             try:
                 self.hook.get_overdub(overdub_id)
@@ -227,15 +227,15 @@ class Dubbing:
 
     def _wait(self, overdub_id: str, since: float) -> str:
         """
-        Wait for the end: here, or in the triggerer, which polls at once.
+        WaitMetrics for the end: here, or in the triggerer, which polls at once.
 
         :param since: Unix seconds when the overdub was started, or found.
         """
-        poke_interval, deadline = seconds(self.task.poke_interval, "poke_interval"), self._deadline()
+        poke_interval, deadline = parse_seconds(self.task.poke_interval, "poke_interval"), self._deadline()
         rules: dict[str, Any] = {
             "poke_interval": poke_interval,
             "deadline": deadline,
-            "not_found_until": since + waiting.FRESH_SECONDS,
+            "not_found_until": since + waiting.NOT_FOUND_GRACE_SECONDS,
         }
         where = "in the triggerer" if self.task.deferrable else "on this worker"
         self.task.log.info("%s", waiting_text(where, poke_interval, deadline))
@@ -245,29 +245,29 @@ class Dubbing:
                 trigger=HeyGenOverdubTrigger(heygen_conn_id=conn_id, overdub_id=overdub_id, **rules),
                 method_name="execute_complete",
                 kwargs={"since": since},
-                timeout=backstop(deadline, poke_interval),
+                timeout=deferral_timeout(deadline, poke_interval),
             )
         # A hook of its own: it reads the connection as it is now, and the wait repeats what fails.
         with HeyGenHook(self.task.heygen_conn_id, max_attempts=1) as hook:
             hook.created_under = self.hook.created_under
-            end = Watch(overdub_id, log=self.task.log, **rules).follow(hook)
-        return self._deliver(self._conclude(end, since))
+            end = OverdubWait(overdub_id, log=self.task.log, **rules).poll_until_final(hook)
+        return self._finish(self._conclude(end, since))
 
     def _conclude(self, end: Any, since: float | None, hook: HeyGenHook | None = None) -> dict[str, Any]:
         try:
-            return conclude(end, Wait(self.ti, since), hook)
+            return resolve_wait(end, WaitMetrics(self.ti, since), hook)
         except HeyGenOverdubFailedError as error:
             sources = ((name, media_uri(getattr(self.task, name))) for name in ("video", "audio"))
-            named = ", ".join(f"{name} {redact_links(uri)}" for name, uri in sources if uri)
+            named = ", ".join(f"{name} {redact_urls(uri)}" for name, uri in sources if uri)
             raise HeyGenOverdubFailedError(f"{error} ({named})", overdub_id=error.overdub_id) from error
 
-    def _deliver(self, details: dict[str, Any]) -> str:
+    def _finish(self, details: dict[str, Any]) -> str:
         result = self.task.overdub_id = str(details["overdub_id"])
         mode = self.task.mode if self.task.mode == "precision" else "speed"
         details = {**details, "mode": mode, "cost": None}
         with suppress(Exception):  # a connection that is broken by now does not take back what is completed
             details["cost"] = self.hook.settings.cost(mode, details.get("duration"))
-        self.task.log.info("%s", summary(details))
+        self.task.log.info("%s", completion_summary(details))
         try:
             if saving := self._saving(result):
                 with HeyGenHook(self.task.heygen_conn_id) as hook:  # one that may wait
@@ -282,7 +282,7 @@ class Dubbing:
                 overdub_id=result,
             ) from error
         self.ti.xcom_push(key="overdub", value=details)
-        self.ledger.delivered()
+        self.store.mark_delivered()
         return result
 
 

@@ -65,23 +65,23 @@ def dataset(uri: str) -> Dataset:
 
 
 def _name(uri: str) -> tuple[str, str]:
-    from airflow_provider_heygen.api import redact_links
+    from airflow_provider_heygen.api import redact_urls
 
     scheme, separator, rest = uri.partition("://")
     scheme = scheme.lower()
     if not separator or scheme == "file":
         return "file", os.path.abspath(rest if separator else uri)
     if scheme in ("http", "https"):
-        parts = urlsplit(redact_links(uri))  # redacted first, because an error of urlsplit quotes the URL
+        parts = urlsplit(redact_urls(uri))  # redacted first, because an error of urlsplit quotes the URL
         return f"{scheme}://{parts.netloc.rpartition('@')[2]}", parts.path or "/"
-    authority, _, path = redact_links(rest).partition("/")
+    authority, _, path = redact_urls(rest).partition("/")
     authority = authority.rpartition("@")[2]  # an Airflow connection id, or a user
     if scheme == NAMESPACE:
         return NAMESPACE, f"{authority}/{path}"
     return f"{_ONE_STORE.get(scheme, scheme)}://{authority}", path.strip("/") or "/"
 
 
-def of_task(inputs: Iterable[str | None], outputs: Iterable[Dataset]) -> OperatorLineage[Any, Any]:
+def operator_lineage(inputs: Iterable[str | None], outputs: Iterable[Dataset]) -> OperatorLineage[Any, Any]:
     """
     Return a task's lineage for OpenLineage.
 
@@ -92,7 +92,7 @@ def of_task(inputs: Iterable[str | None], outputs: Iterable[Dataset]) -> Operato
     return OperatorLineage(inputs=[dataset(uri) for uri in inputs if uri], outputs=list(outputs))
 
 
-def written(uri: str, size: int) -> Dataset:
+def output_dataset(uri: str, size: int) -> Dataset:
     """
     Return the dataset of a file that a task has written.
 

@@ -15,7 +15,7 @@ from urllib.parse import urljoin, urlsplit
 
 from requests import PreparedRequest
 
-from airflow_provider_heygen.api import redact_links
+from airflow_provider_heygen.api import redact_urls
 from airflow_provider_heygen.connection import HeyGenConnection, is_loopback
 from airflow_provider_heygen.exceptions import HeyGenBadInputError, HeyGenError, HeyGenPermanentError
 
@@ -31,7 +31,7 @@ _IPV6_UNICAST = ipaddress.IPv6Network("2000::/3")  # RFC 4291; what is_global le
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 
 
-def mask_links(*values: Any) -> None:
+def mask_urls(*values: Any) -> None:
     """
     Have Airflow mask what is secret in links: the query, and a user's password.
 
@@ -63,7 +63,7 @@ def storage_path(path: str | PathLike[str] | ObjectStoragePath, what: str) -> Ob
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
     text = str(path)
-    named = f"The path of {what}, {redact_links(text)!r},"
+    named = f"The path of {what}, {redact_urls(text)!r},"
     if text.strip() in ("", "None"):
         raise HeyGenBadInputError(
             f"The path of {what} is empty or the text 'None', which is what a template makes of a missing"
@@ -97,7 +97,7 @@ def storage_path(path: str | PathLike[str] | ObjectStoragePath, what: str) -> Ob
     if found.path.strip("/") not in (whole.strip("/"), whole.partition("/")[2]):
         raise HeyGenBadInputError(
             f"{named} has characters (such as '::' or a line break) with which Airflow's ObjectStoragePath"
-            f" takes it for another file, {redact_links(str(found))!r}. Choose another name."
+            f" takes it for another file, {redact_urls(str(found))!r}. Choose another name."
         )
     return found
 
@@ -127,9 +127,11 @@ def fingerprint(path: ObjectStoragePath, info: Mapping[str, Any] | None = None) 
 
 
 @contextlib.contextmanager
-def explained(path: object, done: str, kind: type[HeyGenError] = HeyGenError) -> Iterator[None]:
+def translate_storage_errors(
+    path: object, done: str, kind: type[HeyGenError] = HeyGenError
+) -> Iterator[None]:
     """
-    Say of a file what could not be done with it, and why; each storage has errors of its own.
+    Turn any storage's error into one that names the file, what failed and why.
 
     :raises HeyGenError: of that kind, in place of whatever was raised.
     """
@@ -138,7 +140,7 @@ def explained(path: object, done: str, kind: type[HeyGenError] = HeyGenError) ->
     except HeyGenError:
         raise
     except Exception as error:
-        reason = redact_links(str(error)) or type(error).__name__
+        reason = redact_urls(str(error)) or type(error).__name__
         raise kind(f"{path} cannot be {done}: {reason}.") from None
 
 
@@ -150,7 +152,7 @@ def plain_uri(path: ObjectStoragePath) -> str:
 
 
 @contextlib.contextmanager
-def links_unlogged() -> Iterator[None]:
+def redact_urllib3_logs() -> Iterator[None]:
     """
     Keep presigned links out of urllib3's log.
 
@@ -172,11 +174,11 @@ def links_unlogged() -> Iterator[None]:
 class _CutLinks(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
-            record.args = tuple(redact_links(arg) if isinstance(arg, str) else arg for arg in record.args)
+            record.args = tuple(redact_urls(arg) if isinstance(arg, str) else arg for arg in record.args)
         return True
 
 
-def check_link(base: str, link: str, settings: HeyGenConnection, what: str) -> tuple[str, str]:
+def check_url(base: str, link: str, settings: HeyGenConnection, what: str) -> tuple[str, str]:
     """
     Give a link that may be followed, and its host; a hostile one must not reach our own network.
 

@@ -37,7 +37,7 @@ def polled(conn_id: str) -> None:
 
 
 @dataclass(frozen=True)
-class Wait:
+class WaitMetrics:
     """
     The wait of one task instance for its overdub.
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import Asset
 
-from airflow_provider_heygen.api import check_id, redact_links
+from airflow_provider_heygen.api import check_id, redact_urls
 from airflow_provider_heygen.compat import task_state_store
-from airflow_provider_heygen.download import size_there
+from airflow_provider_heygen.download import existing_size
 from airflow_provider_heygen.exceptions import HeyGenBadInputError
 from airflow_provider_heygen.media import fingerprint, storage_path
 
@@ -100,9 +100,9 @@ class Saving:
             has ``overdubs``, which have no captions.
         """
         for path in () if self.in_folder else self.files.values():
-            if size_there(path) is not None and not self._replaces(path):
+            if existing_size(path) is not None and not self._replaces(path):
                 raise HeyGenBadInputError(
-                    f"{redact_links(str(path))} exists already; no overdub was started. Set overwrite=True to"
+                    f"{redact_urls(str(path))} exists already; no overdub was started. Set overwrite=True to"
                     " replace it or skip_existing=True to keep it, or choose another destination."
                 )
         if "captions" in self.files:
@@ -120,7 +120,7 @@ class Saving:
 
         :param sources: the files that it is made from.
         """
-        sizes = [size_there(path) for path in self.files.values()]
+        sizes = [existing_size(path) for path in self.files.values()]
         oldest = min(_modified(path, float("inf")) for path in self.files.values())
         if not all(sizes) or any(_modified(path, 0.0) > oldest for path in sources):
             return None

@@ -45,18 +45,18 @@ class Slots:
         self.go_at = self._probe_at = math.inf
         self._probe_pause, self._probe_size = PROBE_SECONDS, 1
 
-    def join(self, place: Place, *, refused_now: bool, again: bool) -> int:
+    def join(self, place: Place, *, refused_now: bool, resumed: bool) -> int:
         """
         Take a task that was refused; return how many wait before it.
 
         :param refused_now: whether that was just now, so that all slots are taken; or before a restart.
-        :param again: whether it had been released before.
+        :param resumed: whether it had been released before.
         """
         self.places.append(place)
         self.places.sort(key=lambda place: place.since)
         # Later, a first refusal says no more than that all slots were taken for a moment.
-        self._refused = self._refused or (refused_now and (again or not self._learned))
-        if refused_now and again:
+        self._refused = self._refused or (refused_now and (resumed or not self._learned))
+        if refused_now and resumed:
             del self._released[:1]
         return self.places.index(place)
 

@@ -144,11 +144,11 @@ def labels(request: CreateOverdubRequest) -> dict[str, Any]:
     }
 
 
-class Seen(StrEnum):
+class RemoteState(StrEnum):
     """The state of a submission's overdub at HeyGen."""
 
-    NOT_LOOKED = "not looked"
-    ALIVE = "alive"
+    NOT_CHECKED = "not checked"
+    USABLE = "usable"
     """The overdub is not final, or completed."""
     FAILED = "failed"
     MISSING = "missing"
@@ -157,35 +157,37 @@ class Seen(StrEnum):
 class Step(StrEnum):
     """What to do next."""
 
-    LOOK = "look at the overdub whose id is known"
+    CHECK = "check the overdub whose id is known"
     SEARCH = "search for the overdub whose id is not known"
-    ATTACH = "go on with the overdub that exists"
-    POST_AGAIN = "send the same submission again, under its key"
-    POST_NEW = "begin a new submission"
+    REATTACH = "reattach to the overdub that exists"
+    RESEND = "send the same submission again, under its key"
+    SUBMIT_NEW = "begin a new submission"
 
 
-def next_step(record: Submission | None, digest: str, max_tries: int, seen: Seen = Seen.NOT_LOOKED) -> Step:
+def next_step(
+    record: Submission | None, digest: str, max_tries: int, remote: RemoteState = RemoteState.NOT_CHECKED
+) -> Step:
     """
     Decide what a try does.
 
     :param record: what the task instance has submitted so far.
     :param digest: digest of the request of this try.
     :param max_tries: the task's ``max_tries`` now.
-    :param seen: what :attr:`Step.LOOK` or :attr:`Step.SEARCH` has found; the first call omits it.
+    :param remote: what :attr:`Step.CHECK` or :attr:`Step.SEARCH` has found; the first call omits it.
     """
     if record is None or not record.same_request(digest, max_tries):
-        return Step.POST_NEW
+        return Step.SUBMIT_NEW
     if record.delivered and record.max_tries != max_tries:
         # A user cleared the task after its success. Without a clear, the worker died after it recorded the
         # delivery and before Airflow recorded the success.
-        return Step.POST_NEW
+        return Step.SUBMIT_NEW
     if record.overdub_id is None and not record.sent:
-        return Step.POST_AGAIN
-    if seen is Seen.NOT_LOOKED:
-        return Step.LOOK if record.overdub_id else Step.SEARCH
-    if seen is Seen.FAILED:
-        return Step.POST_NEW
-    if seen is Seen.MISSING:
+        return Step.RESEND
+    if remote is RemoteState.NOT_CHECKED:
+        return Step.CHECK if record.overdub_id else Step.SEARCH
+    if remote is RemoteState.FAILED:
+        return Step.SUBMIT_NEW
+    if remote is RemoteState.MISSING:
         # An overdub with a known id was deleted. Without an id, the request may never have arrived.
-        return Step.POST_NEW if record.overdub_id else Step.POST_AGAIN
-    return Step.ATTACH
+        return Step.SUBMIT_NEW if record.overdub_id else Step.RESEND
+    return Step.REATTACH

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_heygen import metrics, waiting
-from airflow_provider_heygen.api import MAX_PAGE_SIZE, MediaAsset, OverdubStatus, redact_links
+from airflow_provider_heygen.api import MAX_PAGE_SIZE, MediaAsset, OverdubStatus, redact_urls
 from airflow_provider_heygen.compat import task_state_store
 from airflow_provider_heygen.exceptions import (
     HeyGenError,
@@ -19,7 +19,7 @@ from airflow_provider_heygen.exceptions import (
 from airflow_provider_heygen.media import size_text
 from airflow_provider_heygen.submission import (
     STATE_KEY,
-    Seen,
+    RemoteState,
     Step,
     Submission,
     content_prefix,
@@ -45,31 +45,31 @@ REUSE_SECONDS = 3 * 24 * 60 * 60
 """Maximum age in seconds of an overdub of another task or DAG run that may be reused."""
 
 
-class Ledger:
+class SubmissionStore:
     """
     The submission record of a task instance, in Airflow's task state store (3.3+).
 
     Before 3.3, it lasts for one try, and what an earlier try may have sent is derived from the task instance.
 
     :param durable: ``False`` if the record lasts for one try and nothing is derived.
-    :param again: whether the task continues after it was deferred until HeyGen has a free slot.
+    :param resumed: whether the task continues after it was deferred until HeyGen has a free slot.
     :param kept: :attr:`kept` before that deferral.
     """
 
-    def __init__(self, context: Context, *, durable: bool, again: bool = False, kept: Any = None) -> None:
+    def __init__(self, context: Context, *, durable: bool, resumed: bool = False, kept: Any = None) -> None:
         self.ti: Any = context["ti"]
         self.durable = durable
-        self.again = again
+        self.resumed = resumed
         self.dag_run_began = context["dag_run"].start_date
-        self.store: Any = task_state_store(context) if durable else None
+        self._state: Any = task_state_store(context) if durable else None
         self._kept = kept
 
     @cached_property
     def record(self) -> Submission | None:
         """The record of this and earlier tries, read once."""
-        if self.store is None:
+        if self._state is None:
             return Submission.load(self._kept)
-        record = Submission.load(self.store.get(STATE_KEY))
+        record = Submission.load(self._state.get(STATE_KEY))
         if record is not None and record.max_tries != self.ti.max_tries:
             # A user has cleared the task, perhaps because of the uploaded files.
             return record.model_copy(update={"assets": {}, "files": {}})
@@ -78,27 +78,27 @@ class Ledger:
     @property
     def kept(self) -> Any:
         """The record as JSON, if no store keeps it during a deferral."""
-        return self.record.model_dump(mode="json") if self.store is None and self.record else None
+        return self.record.model_dump(mode="json") if self._state is None and self.record else None
 
     @property
     def files(self) -> Mapping[str, tuple[str, str]]:
         """SHA-256 and MIME type of files by their fingerprint."""
         return self.record.files if self.record else {}
 
-    def recall(self, body_digest: str) -> Submission | None:
+    def load(self, body_digest: str) -> Submission | None:
         """Return what the task instance has submitted so far."""
-        derive = self.durable and self.store is None and (self.ti.try_number > 1 or self.again)
+        derive = self.durable and self._state is None and (self.ti.try_number > 1 or self.resumed)
         if self.record is None and derive:
             began = self.dag_run_began.timestamp() if self.dag_run_began else time.time()
             # The time of sending is unknown, but has passed.
             found = {"began": began, "sent": True, "sent_at": time.time()}
-            self.record = self.begin(body_digest, None).model_copy(update=found)
+            self.record = self.new(body_digest, None).model_copy(update=found)
         return self.record
 
-    def begin(self, body_digest: str, before: Submission | None) -> Submission:
+    def new(self, body_digest: str, before: Submission | None) -> Submission:
         """Return a new submission, not yet written."""
         # A stored key can be random, so no other Airflow has the same one.
-        derive = self.durable and self.store is None
+        derive = self.durable and self._state is None
         random = f"{content_prefix(body_digest)}{uuid.uuid4()}"
         return Submission(
             digest=body_digest,
@@ -109,14 +109,14 @@ class Ledger:
             assets=before.assets if before else {},
         )
 
-    def write(self, submission: Submission, **changes: Any) -> None:
+    def save(self, submission: Submission, **changes: Any) -> None:
         """Write a changed submission for the next try."""
         self.record = submission.model_copy(update={**changes, "max_tries": self.ti.max_tries})
-        if self.store is not None:
-            self.store.set(STATE_KEY, self.record.model_dump(mode="json"))
+        if self._state is not None:
+            self._state.set(STATE_KEY, self.record.model_dump(mode="json"))
 
     @property
-    def in_doubt(self) -> bool:
+    def outcome_unknown(self) -> bool:
         """Whether a create request was sent whose outcome is unknown."""
         return self.record is not None and self.record.sent and self.record.overdub_id is None
 
@@ -125,16 +125,16 @@ class Ledger:
         """The ids of the HeyGen assets that were uploaded for the overdub."""
         return list(self.record.assets.values()) if self.record else []
 
-    def delivered(self) -> None:
+    def mark_delivered(self) -> None:
         """Record that the task returns its result: clearing it now starts another overdub."""
-        if self.record is not None and self.store is not None:
-            self.write(self.record, delivered=True)
+        if self.record is not None and self._state is not None:
+            self.save(self.record, delivered=True)
 
 
 def submit(
     request: CreateOverdubRequest,
     hook: HeyGenHook,
-    ledger: Ledger,
+    store: SubmissionStore,
     files: Mapping[str, Source],
     check: Callable[[], object] | None = None,
     *,
@@ -151,55 +151,59 @@ def submit(
     # The digest contains the content of a file, because each upload creates another asset.
     request = _with_assets(request, {name: f"sha256:{file.digest}" for name, file in files.items()})
     body_digest = digest(request)
-    submission = ledger.recall(body_digest)
-    step = next_step(submission, body_digest, ledger.ti.max_tries)
-    if submission is not None and step in (Step.LOOK, Step.SEARCH):
-        submission, overdub_id, seen = _see(submission, request, hook, ledger)
-        step = next_step(submission, body_digest, ledger.ti.max_tries, seen)
-        if step is Step.ATTACH:
+    submission = store.load(body_digest)
+    step = next_step(submission, body_digest, store.ti.max_tries)
+    if submission is not None and step in (Step.CHECK, Step.SEARCH):
+        submission, overdub_id, seen = _check_remote(submission, request, hook, store)
+        step = next_step(submission, body_digest, store.ti.max_tries, seen)
+        if step is Step.REATTACH:
             log.info("Reattached to overdub %s, which an earlier try of this task started.", overdub_id)
-            _reattach(submission, overdub_id, request, hook, ledger)
+            _reattach(submission, overdub_id, request, hook, store)
             return overdub_id
     if check is not None:
         check()
     if reuse and (found := _find_reusable(body_digest, request, hook)):
-        _reattach(ledger.begin(body_digest, submission), found, request, hook, ledger)
+        _reattach(store.new(body_digest, submission), found, request, hook, store)
         return found
-    if submission is None or step is Step.POST_NEW:
+    if submission is None or step is Step.SUBMIT_NEW:
         if submission is not None and submission.overdub_id and not submission.delivered:
             log.info(
                 "Overdub %s of an earlier try is left unchanged; submitting a new one.", submission.overdub_id
             )
-        submission = ledger.begin(body_digest, submission)
-    return _send(request, submission, hook, ledger, files)
+        submission = store.new(body_digest, submission)
+    return _send(request, submission, hook, store, files)
 
 
 def _send(
     request: CreateOverdubRequest,
     submission: Submission,
     hook: HeyGenHook,
-    ledger: Ledger,
+    store: SubmissionStore,
     files: Mapping[str, Source],
 ) -> str:
     """Upload and create; once more if HeyGen has forgotten what an earlier try uploaded."""
     try:
-        return _create(request, submission, hook, ledger, files)
+        return _create(request, submission, hook, store, files)
     except HeyGenNotFoundError as error:
         if not files or error.code != "asset_not_found" or error.outcome_unknown:
             raise
         log.info("%s The files are uploaded again.", error)
-    submission = ledger.begin(submission.digest, submission).model_copy(update={"assets": {}})
-    return _create(request, submission, hook, ledger, files, generation=2)
+    submission = store.new(submission.digest, submission).model_copy(update={"assets": {}})
+    return _create(request, submission, hook, store, files, generation=2)
 
 
 def _reattach(
-    submission: Submission, overdub_id: str, request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger
+    submission: Submission,
+    overdub_id: str,
+    request: CreateOverdubRequest,
+    hook: HeyGenHook,
+    store: SubmissionStore,
 ) -> None:
     answered = submission.answered or time.time()
     found = {"overdub_id": overdub_id, "answered": answered, "resource": hook.known_resource}
     submission = submission.model_copy(update=found)
-    ledger.write(_relabel(submission, overdub_id, request, hook))
-    metrics.reattached(ledger.ti)
+    store.save(_relabel(submission, overdub_id, request, hook))
+    metrics.reattached(store.ti)
 
 
 def _find_reusable(body_digest: str, request: CreateOverdubRequest, hook: HeyGenHook) -> str | None:
@@ -224,7 +228,7 @@ def _find_reusable(body_digest: str, request: CreateOverdubRequest, hook: HeyGen
                 "Reattached to overdub %s %r, mode %s, which a task or run with the same request started"
                 " %s ago.",
                 overdub.overdub_id,
-                redact_links(overdub.title or ""),
+                redact_urls(overdub.title or ""),
                 request.mode or "speed",
                 waiting.duration_text(time.time() - (overdub.created_at or 0)),
             )
@@ -236,11 +240,11 @@ def _create(
     request: CreateOverdubRequest,
     submission: Submission,
     hook: HeyGenHook,
-    ledger: Ledger,
+    store: SubmissionStore,
     files: Mapping[str, Source],
     generation: int = 1,
 ) -> str:
-    submission = _upload(files.values(), submission, hook, ledger, generation)
+    submission = _upload(files.values(), submission, hook, store, generation)
     request = _with_assets(request, {name: submission.assets[file.digest] for name, file in files.items()})
     if submission.sent and submission.labels:
         # An earlier attempt may still take effect. A search finds it by its own callback_id.
@@ -252,7 +256,7 @@ def _create(
         # The next try must know that the request may have been sent, when, and under which resource.
         nonlocal submission
         submission = submission.model_copy(update={"sent": True, "resource": hook.known_resource})
-        ledger.write(submission, sent_at=time.time())
+        store.save(submission, sent_at=time.time())
 
     try:
         overdub_id = hook.create_overdub(request, idempotency_key=submission.key, before_sending=note)
@@ -260,28 +264,32 @@ def _create(
         error.no_slot = error.status_code == 429 and not error.outcome_unknown
         # Even if this try started nothing, an earlier one may have: keep its record.
         if error.outcome_unknown:
-            ledger.write(submission, sent=True, sent_at=time.time())
+            store.save(submission, sent=True, sent_at=time.time())
         else:
-            ledger.write(before)
+            store.save(before)
         raise
     found = {"resource": hook.known_resource, "overdub_id": overdub_id, "answered": time.time()}
-    ledger.write(submission, sent=True, **found)
-    metrics.submitted(ledger.ti)  # after writing, so that no retry counts it again
-    title = f" {redact_links(request.title)!r}" if request.title else ""
+    store.save(submission, sent=True, **found)
+    metrics.submitted(store.ti)  # after writing, so that no retry counts it again
+    title = f" {redact_urls(request.title)!r}" if request.title else ""
     log.info("Started overdub %s%s, mode %s.", overdub_id, title, request.mode or "speed")
     return overdub_id
 
 
-def upload_once(file: Source, hook: HeyGenHook, ledger: Ledger) -> str:
+def upload_once(file: Source, hook: HeyGenHook, store: SubmissionStore) -> str:
     """Return the asset id of a file, which is uploaded unless an earlier try has uploaded it."""
-    submission = ledger.recall(file.digest)
-    if submission is None or next_step(submission, file.digest, ledger.ti.max_tries) is Step.POST_NEW:
-        submission = ledger.begin(file.digest, submission)
-    return _upload([file], submission, hook, ledger).assets[file.digest]
+    submission = store.load(file.digest)
+    if submission is None or next_step(submission, file.digest, store.ti.max_tries) is Step.SUBMIT_NEW:
+        submission = store.new(file.digest, submission)
+    return _upload([file], submission, hook, store).assets[file.digest]
 
 
 def _upload(
-    files: Collection[Source], submission: Submission, hook: HeyGenHook, ledger: Ledger, generation: int = 1
+    files: Collection[Source],
+    submission: Submission,
+    hook: HeyGenHook,
+    store: SubmissionStore,
+    generation: int = 1,
 ) -> Submission:
     """Upload the files that are not uploaded yet; return the submission with all of its assets."""
     seen = {file.fingerprint: (file.digest, file.mime_type) for file in files if file.fingerprint}
@@ -292,8 +300,8 @@ def _upload(
             log.info("Uploaded before (%s): %s, as asset %s.", size_text(file.size), file, asset_id)
             continue
         # Written before the request, because the next try must send the file under the same key.
-        ledger.write(submission)
-        key = upload_key(submission, file.digest, ledger.ti.max_tries, generation)
+        store.save(submission)
+        key = upload_key(submission, file.digest, store.ti.max_tries, generation)
         began = time.monotonic()
         asset = hook.upload_asset(file, idempotency_key=key)
         log.info(
@@ -306,7 +314,7 @@ def _upload(
         )
         assets = {**submission.assets, file.digest: asset.asset_id}
         submission = submission.model_copy(update={"assets": assets})
-        ledger.write(submission)
+        store.save(submission)
     return submission
 
 
@@ -315,24 +323,24 @@ def _with_assets(request: CreateOverdubRequest, asset_ids: Mapping[str, str]) ->
     return request.model_copy(update=media)
 
 
-def _see(
-    submission: Submission, request: CreateOverdubRequest, hook: HeyGenHook, ledger: Ledger
-) -> tuple[Submission, str, Seen]:
+def _check_remote(
+    submission: Submission, request: CreateOverdubRequest, hook: HeyGenHook, store: SubmissionStore
+) -> tuple[Submission, str, RemoteState]:
     """Check an earlier submission at HeyGen; return it with the overdub's id, if any, and the state."""
     hook.created_under = submission.resource
     if submission.overdub_id is not None:
         # A failed poll is no reason to submit again: the wait continues after failed polls.
-        until = submission.answered + waiting.FRESH_SECONDS
-        watch = waiting.Watch(
+        until = submission.answered + waiting.NOT_FOUND_GRACE_SECONDS
+        watch = waiting.OverdubWait(
             submission.overdub_id,
             poke_interval=waiting.GONE_SECONDS,
             deadline=None,
             not_found_until=until,
             log=log,
         )
-        end = watch.settle(hook)
+        end = watch.poll_twice(hook)
         status = end["status"] if isinstance(end, dict) else ""
-        seen = {"failed": Seen.FAILED, "gone": Seen.MISSING}.get(status, Seen.ALIVE)
+        seen = {"failed": RemoteState.FAILED, "gone": RemoteState.MISSING}.get(status, RemoteState.USABLE)
         return submission, submission.overdub_id, seen
     if submission.labels:  # unknown without a store
         sent = {"title": submission.title, "callback_id": submission.callback_id}
@@ -342,14 +350,14 @@ def _see(
             request, submission.key, since=submission.began, sent_at=submission.sent_at
         )
     except HeyGenOutcomeUnknownError:
-        if submission.max_tries == ledger.ti.max_tries:
+        if submission.max_tries == store.ti.max_tries:
             raise
         # A user has read this error and cleared the task, which confirms that no candidate belongs to it.
-        return submission.model_copy(update={"sent": False}), "", Seen.MISSING
+        return submission.model_copy(update={"sent": False}), "", RemoteState.MISSING
     if overdub is None:
-        return submission, "", Seen.MISSING
+        return submission, "", RemoteState.MISSING
     failed = overdub.is_final and not overdub.is_completed
-    return submission, overdub.overdub_id, Seen.FAILED if failed else Seen.ALIVE
+    return submission, overdub.overdub_id, RemoteState.FAILED if failed else RemoteState.USABLE
 
 
 def _relabel(

@@ -57,7 +57,7 @@ _PIECE_BYTES = 256 << 10
 USER_AGENT = f"airflow-provider-heygen/{__version__}"
 
 
-class Chunks:
+class ChunkedBody:
     """
     A body in pieces of a size that is fast to send.
 
@@ -99,7 +99,7 @@ def send(
     """
     data, headers = None, dict(call.headers)
     if form is not None:
-        data, headers["Content-Type"] = Chunks(form, settings.upload_timeout), form.content_type
+        data, headers["Content-Type"] = ChunkedBody(form, settings.upload_timeout), form.content_type
     attempt = _Attempt()
     _attempt.set(attempt)
     try:
@@ -282,7 +282,7 @@ def _recording(base: Any) -> Any:
 
 
 @dataclass
-class _Shared:
+class _SharedSession:
     """An aiohttp session, the options of its requests, and the number of its users."""
 
     session: aiohttp.ClientSession
@@ -290,7 +290,7 @@ class _Shared:
     users: int = 0
 
 
-_sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Shared]] = WeakKeyDictionary()
+_sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _SharedSession]] = WeakKeyDictionary()
 
 
 @asynccontextmanager
@@ -309,7 +309,7 @@ async def shared_session(
     if key not in of_loop:
         options = await asyncio.to_thread(_options, settings)  # reads certificate files
         if key not in of_loop:  # another task may have been quicker
-            of_loop[key] = _Shared(_new_aiohttp_session(), options)
+            of_loop[key] = _SharedSession(_new_aiohttp_session(), options)
     shared = of_loop[key]
     shared.users += 1
     try:

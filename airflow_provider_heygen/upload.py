@@ -22,15 +22,21 @@ from urllib.parse import unquote, urlsplit
 
 from requests.exceptions import RequestException
 
-from airflow_provider_heygen.api import MAX_MULTIPART_BYTES, redact_links
+from airflow_provider_heygen.api import MAX_MULTIPART_BYTES, redact_urls
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
     HeyGenPermanentError,
     HeyGenTransientError,
 )
-from airflow_provider_heygen.media import check_link, explained, fingerprint, links_unlogged, storage_path
-from airflow_provider_heygen.transport import Chunks
+from airflow_provider_heygen.media import (
+    check_url,
+    fingerprint,
+    redact_urllib3_logs,
+    storage_path,
+    translate_storage_errors,
+)
+from airflow_provider_heygen.transport import ChunkedBody
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,7 +54,7 @@ _BLOCK_BYTES = 4 << 20
 _HEAD_BYTES = 512
 
 # What HeyGen accepts (contract, `uploadAsset`) and an overdub can be made from.
-_TAKEN = {
+_ACCEPTED = {
     "video/webm": rb"\x1aE\xdf\xa3.{0,250}?B\x82.{1,8}?webm",
     # After the refused brands: the list of mp4's brands is open, so HeyGen decides on an unknown one.
     "video/mp4": rb".{4}ftyp",
@@ -59,7 +65,7 @@ _TAKEN = {
 }
 
 # What is often met and not taken, with the format to convert it to.
-_REFUSED = (
+_REJECTED = (
     (rb".{4}(ftypqt  |moov|mdat|wide|free|skip|pnot)", "a QuickTime movie (mov)", "mp4"),
     (rb".{4}ftyp(M4A|M4B|M4P|F4A|F4B) ", "an m4a audio file", "mp3 or wav"),
     (rb".{4}ftyp3g", "a 3GP file", "mp4"),
@@ -113,10 +119,10 @@ def _media_type(file: Any, name: str) -> str:
 
 
 def _match(head: bytes) -> tuple[str | None, str | None, str | None]:
-    for signature, found, instead in _REFUSED:
+    for signature, found, instead in _REJECTED:
         if re.match(signature, head, re.DOTALL):
             return None, found, instead
-    for kind, signature in _TAKEN.items():
+    for kind, signature in _ACCEPTED.items():
         if re.match(signature, head, re.DOTALL):
             return kind, None, None
     return None, None, None
@@ -141,7 +147,7 @@ class Source:
     known_digest: str | None = None
 
     def __str__(self) -> str:
-        return redact_links(str(self.path))
+        return redact_urls(str(self.path))
 
     @property
     def name(self) -> str:
@@ -166,8 +172,8 @@ class Source:
         if isinstance(path, Source):
             return path
         found = storage_path(path, "the file to upload")
-        name = redact_links(str(found))
-        with explained(name, "read"):
+        name = redact_urls(str(found))
+        with translate_storage_errors(name, "read"):
             found.fs.invalidate_cache()  # what is remembered of it may no longer be so
             try:
                 info = found.fs.info(found.path)
@@ -183,7 +189,7 @@ class Source:
         if version and known and version in known:
             digest, mime_type = known[version]
             return cls(found, size, mime_type, version, digest)
-        with explained(name, "read"), found.open("rb", block_size=1 << 16) as file:  # type: ignore[no-untyped-call]
+        with translate_storage_errors(name, "read"), found.open("rb", block_size=1 << 16) as file:  # type: ignore[no-untyped-call]
             return cls(found, size, _media_type(file, name), version)
 
     @property
@@ -191,14 +197,14 @@ class Source:
         """The SHA-256 of its content, hexadecimal; read once, if it is not known."""
         if self.known_digest is None:
             with self.open() as file:
-                for _ in Chunks(file):
+                for _ in ChunkedBody(file):
                     pass
             self.known_digest = file.sha256.hexdigest()
         return self.known_digest
 
-    def open(self) -> Announced:
+    def open(self) -> FixedLengthReader:
         """Open it for reading exactly as many bytes as were announced."""
-        return Announced(self)
+        return FixedLengthReader(self)
 
     def open_file(self) -> Any:
         """Open it as its storage does."""
@@ -220,7 +226,7 @@ class LinkedSource(Source):
     hook: HeyGenHook = field(kw_only=True)
 
     def __str__(self) -> str:
-        return redact_links(self.link)
+        return redact_urls(self.link)
 
     @property
     def name(self) -> str:
@@ -238,7 +244,7 @@ class LinkedSource(Source):
         :param known: see :meth:`Source.of`.
         :raises HeyGenError: see :meth:`Source.of` and :func:`.download.save`.
         """
-        shown = redact_links(link)
+        shown = redact_urls(link)
         place = hashlib.sha256(json.dumps([what, shown]).encode()).hexdigest()
         source = cls(None, 0, "", f"{place}:", link=link, what=what, hook=hook)
         try:
@@ -286,7 +292,7 @@ def _check_size(name: str, size: int, settings: HeyGenConnection) -> None:
         )
 
 
-class Announced:
+class FixedLengthReader:
     """
     The content of a file whose length, and perhaps digest, was told to the other side.
 
@@ -296,12 +302,12 @@ class Announced:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        with explained(source, "read"):
+        with translate_storage_errors(source, "read"):
             self._file: Any = source.open_file()
         self.len = source.size
         self.sha256 = hashlib.sha256()
 
-    def __enter__(self) -> Announced:
+    def __enter__(self) -> FixedLengthReader:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -311,7 +317,7 @@ class Announced:
         """Give up to so many bytes, all that are left by default."""
         wanted = self.len if size < 0 else min(size, self.len)
         # As it is, an error would look like a fault of the network it is sent over.
-        with explained(self._source, "read", HeyGenTransientError):
+        with translate_storage_errors(self._source, "read", HeyGenTransientError):
             chunk: bytes = self._file.read(wanted)
             self.len -= len(chunk)
             changed = (not chunk and wanted) or (not self.len and self._file.read(1))
@@ -325,7 +331,7 @@ class Announced:
         return chunk
 
 
-def put(
+def put_file(
     source: Source, slot: DirectUpload, *, session: requests.Session, settings: HeyGenConnection
 ) -> str | None:
     """
@@ -336,16 +342,16 @@ def put(
     :raises HeyGenTransientError: it broke off, or storage is busy.
     :raises HeyGenPermanentError: the URL leads where it must not, or storage refuses the file.
     """
-    link, host = check_link("", slot.upload_url, settings, "The upload URL")
+    link, host = check_url("", slot.upload_url, settings, "The upload URL")
     # Storage has signed the headers: those it gave, and none that a library is fond of.
     session.headers.clear()
     try:
         with (
-            links_unlogged(),
+            redact_urllib3_logs(),
             source.open() as file,
             session.put(
                 link,
-                data=Chunks(file, settings.upload_timeout),
+                data=ChunkedBody(file, settings.upload_timeout),
                 headers=slot.upload_headers,
                 timeout=(settings.connect_timeout, settings.upload_timeout),
                 allow_redirects=False,
@@ -407,7 +413,7 @@ def storage_uris(fields: Mapping[str, Any], *, links: bool = False) -> dict[str,
     return found
 
 
-def inputs(
+def check_inputs(
     uris: Mapping[str, Any], hook: HeyGenHook, known: Mapping[str, tuple[str, str]]
 ) -> dict[str, Source]:
     """

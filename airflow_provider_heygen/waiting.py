@@ -11,7 +11,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, get_args
 
-from airflow_provider_heygen.api import Overdub, OverdubStatus, redact_links
+from airflow_provider_heygen.api import Overdub, OverdubStatus, redact_urls
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from airflow_provider_heygen.hooks.heygen import HeyGenHook
-    from airflow_provider_heygen.metrics import Wait
+    from airflow_provider_heygen.metrics import WaitMetrics
 
-FRESH_SECONDS = 30
+NOT_FOUND_GRACE_SECONDS = 30
 """Seconds after a create request during which a 404 means that the overdub is not readable yet."""
 
 GONE_SECONDS = 30.0
 """Minimum seconds between two 404 before an overdub that is also missing from the list is gone."""
 
-LONGEST_BACKOFF = 120.0
+MAX_BACKOFF_SECONDS = 120.0
 """Maximum seconds between polls while they fail, unless HeyGen asks for more."""
 
 SILENCE_SECONDS = 300.0
@@ -60,7 +60,7 @@ class WaitEvent(TypedDict):
     overdub: NotRequired[dict[str, Any]]
 
 
-class Watch:
+class OverdubWait:
     """
     The wait for one overdub: turns each poll result into the delay until the next poll, or into the end.
 
@@ -72,7 +72,7 @@ class Watch:
     :param deadline: Unix seconds at which the wait ends; ``None`` for never.
     :param not_found_until: Unix seconds until which a 404 means "not readable yet".
     :param log: receives one line per change of status or of error.
-    :param told: the status that was logged before.
+    :param logged_status: the status that was logged before.
     """
 
     __slots__ = (
@@ -81,13 +81,13 @@ class Watch:
         "failures",
         "log",
         "logged_at",
+        "logged_status",
         "missing_for",
         "missing_since",
         "not_found_until",
         "overdub_id",
         "poke_interval",
         "status",
-        "told",
         "trouble",
     )
 
@@ -99,7 +99,7 @@ class Watch:
         deadline: float | None,
         not_found_until: float,
         log: Any,
-        told: str | None = None,
+        logged_status: str | None = None,
     ) -> None:
         self.overdub_id = overdub_id
         self.poke_interval = poke_interval
@@ -107,18 +107,18 @@ class Watch:
         self.not_found_until = not_found_until
         self.log = log
         self.status = "not seen yet"
-        self.told = told
+        self.logged_status = logged_status
         self.logged_at = self.began = time.monotonic()
         self.failures = 0
         self.trouble = ""
         self.missing_since: float | None = None
         self.missing_for = 0.0
 
-    def saw(self, overdub: Overdub) -> float | WaitEvent:
+    def on_poll(self, overdub: Overdub) -> float | WaitEvent:
         """Handle a successful poll."""
         self.status = overdub.status
-        if overdub.status != self.told and not overdub.is_final:  # the task itself logs the end
-            self.told = overdub.status
+        if overdub.status != self.logged_status and not overdub.is_final:  # the task itself logs the end
+            self.logged_status = overdub.status
             self.logged_at = time.monotonic()
             known = isinstance(overdub.status, OverdubStatus)
             self.log.info(
@@ -135,9 +135,9 @@ class Watch:
             event = self._end("completed", f"Overdub {self.overdub_id} is completed.")
             event["overdub"] = overdub.details()
             return event
-        return self.unchanged()
+        return self.on_unchanged()
 
-    def unchanged(self) -> float | WaitEvent:
+    def on_unchanged(self) -> float | WaitEvent:
         """Handle a successful poll whose result is not final and the same as before."""
         self.failures, self.trouble, self.missing_since, self.missing_for = 0, "", None, 0.0
         now = time.monotonic()
@@ -147,7 +147,7 @@ class Watch:
             self.log.info("Overdub %s is still %s after %s.", self.overdub_id, self.status, waited)
         return self._pause(self.poke_interval)
 
-    def failed(self, error: Exception) -> float | WaitEvent:
+    def on_error(self, error: Exception) -> float | WaitEvent:
         """Handle a failed poll."""
         if isinstance(error, HeyGenNotFoundError):
             if time.time() < self.not_found_until:
@@ -157,11 +157,11 @@ class Watch:
                 self.missing_since = time.monotonic()
             self.missing_for = time.monotonic() - self.missing_since
         self.failures += 1
-        first, longest = self.poke_interval, LONGEST_BACKOFF
+        first, longest = self.poke_interval, MAX_BACKOFF_SECONDS
         if self.missing_since is not None:
             first = longest = min(self.poke_interval, GONE_SECONDS)
         pause = retry_delay(self.failures, error, first=first, longest=longest)
-        text = redact_links(str(error))
+        text = redact_urls(str(error))
         # A long outage must not log a line for each poll.
         if text != self.trouble or self.failures.bit_count() == 1:
             self.trouble = text
@@ -198,27 +198,27 @@ class Watch:
 
     def give_up(self, error: Exception) -> WaitEvent:
         """Return the end of a wait that cannot begin."""
-        return self._end("error", redact_links(str(error)))
+        return self._end("error", redact_urls(str(error)))
 
     def poll(self, hook: HeyGenHook) -> float | WaitEvent:
         """Poll once with a synchronous hook; return the delay until the next poll, or the end."""
         try:
-            return self.saw(hook.get_overdub(self.overdub_id))
+            return self.on_poll(hook.get_overdub(self.overdub_id))
         except HeyGenBadInputError:
             raise
         except Exception as error:
-            step = self.failed(error)
+            step = self.on_error(error)
         if self.may_be_gone:
             step = self.absent(hook.is_listed(self.overdub_id)) or step
         return step
 
-    def follow(self, hook: HeyGenHook) -> WaitEvent:
+    def poll_until_final(self, hook: HeyGenHook) -> WaitEvent:
         """Poll until the wait ends."""
         while not isinstance(step := self.poll(hook), dict):
             time.sleep(step)
         return step
 
-    def settle(self, hook: HeyGenHook) -> float | WaitEvent:
+    def poll_twice(self, hook: HeyGenHook) -> float | WaitEvent:
         """Poll once, and a second time if the poll returned 404 and the list does not contain the overdub."""
         step = self.poll(hook)
         if (
@@ -231,11 +231,11 @@ class Watch:
         return self.poll(hook)
 
     def _pause(self, seconds: float) -> float | WaitEvent:
-        left = self.left
+        left = self.seconds_left
         return min(seconds, left) if left > 0 else self.timed_out()
 
     @property
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         """Seconds until the deadline."""
         return math.inf if self.deadline is None else self.deadline - time.time()
 
@@ -269,7 +269,7 @@ def waiting_text(where: str, poke_interval: float, deadline: float | None) -> st
     return f"Waiting {where}, checking every {duration_text(poke_interval)} {until}."
 
 
-def summary(details: Mapping[str, Any]) -> str:
+def completion_summary(details: Mapping[str, Any]) -> str:
     """Return the log line for a completed overdub, with its duration and cost if they are known."""
     title, duration, created_at, mode, cost = (
         details.get(name) for name in ("title", "duration", "created_at", "mode", "cost")
@@ -305,12 +305,16 @@ def check_event(event: Any, overdub_id: str | None = None) -> WaitEvent:
     return event  # type: ignore[return-value]
 
 
+def _one_poll(overdub_id: str, log: Any) -> OverdubWait:
+    return OverdubWait(overdub_id, poke_interval=1.0, deadline=None, not_found_until=0.0, log=log)
+
+
 def no_triggerer(overdub_id: str) -> WaitEvent:
     """Return the end of a wait that no triggerer has served before its deadline."""
-    return Watch(overdub_id, poke_interval=1.0, deadline=None, not_found_until=0.0, log=None).timed_out()
+    return _one_poll(overdub_id, None).timed_out()
 
 
-def conclude(event: WaitEvent, wait: Wait, hook: HeyGenHook | None = None) -> dict[str, Any]:
+def resolve_wait(event: WaitEvent, wait: WaitMetrics, hook: HeyGenHook | None = None) -> dict[str, Any]:
     """
     Return the overdub's details at the end of a wait, or raise the exception that fits.
 
@@ -340,15 +344,13 @@ def conclude(event: WaitEvent, wait: Wait, hook: HeyGenHook | None = None) -> di
             raise HeyGenOverdubTimeoutError(
                 f"{message} The last status check failed: {error}", overdub_id=overdub_id
             ) from error
-        last = Watch(overdub_id, poke_interval=1, deadline=None, not_found_until=0.0, log=hook.log).saw(
-            overdub
-        )
+        last = _one_poll(overdub_id, hook.log).on_poll(overdub)
         if isinstance(last, dict):
-            return conclude(last, wait)
+            return resolve_wait(last, wait)
     raise HeyGenOverdubTimeoutError(message, overdub_id=overdub_id)
 
 
-def seconds(value: Any, name: str) -> float:
+def parse_seconds(value: Any, name: str) -> float:
     """
     Return a duration in seconds from a number, its text (a template renders to text) or a timedelta.
 
@@ -377,7 +379,7 @@ def execution_deadline(execution_timeout: timedelta | None, context: Mapping[str
     return (started.timestamp() if started else time.time()) + execution_timeout.total_seconds()
 
 
-def backstop(deadline: float | None, poke_interval: float) -> timedelta | None:
+def deferral_timeout(deadline: float | None, poke_interval: float) -> timedelta | None:
     """Return Airflow's deferral timeout, a little after the deadline, in case no triggerer runs."""
     if deadline is None:
         return None

@@ -23,11 +23,11 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from sqlalchemy import and_, select
 from starlette.exceptions import HTTPException
 
-from airflow_provider_heygen.api import DEFAULT_FAILURE_MESSAGE, Overdub, OverdubStatus, redact_links
+from airflow_provider_heygen.api import DEFAULT_FAILURE_MESSAGE, Overdub, OverdubStatus, redact_urls
 from airflow_provider_heygen.connection import HeyGenConnection
 from airflow_provider_heygen.exceptions import HeyGenError, HeyGenNotFoundError
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
-from airflow_provider_heygen.media import check_link
+from airflow_provider_heygen.media import check_url
 from airflow_provider_heygen.plugin import watch_path
 
 LIMIT_SECONDS = 15.0
@@ -101,13 +101,13 @@ async def fetch(dub: Found) -> Overdub:
             if not overdub.is_completed or not overdub.video_url:
                 return overdub.model_copy(update={"video_url": None})
             checked = (overdub.video_url, dub.hook.settings, "The link to the video")
-            url, _ = await asyncio.to_thread(check_link, "", *checked)
+            url, _ = await asyncio.to_thread(check_url, "", *checked)
             return overdub.model_copy(update={"video_url": url})
     except TimeoutError:
         raise HTTPException(504, f"HeyGen has not responded within {LIMIT_SECONDS:.0f} s.") from None
     except HeyGenError as error:
         status = 404 if isinstance(error, HeyGenNotFoundError) else 502
-        raise HTTPException(status, redact_links(str(error))) from None
+        raise HTTPException(status, redact_urls(str(error))) from None
 
 
 Fetched = Annotated[Overdub, Depends(fetch)]
@@ -171,7 +171,7 @@ def _details(dub: Dub, overdub: Overdub) -> dict[str, str]:
         if (cost := dub.hook.settings.cost(mode, overdub.duration)) is not None:
             shown["Cost"] = f"${cost:.2f}"
     if overdub.status == OverdubStatus.FAILED:
-        shown["Reason"] = redact_links(overdub.failure_message or DEFAULT_FAILURE_MESSAGE)
+        shown["Reason"] = redact_urls(overdub.failure_message or DEFAULT_FAILURE_MESSAGE)
     return shown
 
 

@@ -773,4 +773,4 @@ def test_redirects_are_not_followed(heygen, listen, status):
     ],
 )
 def test_redact_links(text, shown):
-    assert api.redact_links(text) == shown
+    assert api.redact_urls(text) == shown

@@ -882,7 +882,7 @@ def lines_of(hours, monkeypatch, size):
     """What is said during a download that takes so long, a MB per second."""
     said, clock = [], itertools.count(0.0)
     monkeypatch.setattr(download, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    target = download._Target(ObjectStoragePath("file:///v.mp4"))
+    target = download._PendingFile(ObjectStoragePath("file:///v.mp4"))
     target.size = size
     progress = download._Progress(lambda text, *values: said.append(text % values), "video", target)
     for _ in range(int(3600 * hours)):
@@ -1019,8 +1019,8 @@ def test_links_are_not_logged_when_the_headers_of_an_answer_are_broken(cdn, tmp_
 
 def test_links_are_not_logged_while_another_download_ends(caplog):
     caplog.set_level(logging.DEBUG)
-    with media.links_unlogged():
-        with media.links_unlogged():
+    with media.redact_urllib3_logs():
+        with media.redact_urllib3_logs():
             pass
         logging.getLogger("urllib3.connectionpool").debug("GET %s", "/v.mp4?Signature=pw")
     assert "/v.mp4?***" in caplog.text

@@ -35,7 +35,7 @@ from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.media import storage_path
 from airflow_provider_heygen.operators.asset import HeyGenUploadAssetOperator
 from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
-from airflow_provider_heygen.submitter import Ledger
+from airflow_provider_heygen.submitter import SubmissionStore
 
 RESOURCES = pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
 SERVERS = pytest.mark.parametrize("idempotency", [True, False], ids=["honours the key", "ignores the key"])
@@ -101,7 +101,7 @@ def reaper(monkeypatch):
 
     reaper = Reaper()
     monkeypatch.setattr(HeyGenHook, "_send", reaper.around(HeyGenHook._send))
-    monkeypatch.setattr(upload, "put", reaper.around(upload.put))
+    monkeypatch.setattr(upload, "put_file", reaper.around(upload.put_file))
     monkeypatch.setattr(StateStore, "set", reaper.around(StateStore.set))
     monkeypatch.setattr(StateStore, "get", reaper.around(StateStore.get))
     return reaper
@@ -312,7 +312,7 @@ def test_an_overdub_deleted_meanwhile_is_started_anew(heygen, monkeypatch):
     with HeyGenHook() as hook:
         hook.delete_overdub(heygen.jobs[0].id)
     # Just created and not found would be "not readable yet".
-    monkeypatch.setattr(waiting, "FRESH_SECONDS", 0)
+    monkeypatch.setattr(waiting, "NOT_FOUND_GRACE_SECONDS", 0)
     monkeypatch.setattr(waiting, "GONE_SECONDS", 0.001)
     with pytest.raises(HeyGenOverdubTimeoutError):
         task.start()
@@ -727,7 +727,7 @@ def test_429_defers_a_deferrable_create_until_it_may_come_again(heygen, pauses, 
     # Should no triggerer be there: Airflow ends it, a little after the task's own time.
     assert timedelta(seconds=500) < deferred.timeout < timedelta(seconds=700)
     assert 40 <= deferred.trigger.not_before - task.ti.start_date.timestamp() <= 60
-    assert (deferred.trigger.deadline, deferred.trigger.again) == (deferred.kwargs["until"], False)
+    assert (deferred.trigger.deadline, deferred.trigger.resumed) == (deferred.kwargs["until"], False)
     assert pauses == []  # no worker sleeps
     assert heygen.jobs == []
     outcome = finish(task, task.resume(deferred, None))
@@ -868,7 +868,7 @@ CHANGES = {
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("record", ["nothing", "not sent", "sent unknown id", "answered", "delivered"])
 def test_how_many_overdubs_are_started(heygen, pauses, monkeypatch, record, answer, how, change):
-    monkeypatch.setattr(waiting, "FRESH_SECONDS", 0)
+    monkeypatch.setattr(waiting, "NOT_FOUND_GRACE_SECONDS", 0)
     monkeypatch.setattr(waiting, "GONE_SECONDS", 0.001)
     heygen.behaviour.idempotency = False  # nothing but our own record saves us
     heygen.behaviour.job_seconds = 1000
@@ -920,7 +920,7 @@ def test_how_many_overdubs_are_started(heygen, pauses, monkeypatch, record, answ
 )
 def test_one_404_is_nobodys_word(heygen, monkeypatch, fault, how):
     """Cases bug-01 and review-01."""
-    monkeypatch.setattr(waiting, "FRESH_SECONDS", 0)
+    monkeypatch.setattr(waiting, "NOT_FOUND_GRACE_SECONDS", 0)
     monkeypatch.setattr(waiting, "GONE_SECONDS", 0.001)
     heygen.behaviour.job_seconds = 60
     task = Task(dub(deferrable=True), store=StateStore())
@@ -934,7 +934,7 @@ def test_one_404_is_nobodys_word(heygen, monkeypatch, fault, how):
 
 @pytest.mark.parametrize("fault", [PAGE, {"status": 503}, {"status": 403}], ids=str)
 def test_gone_needs_the_list_and_a_second_404(heygen, monkeypatch, pauses, fault):
-    monkeypatch.setattr(waiting, "FRESH_SECONDS", 0)
+    monkeypatch.setattr(waiting, "NOT_FOUND_GRACE_SECONDS", 0)
     monkeypatch.setattr(waiting, "GONE_SECONDS", 0.001)
     heygen.behaviour.job_seconds = 60
     task = Task(dub(wait_for_completion=False), store=StateStore())
@@ -1002,14 +1002,14 @@ def test_in_doubt_is_what_was_sent_and_not_answered(heygen, monkeypatch, store):
     task = Task(dub(), store=StateStore() if store else None)
     task.ti.try_number = 1
 
-    def ledger():
-        return Ledger(task.context, durable=True, kept=kept)
+    def records():
+        return SubmissionStore(task.context, durable=True, kept=kept)
 
     for changes, doubt in [({}, False), ({"sent": True}, True), ({"sent": True, "overdub_id": "od"}, False)]:
         kept = {"digest": "d", "number": 1, "key": "k", "began": 0.0, "max_tries": 3} | changes
         if store:
             task.store.set("heygen_overdub", kept)
-        assert ledger().in_doubt is doubt
+        assert records().outcome_unknown is doubt
 
 
 def test_an_unknown_outcome_is_noted_and_nothing_is_uploaded_again(heygen, files, monkeypatch):
@@ -1099,7 +1099,7 @@ REFUSALS = pytest.mark.parametrize(
 @REFUSALS
 def test_no_refused_poll_ends_a_wait(heygen, monkeypatch, deferrable, fault):
     """Cases bug-02 and review-02: the overdub runs and is paid for, whatever a poll meets."""
-    monkeypatch.setattr(waiting, "FRESH_SECONDS", 0)
+    monkeypatch.setattr(waiting, "NOT_FOUND_GRACE_SECONDS", 0)
     heygen.behaviour.job_seconds = 0.3
     heygen.fail_next(method="GET", path="/v3/overdubs", count=2, **fault)
     task = Task(dub(deferrable=deferrable), store=StateStore())
@@ -1108,7 +1108,7 @@ def test_no_refused_poll_ends_a_wait(heygen, monkeypatch, deferrable, fault):
 
 @REFUSALS
 def test_a_wait_that_is_refused_to_its_end_is_worth_a_retry(heygen, monkeypatch, pauses, fault):
-    monkeypatch.setattr(waiting, "FRESH_SECONDS", 0)
+    monkeypatch.setattr(waiting, "NOT_FOUND_GRACE_SECONDS", 0)
     task, deferred, event = waiting_task(heygen)
     heygen.fail_next(method="GET", count=1000, **fault)
     with pytest.raises(HeyGenOverdubTimeoutError) as caught:

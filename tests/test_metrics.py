@@ -20,7 +20,7 @@ from test_sensor import ALL_MODES, wait
 from airflow_provider_heygen import metrics
 from airflow_provider_heygen.exceptions import HeyGenError, HeyGenOverdubFailedError, HeyGenTaskFailedError
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
-from airflow_provider_heygen.waiting import conclude
+from airflow_provider_heygen.waiting import resolve_wait
 
 
 class Broken(StatsClient):
@@ -171,9 +171,9 @@ def test_a_sensor_of_one_that_fails(heygen, statsd, mode, soft_fail):
 def test_an_end_found_late_is_counted(heygen, overdub_id, statsd, status):
     heygen.force(overdub_id, status, "Too dark")
     event = {"overdub_id": overdub_id, "status": "timeout", "message": "The time is over."}
-    wait = metrics.Wait(SimpleNamespace(dag_id="dag", task_id="task"), time.time() - 9)
+    wait = metrics.WaitMetrics(SimpleNamespace(dag_id="dag", task_id="task"), time.time() - 9)
     with suppress(HeyGenOverdubFailedError):
-        conclude(event, wait, HeyGenHook())
+        resolve_wait(event, wait, HeyGenHook())
     assert counts(statsd) == {status: 1, "wait": 1}
 
 

@@ -176,7 +176,7 @@ def test_a_bad_destination_sends_nothing(heygen, tmp_path, changes, error):
 
 def test_the_destination_is_a_template_and_its_password_is_masked():
     assert "destination" in HeyGenCreateOverdubOperator.template_fields
-    assert "destination" in HeyGenCreateOverdubOperator.link_fields
+    assert "destination" in HeyGenCreateOverdubOperator.url_fields
 
 
 def named(datasets):

@@ -55,14 +55,14 @@ class World:
     def join(self, task, *, refused_now, since=None):
         number = self.dice.randrange(len(self.queues))
         place = Place(task if since is None else since, self.now + REFUSED if refused_now else self.now, task)
-        self.queues[number].join(place, refused_now=refused_now, again=self.attempts[task] > 1)
+        self.queues[number].join(place, refused_now=refused_now, resumed=self.attempts[task] > 1)
         self.counts[number] = min(self.counts[number], self.now + 1)
 
     def restart(self, number):
         """Another process takes over; what was learned is lost, the places are not."""
         places, self.queues[number] = self.queues[number].places, Slots()
         for place in places:
-            self.queues[number].join(place, refused_now=False, again=self.attempts[place.task] > 1)
+            self.queues[number].join(place, refused_now=False, resumed=self.attempts[place.task] > 1)
         self.counts[number] = self.now + 1
 
     def second(self):
@@ -192,7 +192,7 @@ def test_places_are_kept_over_a_restart():
 
 def test_a_task_says_how_many_wait_before_it():
     queue = Slots()
-    assert [queue.join(Place(since, 0.0, since), refused_now=True, again=False) for since in (5, 7, 6)] == [
+    assert [queue.join(Place(since, 0.0, since), refused_now=True, resumed=False) for since in (5, 7, 6)] == [
         0,
         1,
         1,

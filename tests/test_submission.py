@@ -11,7 +11,7 @@ from airflow_provider_heygen.api import CreateOverdubRequest
 from airflow_provider_heygen.submission import (
     LABELS,
     STATE_KEY,
-    Seen,
+    RemoteState,
     Step,
     Submission,
     content_prefix,
@@ -40,46 +40,46 @@ RECORDS = {
 
 # What must come out while the request is the same. Where the second column is None, it holds for all.
 TABLE = [
-    ("nothing", None, "retry", Step.POST_NEW),
-    ("nothing", None, "clear", Step.POST_NEW),
+    ("nothing", None, "retry", Step.SUBMIT_NEW),
+    ("nothing", None, "clear", Step.SUBMIT_NEW),
     # Nothing reached HeyGen: the same submission, as if for the first time.
-    ("not sent", None, "retry", Step.POST_AGAIN),
-    ("not sent", None, "clear", Step.POST_AGAIN),
+    ("not sent", None, "retry", Step.RESEND),
+    ("not sent", None, "clear", Step.RESEND),
     # Something may have: look for it before anything else.
-    ("sent", Seen.NOT_LOOKED, "retry", Step.SEARCH),
-    ("sent", Seen.ALIVE, "retry", Step.ATTACH),
-    ("sent", Seen.FAILED, "retry", Step.POST_NEW),
-    ("sent", Seen.MISSING, "retry", Step.POST_AGAIN),
-    ("sent", Seen.NOT_LOOKED, "clear", Step.SEARCH),
-    ("sent", Seen.ALIVE, "clear", Step.ATTACH),
-    ("sent", Seen.FAILED, "clear", Step.POST_NEW),
-    ("sent", Seen.MISSING, "clear", Step.POST_AGAIN),
+    ("sent", RemoteState.NOT_CHECKED, "retry", Step.SEARCH),
+    ("sent", RemoteState.USABLE, "retry", Step.REATTACH),
+    ("sent", RemoteState.FAILED, "retry", Step.SUBMIT_NEW),
+    ("sent", RemoteState.MISSING, "retry", Step.RESEND),
+    ("sent", RemoteState.NOT_CHECKED, "clear", Step.SEARCH),
+    ("sent", RemoteState.USABLE, "clear", Step.REATTACH),
+    ("sent", RemoteState.FAILED, "clear", Step.SUBMIT_NEW),
+    ("sent", RemoteState.MISSING, "clear", Step.RESEND),
     # The id is known. Gone means deleted: a new one is wanted.
-    ("answered", Seen.NOT_LOOKED, "retry", Step.LOOK),
-    ("answered", Seen.ALIVE, "retry", Step.ATTACH),
-    ("answered", Seen.FAILED, "retry", Step.POST_NEW),
-    ("answered", Seen.MISSING, "retry", Step.POST_NEW),
-    ("answered", Seen.NOT_LOOKED, "clear", Step.LOOK),
-    ("answered", Seen.ALIVE, "clear", Step.ATTACH),
-    ("answered", Seen.FAILED, "clear", Step.POST_NEW),
-    ("answered", Seen.MISSING, "clear", Step.POST_NEW),
+    ("answered", RemoteState.NOT_CHECKED, "retry", Step.CHECK),
+    ("answered", RemoteState.USABLE, "retry", Step.REATTACH),
+    ("answered", RemoteState.FAILED, "retry", Step.SUBMIT_NEW),
+    ("answered", RemoteState.MISSING, "retry", Step.SUBMIT_NEW),
+    ("answered", RemoteState.NOT_CHECKED, "clear", Step.CHECK),
+    ("answered", RemoteState.USABLE, "clear", Step.REATTACH),
+    ("answered", RemoteState.FAILED, "clear", Step.SUBMIT_NEW),
+    ("answered", RemoteState.MISSING, "clear", Step.SUBMIT_NEW),
     # The worker died between noting the delivery and telling Airflow: not a wish for another.
-    ("delivered", Seen.NOT_LOOKED, "retry", Step.LOOK),
-    ("delivered", Seen.ALIVE, "retry", Step.ATTACH),
-    ("delivered", Seen.FAILED, "retry", Step.POST_NEW),
-    ("delivered", Seen.MISSING, "retry", Step.POST_NEW),
+    ("delivered", RemoteState.NOT_CHECKED, "retry", Step.CHECK),
+    ("delivered", RemoteState.USABLE, "retry", Step.REATTACH),
+    ("delivered", RemoteState.FAILED, "retry", Step.SUBMIT_NEW),
+    ("delivered", RemoteState.MISSING, "retry", Step.SUBMIT_NEW),
     # Cleared after success: do it again.
-    ("delivered", None, "clear", Step.POST_NEW),
+    ("delivered", None, "clear", Step.SUBMIT_NEW),
 ]
 CASES = [
     (record, one, how, step)
     for record, seen, how, step in TABLE
-    for one in ([seen] if seen is not None else list(Seen))
+    for one in ([seen] if seen is not None else list(RemoteState))
 ]
 
 
 def test_the_table_is_complete():
-    assert {case[:3] for case in CASES} == set(product(RECORDS, Seen, ("retry", "clear")))
+    assert {case[:3] for case in CASES} == set(product(RECORDS, RemoteState, ("retry", "clear")))
     assert len(CASES) == len({case[:3] for case in CASES})
 
 
@@ -89,9 +89,9 @@ def test_same_request(record, seen, how, step):
     assert next_step(RECORDS[record], "same", max_tries, seen) is step
 
 
-@pytest.mark.parametrize(("record", "seen", "max_tries"), list(product(RECORDS, Seen, (2, 3))))
+@pytest.mark.parametrize(("record", "seen", "max_tries"), list(product(RECORDS, RemoteState, (2, 3))))
 def test_another_request_is_always_a_new_submission(record, seen, max_tries):
-    assert next_step(RECORDS[record], "other", max_tries, seen) is Step.POST_NEW
+    assert next_step(RECORDS[record], "other", max_tries, seen) is Step.SUBMIT_NEW
 
 
 def test_a_derived_key_stays_over_retries_and_changes_with_what_wants_another_job():
@@ -120,12 +120,12 @@ def test_the_same_request_has_the_same_prefix_in_each_key_unless_its_links_have_
 
 
 @pytest.mark.parametrize("record", sorted(set(RECORDS) - {"nothing"}))
-@pytest.mark.parametrize("seen", Seen)
+@pytest.mark.parametrize("seen", RemoteState)
 def test_a_link_signed_anew_is_the_same_wish_on_a_retry_and_another_after_a_clear(record, seen):
     signed = RECORDS[record].model_copy(update={"digest": "same:first"})
     same = next_step(RECORDS[record], "same", 2, seen)
     assert next_step(signed, "same:second", 2, seen) is same
-    assert next_step(signed, "same:second", 3, seen) is Step.POST_NEW
+    assert next_step(signed, "same:second", 3, seen) is Step.SUBMIT_NEW
 
 
 @pytest.mark.parametrize("stored", [None, "", [], {}, {"digest": "x"}, {"number": "many"}, 7])

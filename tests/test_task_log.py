@@ -169,7 +169,7 @@ def test_wait(said, how):
 )
 def test_summary(monkeypatch, members, tells):
     monkeypatch.setattr(waiting, "time", SimpleNamespace(time=lambda: 1061.2))
-    assert waiting.summary(Overdub(id="od_1", status="completed", **members).details()) == tells
+    assert waiting.completion_summary(Overdub(id="od_1", status="completed", **members).details()) == tells
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,7 @@ def test_an_object_that_is_replaced_on_the_way(heygen, pauses, s3):
         assert file.read(MB) == first[:MB]
         s3.write("v.mp4", second)
         with pytest.raises(HeyGenTransientError, match=r"v\.mp4 cannot be read"):
-            list(upload.Chunks(file))
+            list(upload.ChunkedBody(file))
 
 
 def test_an_object_that_was_replaced_before(heygen, s3):
@@ -376,14 +376,14 @@ def test_an_upload_does_not_bear_more_silence_than_it_was_told_to(connect, pause
 def test_a_file_that_cannot_be_read_is_no_fault_of_the_network(heygen, pauses, tmp_path, monkeypatch):
     path = mp4(tmp_path / "v.mp4", MB)
     source = upload.Source.of(path, HeyGenHook().settings)
-    read = upload.Announced.read
+    read = upload.FixedLengthReader.read
 
     def broken(self, size=-1):
         self._file.close()
         self._file = open("/proc/self/mem", "rb")  # noqa: SIM115 - its first bytes give an input/output error
         return read(self, size)
 
-    monkeypatch.setattr(upload.Announced, "read", broken)
+    monkeypatch.setattr(upload.FixedLengthReader, "read", broken)
     with pytest.raises(HeyGenTransientError, match=r"v\.mp4 cannot be read: .*Input/output"):
         HeyGenHook(max_attempts=1).upload_asset(source)
     has_arrived(heygen, "POST /v3/assets")
@@ -840,7 +840,7 @@ def test_no_secret_is_in_the_record_or_the_log(heygen, clips, caplog):
 def test_the_form_is_sent_in_large_pieces(heygen, tmp_path):
     """Not in the 16 kB of urllib3, nor so large that a slow line would not do."""
     with upload.Source.of(mp4(tmp_path / "v.mp4", 3 * MB), HeyGenHook().settings).open() as file:
-        assert [len(chunk) for chunk in upload.Chunks(file)] == [MB // 4] * 12
+        assert [len(chunk) for chunk in upload.ChunkedBody(file)] == [MB // 4] * 12
 
 
 # --- Links that are uploaded ----------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from airflow_provider_heygen.exceptions import (
     HeyGenTriggerEventError,
 )
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
-from airflow_provider_heygen.metrics import Wait
+from airflow_provider_heygen.metrics import WaitMetrics
 
 NOW = 1_800_000_000.0
 SECRET = "QUERY-SECRET"
@@ -62,7 +62,7 @@ def watching(**changes):
         "not_found_until": 0.0,
         "log": Log(),
     }
-    return waiting.Watch("od_1", **settings | changes)
+    return waiting.OverdubWait("od_1", **settings | changes)
 
 
 def overdub(status, **members):
@@ -74,8 +74,8 @@ def overdub(status, **members):
 
 def test_the_usual_course():
     watch = watching()
-    assert [watch.saw(overdub(word)) for word in ("pending", "pending", "running", "running")] == [10] * 4
-    end = watch.saw(overdub("completed", title="T", duration=4.2, video_url=LINK, caption_url=LINK))
+    assert [watch.on_poll(overdub(word)) for word in ("pending", "pending", "running", "running")] == [10] * 4
+    end = watch.on_poll(overdub("completed", title="T", duration=4.2, video_url=LINK, caption_url=LINK))
     assert end["status"] == "completed"
     assert end["overdub_id"] == "od_1"
     assert end["overdub"] == overdub("completed", title="T", duration=4.2).details()
@@ -88,10 +88,10 @@ def test_the_usual_course():
 
 def test_a_long_wait_says_every_five_minutes_that_it_goes_on(clock):
     watch = watching()
-    watch.saw(overdub("running"))
+    watch.on_poll(overdub("running"))
     for seconds in range(30, 3600, 30):
         clock.now = NOW + seconds
-        watch.unchanged()
+        watch.on_unchanged()
     first, *further = watch.log.lines
     assert first == "Overdub od_1 is running."
     assert further == [f"Overdub od_1 is still running after {minutes} min." for minutes in range(5, 60, 5)]
@@ -120,21 +120,21 @@ def test_what_a_wait_says_when_it_begins(monkeypatch, left, text):
     ],
 )
 def test_failed(reason, shown):
-    end = watching().saw(overdub("failed", failure_message=reason))
+    end = watching().on_poll(overdub("failed", failure_message=reason))
     assert end == {"overdub_id": "od_1", "status": "failed", "message": shown}
 
 
 def test_unknown_word_is_not_final_and_logged_once():
     watch = watching()
-    assert [watch.saw(overdub("rendering")) for _ in range(3)] == [10] * 3
+    assert [watch.on_poll(overdub("rendering")) for _ in range(3)] == [10] * 3
     assert watch.log.lines == ["Overdub od_1 is rendering (an unknown status; treated as not final)."]
 
 
 def test_a_status_is_not_trusted_to_be_a_word(clock):
     watch = watching(deadline=NOW + 15)
-    assert watch.saw(overdub(f"see {LINK} {'x' * 9999}")) == 10
+    assert watch.on_poll(overdub(f"see {LINK} {'x' * 9999}")) == 10
     clock.now += 20
-    end = watch.saw(overdub(f"see {LINK} {'x' * 9999}"))
+    end = watch.on_poll(overdub(f"see {LINK} {'x' * 9999}"))
     assert end["status"] == "timeout"
     assert len(watch.log.lines) == 1
     for text in (watch.log.lines[0], end["message"]):
@@ -148,7 +148,7 @@ def test_a_status_is_not_trusted_to_be_a_word(clock):
 def test_pauses_are_clipped_to_the_deadline(clock):
     watch = watching(deadline=NOW + 25)
     pauses = []
-    while isinstance(step := watch.saw(overdub("running")), float):
+    while isinstance(step := watch.on_poll(overdub("running")), float):
         pauses.append(step)
         clock.now += step
     assert pauses == [10, 10, 5]
@@ -159,9 +159,9 @@ def test_pauses_are_clipped_to_the_deadline(clock):
 
 def test_failed_looks_are_clipped_too(clock):
     watch = watching(deadline=NOW + 25)
-    assert watch.failed(HeyGenTransientError("busy", retry_after=500)) == 25
+    assert watch.on_error(HeyGenTransientError("busy", retry_after=500)) == 25
     clock.now += 25
-    end = watch.failed(HeyGenTransientError("busy"))
+    end = watch.on_error(HeyGenTransientError("busy"))
     assert end["status"] == "timeout"
     assert "not seen yet" in end["message"]
 
@@ -170,10 +170,10 @@ def test_failed_looks_are_clipped_too(clock):
 def test_what_the_last_look_says_counts_more_than_the_deadline(clock, late):
     clock.now += 100 + late
     watch = watching(deadline=NOW + 100)
-    assert watch.saw(overdub("completed"))["status"] == "completed"
-    assert watch.saw(overdub("failed"))["status"] == "failed"
-    assert watch.failed(HeyGenPermanentError("no"))["status"] == "timeout"
-    assert watch.saw(overdub("pending"))["status"] == "timeout"
+    assert watch.on_poll(overdub("completed"))["status"] == "completed"
+    assert watch.on_poll(overdub("failed"))["status"] == "failed"
+    assert watch.on_error(HeyGenPermanentError("no"))["status"] == "timeout"
+    assert watch.on_poll(overdub("pending"))["status"] == "timeout"
 
 
 # --- Looks that fail ----------------------------------------------------------------------------------
@@ -182,10 +182,10 @@ def test_what_the_last_look_says_counts_more_than_the_deadline(clock, late):
 def test_404_is_waited_out_while_the_overdub_is_fresh(clock):
     watch = watching(not_found_until=NOW + 30)
     for _ in range(15):
-        assert watch.failed(HeyGenNotFoundError("gone")) == 2
+        assert watch.on_error(HeyGenNotFoundError("gone")) == 2
         assert not watch.may_be_gone
         clock.now += 2
-    assert watch.failed(HeyGenNotFoundError("gone")) == 12.5
+    assert watch.on_error(HeyGenNotFoundError("gone")) == 12.5
     assert watch.missing_since is not None
 
 
@@ -202,7 +202,7 @@ def test_gone_takes_two_404_and_the_list(clock, poke_interval):
     watch = watching(poke_interval=poke_interval)
     began = clock.now
     while not watch.may_be_gone:
-        step = watch.failed(HeyGenNotFoundError("no such overdub"))
+        step = watch.on_error(HeyGenNotFoundError("no such overdub"))
         assert isinstance(step, float)
         assert step <= 1.25 * waiting.GONE_SECONDS
         clock.now += step
@@ -216,33 +216,33 @@ def test_gone_takes_two_404_and_the_list(clock, poke_interval):
 
 
 @pytest.mark.parametrize(
-    "news", [lambda watch: watch.saw(overdub("running")), lambda watch: watch.absent(True)]
+    "news", [lambda watch: watch.on_poll(overdub("running")), lambda watch: watch.absent(True)]
 )
 def test_a_sign_of_life_after_a_404(clock, news):
     watch = watching()
-    watch.failed(HeyGenNotFoundError("gone"))
+    watch.on_error(HeyGenNotFoundError("gone"))
     clock.now += 60
     assert not watch.may_be_gone, "one 404, however long ago"
-    watch.failed(HeyGenNotFoundError("gone"))
+    watch.on_error(HeyGenNotFoundError("gone"))
     assert watch.may_be_gone
     news(watch)
     assert not watch.may_be_gone
-    watch.failed(HeyGenNotFoundError("gone"))
+    watch.on_error(HeyGenNotFoundError("gone"))
     assert not watch.may_be_gone, "the time counts anew"
 
 
 def test_a_wrong_clock_makes_nothing_gone(clock, monkeypatch):
     watch = watching()
-    watch.failed(HeyGenNotFoundError("gone"))
+    watch.on_error(HeyGenNotFoundError("gone"))
     later = {"time": lambda: NOW + 10**6, "monotonic": lambda: 1.0}
     monkeypatch.setattr(waiting, "time", SimpleNamespace(**later))
-    watch.failed(HeyGenNotFoundError("gone"))
+    watch.on_error(HeyGenNotFoundError("gone"))
     assert not watch.may_be_gone
 
 
 def test_fresh_404_with_a_short_interval_or_deadline():
-    assert watching(not_found_until=NOW + 30, poke_interval=0.5).failed(HeyGenNotFoundError("gone")) == 0.5
-    assert watching(not_found_until=NOW + 30, deadline=NOW + 1).failed(HeyGenNotFoundError("gone")) == 1
+    assert watching(not_found_until=NOW + 30, poke_interval=0.5).on_error(HeyGenNotFoundError("gone")) == 0.5
+    assert watching(not_found_until=NOW + 30, deadline=NOW + 1).on_error(HeyGenNotFoundError("gone")) == 1
 
 
 @pytest.mark.parametrize(
@@ -261,12 +261,12 @@ def test_fresh_404_with_a_short_interval_or_deadline():
 def test_no_failure_ends_a_wait_before_its_time(clock, error):
     watch = watching(deadline=NOW + 100_000)
     for _ in range(200):
-        step = watch.failed(error)
+        step = watch.on_error(error)
         assert isinstance(step, float)
         clock.now += step
-    assert isinstance(watch.saw(overdub("running")), float)
+    assert isinstance(watch.on_poll(overdub("running")), float)
     clock.now = NOW + 100_001
-    end = watch.failed(error)
+    end = watch.on_error(error)
     assert end["status"] == "timeout"
     assert str(error) in end["message"]
 
@@ -274,20 +274,20 @@ def test_no_failure_ends_a_wait_before_its_time(clock, error):
 def test_what_is_wrong_is_logged_once_per_change():
     watch = watching()
     for _ in range(100):
-        watch.failed(HeyGenPermanentError("correct the key"))
+        watch.on_error(HeyGenPermanentError("correct the key"))
     assert len(watch.log.lines) == 7  # and less and less often while nothing changes
-    watch.failed(HeyGenPermanentError("top up"))
+    watch.on_error(HeyGenPermanentError("top up"))
     assert "top up" in watch.log.lines[-1]
-    watch.saw(overdub("running"))
-    watch.failed(HeyGenPermanentError("top up"))
+    watch.on_poll(overdub("running"))
+    watch.on_error(HeyGenPermanentError("top up"))
     assert len(watch.log.lines) == 10
 
 
 def test_links_in_errors_are_not_shown(clock):
     watch = watching(deadline=NOW + 1)
-    watch.failed(RuntimeError(f"at {LINK}"))
+    watch.on_error(RuntimeError(f"at {LINK}"))
     clock.now += 2
-    end = watch.failed(RuntimeError(f"at {LINK}"))
+    end = watch.on_error(RuntimeError(f"at {LINK}"))
     assert SECRET not in end["message"] + watch.log.lines[0]
 
 
@@ -297,34 +297,34 @@ def test_links_in_errors_are_not_shown(clock):
 )
 def test_backoff(poke_interval, pauses):
     watch = watching(poke_interval=poke_interval)
-    seen = [watch.failed(HeyGenTransientError("busy")) for _ in pauses]
+    seen = [watch.on_error(HeyGenTransientError("busy")) for _ in pauses]
     assert seen == [1.25 * pause for pause in pauses]
-    watch.saw(overdub("running"))
-    assert watch.failed(HeyGenTransientError("busy")) == 1.25 * pauses[0]
+    watch.on_poll(overdub("running"))
+    assert watch.on_error(HeyGenTransientError("busy")) == 1.25 * pauses[0]
 
 
 def test_jitter_never_shortens(monkeypatch):
     monkeypatch.setattr(exceptions, "random", SimpleNamespace(uniform=lambda least, _: least))
-    assert watching().failed(HeyGenTransientError("busy")) == 10
-    assert watching().failed(HeyGenTransientError("busy", retry_after=77)) == 77
+    assert watching().on_error(HeyGenTransientError("busy")) == 10
+    assert watching().on_error(HeyGenTransientError("busy", retry_after=77)) == 77
 
 
 @pytest.mark.parametrize(("told", "least"), [(None, 10), (0, 10), (3, 10), (77, 77), (890, 890)])
 def test_retry_after_is_not_cut_short(told, least):
-    pause = watching(deadline=NOW + 10_000).failed(HeyGenTransientError("busy", retry_after=told))
+    pause = watching(deadline=NOW + 10_000).on_error(HeyGenTransientError("busy", retry_after=told))
     assert least <= pause <= 1.25 * least
 
 
 @pytest.mark.parametrize("told", [901, 10**9, 1e300])
 def test_an_absurd_retry_after_is_cut(told):
-    assert watching().failed(HeyGenTransientError("busy", retry_after=told)) == exceptions.MAX_RETRY_AFTER
+    assert watching().on_error(HeyGenTransientError("busy", retry_after=told)) == exceptions.MAX_RETRY_AFTER
 
 
 def test_failing_for_weeks():
     watch = watching()
     for _ in range(2000):
-        pause = watch.failed(HeyGenTransientError("busy"))
-    assert pause == 1.25 * waiting.LONGEST_BACKOFF
+        pause = watch.on_error(HeyGenTransientError("busy"))
+    assert pause == 1.25 * waiting.MAX_BACKOFF_SECONDS
 
 
 LOOKS = st.lists(
@@ -349,7 +349,7 @@ def test_any_course(looks, poke_interval, left, fresh):
     deadline = None if left is None else NOW + left
     watch = watching(poke_interval=poke_interval, deadline=deadline, not_found_until=NOW + fresh)
     for look in looks:
-        step = watch.saw(overdub(look)) if isinstance(look, str) else watch.failed(look)
+        step = watch.on_poll(overdub(look)) if isinstance(look, str) else watch.on_error(look)
         if isinstance(step, dict):
             ends = {"completed": "completed", "failed": "failed"}
             if look in ends:
@@ -423,22 +423,22 @@ def event(status, **members):
     return {"overdub_id": "od_1", "status": status, "message": "The message.", **members}
 
 
-WAIT = Wait(SimpleNamespace(dag_id="dag", task_id="task"), None)
+WAIT = WaitMetrics(SimpleNamespace(dag_id="dag", task_id="task"), None)
 
 
 def test_conclusions_from_the_event_alone(heygen):
     hook = HeyGenHook()
-    assert waiting.conclude(DONE, WAIT, hook) == DONE["overdub"]
+    assert waiting.resolve_wait(DONE, WAIT, hook) == DONE["overdub"]
     for status, kind in {
         "failed": HeyGenOverdubFailedError,
         "gone": HeyGenNotFoundError,
         "error": HeyGenError,
     }.items():
         with pytest.raises(kind, match=r"^The message\.$") as raised:
-            waiting.conclude(event(status), WAIT, hook)
+            waiting.resolve_wait(event(status), WAIT, hook)
         assert raised.value.overdub_id == "od_1"
     with pytest.raises(HeyGenOverdubTimeoutError, match=r"^The message\.$"):
-        waiting.conclude(event("timeout"), WAIT)  # the last poll was made here
+        waiting.resolve_wait(event("timeout"), WAIT)  # the last poll was made here
     assert heygen.requests == []
 
 
@@ -446,13 +446,13 @@ def test_conclusions_from_the_event_alone(heygen):
 def test_no_wait_times_out_unseen(heygen, status):
     late = {**event("timeout"), "overdub_id": create(heygen, status)}
     with pytest.raises(HeyGenOverdubTimeoutError, match=r"^The message\.$"):
-        waiting.conclude(late, WAIT, HeyGenHook())
+        waiting.resolve_wait(late, WAIT, HeyGenHook())
     assert [request.method for request in heygen.requests] == ["POST", "GET"]
     heygen.force(late["overdub_id"], "failed", "Too dark")
     with pytest.raises(HeyGenOverdubFailedError, match="Too dark"):
-        waiting.conclude(late, WAIT, HeyGenHook())
+        waiting.resolve_wait(late, WAIT, HeyGenHook())
     heygen.force(late["overdub_id"], "completed")
-    details = waiting.conclude(late, WAIT, HeyGenHook())
+    details = waiting.resolve_wait(late, WAIT, HeyGenHook())
     assert (details["overdub_id"], details["status"]) == (late["overdub_id"], "completed")
     assert "Signature" not in json.dumps(details)
 
@@ -466,7 +466,7 @@ def test_a_last_poll_that_fails(heygen, pauses, fault):
     with pytest.raises(
         HeyGenOverdubTimeoutError, match=r"^The message\. The last status check failed: HeyGen"
     ):
-        waiting.conclude(late, WAIT, HeyGenHook())
+        waiting.resolve_wait(late, WAIT, HeyGenHook())
 
 
 def create(heygen, status):
@@ -491,7 +491,7 @@ def create(heygen, status):
     ],
 )
 def test_seconds(value, number):
-    assert waiting.seconds(value, "timeout") == number
+    assert waiting.parse_seconds(value, "timeout") == number
 
 
 @pytest.mark.parametrize(
@@ -518,7 +518,7 @@ def test_seconds(value, number):
 )
 def test_not_seconds(value):
     with pytest.raises(HeyGenBadInputError, match=r"^poke_interval must be a positive number"):
-        waiting.seconds(value, "poke_interval")
+        waiting.parse_seconds(value, "poke_interval")
 
 
 STARTED = datetime.fromtimestamp(NOW - 100, UTC)
@@ -542,5 +542,5 @@ def test_execution_deadline(execution_timeout, started, deadline):
     ("deadline", "seconds"), [(None, None), (NOW + 100, 170), (NOW, 70), (NOW - 1000, 70)]
 )
 def test_backstop_is_later_than_the_deadline(deadline, seconds):
-    found = waiting.backstop(deadline, 10)
+    found = waiting.deferral_timeout(deadline, 10)
     assert found == (None if seconds is None else timedelta(seconds=seconds))

@@ -375,9 +375,9 @@ def test_no_database_and_no_look_up_of_names_on_the_event_loop(run, user, monkey
         monkeypatch.setattr(watch, name, call)
 
     off_the_loop("create_session")
-    off_the_loop("check_link")
+    off_the_loop("check_url")
     assert user.get(address(run)).status_code == 200
-    assert called == ["create_session", "check_link"]
+    assert called == ["create_session", "check_url"]
 
 
 def test_the_link_leads_to_the_page():

@@ -14,7 +14,7 @@ from airflow.providers.common.compat.sdk import BaseHook, get_hook_lineage_colle
 from requests_toolbelt import MultipartEncoder
 
 from airflow_provider_heygen import api, download, lineage, media, transport, upload
-from airflow_provider_heygen.compat import to_its_end
+from airflow_provider_heygen.compat import finish_despite_cancellation
 from airflow_provider_heygen.connection import HeyGenConnection
 from airflow_provider_heygen.exceptions import (
     HeyGenError,
@@ -366,7 +366,7 @@ class HeyGenHook(BaseHook):
                 if time.monotonic() - began >= life:
                     return "it has expired"
                 with transport.new_session(self.settings, credential=False) as session:
-                    return upload.put(source, slot, session=session, settings=self.settings)
+                    return upload.put_file(source, slot, session=session, settings=self.settings)
         raise AssertionError
 
     def download_overdub(
@@ -422,7 +422,7 @@ class HeyGenHook(BaseHook):
             return link
 
         size = self._save(fresh_link, path, what, overwrite)
-        self._tell_lineage(lineage.overdub_uri(overdub_id), media.plain_uri(path))
+        self._report_lineage(lineage.overdub_uri(overdub_id), media.plain_uri(path))
         return size
 
     def _save(
@@ -451,7 +451,7 @@ class HeyGenHook(BaseHook):
                 link, what, attempts=self._retrying(), session=session, settings=self.settings
             )
 
-    def _tell_lineage(self, source: str, destination: str) -> None:
+    def _report_lineage(self, source: str, destination: str) -> None:
         try:
             collector = get_hook_lineage_collector()
             collector.add_input_asset(context=self, uri=source)
@@ -502,10 +502,10 @@ class HeyGenHook(BaseHook):
     async def asettings(self) -> HeyGenConnection:
         """:attr:`settings` for an event loop."""
         if self._resolved is None:
-            self._resolved = await to_its_end(self._look_up())
+            self._resolved = await finish_despite_cancellation(self._resolve_connection())
         return self._resolved
 
-    async def _look_up(self) -> HeyGenConnection:
+    async def _resolve_connection(self) -> HeyGenConnection:
         from airflow.providers.common.compat.connection import get_async_connection
 
         connection = await get_async_connection(self.heygen_conn_id, hook=self)
@@ -563,14 +563,14 @@ class HeyGenHook(BaseHook):
 
     def _retrying(self, kind: Callable[..., Any] | None = None) -> Any:
         return (kind or tenacity.Retrying)(
-            retry=tenacity.retry_if_exception(self._worth_repeating),
+            retry=tenacity.retry_if_exception(self._is_retryable),
             wait=_pause,
             stop=tenacity.stop_after_attempt(self.max_attempts),
             before_sleep=self._log_pause,
             reraise=True,
         )
 
-    def _worth_repeating(self, error: BaseException) -> bool:
+    def _is_retryable(self, error: BaseException) -> bool:
         if not isinstance(error, HeyGenTransientError):
             return False
         asked = max(error.retry_after or 0.0, 1.0 if error.status_code == 429 else 0.0)

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from airflow.providers.openlineage.extractors import OperatorLineage
 
 
-class LinksMaskedOperator(BaseOperator):
+class UrlsMaskedOperator(BaseOperator):
     """An operator with fields that may hold URLs, whose secrets are masked before Airflow shows them."""
 
-    link_fields: Sequence[str] = ()
+    url_fields: Sequence[str] = ()
 
     def _do_render_template_fields(
         self,
@@ -29,12 +29,12 @@ class LinksMaskedOperator(BaseOperator):
     ) -> None:
         # The one place that mapped and plain tasks both pass before Airflow stores the rendered fields.
         super()._do_render_template_fields(parent, template_fields, context, jinja_env, seen_oids)
-        from airflow_provider_heygen.media import mask_links
+        from airflow_provider_heygen.media import mask_urls
 
-        mask_links(*(getattr(self, name) for name in self.link_fields))
+        mask_urls(*(getattr(self, name) for name in self.url_fields))
 
 
-class HeyGenUploadAssetOperator(LinksMaskedOperator):
+class HeyGenUploadAssetOperator(UrlsMaskedOperator):
     """
     Upload a video or audio file to HeyGen, streamed, only once across all retries (Airflow 3.3 and newer).
 
@@ -53,7 +53,7 @@ class HeyGenUploadAssetOperator(LinksMaskedOperator):
     """
 
     template_fields: Sequence[str] = ("source", "heygen_conn_id")
-    link_fields = ("source",)
+    url_fields = ("source",)
     ui_color = "#e3d9ff"
 
     def __init__(self, *, source: str, heygen_conn_id: str = "heygen_default", **kwargs: Any) -> None:
@@ -66,13 +66,13 @@ class HeyGenUploadAssetOperator(LinksMaskedOperator):
         """Upload it."""
         from airflow_provider_heygen.dubbing import fails_task
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
-        from airflow_provider_heygen.submitter import Ledger, upload_once
+        from airflow_provider_heygen.submitter import SubmissionStore, upload_once
         from airflow_provider_heygen.upload import Source
 
         with fails_task(), HeyGenHook(self.heygen_conn_id) as hook:
-            ledger = Ledger(context, durable=True)
-            source = Source.of(self.source, hook.settings, ledger.files)
-            self._asset_id = upload_once(source, hook, ledger)
+            store = SubmissionStore(context, durable=True)
+            source = Source.of(self.source, hook.settings, store.files)
+            self._asset_id = upload_once(source, hook, store)
         context["ti"].xcom_push(key="asset_id", value=self._asset_id)
         return {"type": "asset_id", "asset_id": self._asset_id}
 
@@ -81,7 +81,7 @@ class HeyGenUploadAssetOperator(LinksMaskedOperator):
         from airflow_provider_heygen import lineage
 
         assets = [lineage.dataset(lineage.asset_uri(self._asset_id))] if self._asset_id else []
-        return lineage.of_task([lineage.media_uri(self.source)], assets)
+        return lineage.operator_lineage([lineage.media_uri(self.source)], assets)
 
 
 class HeyGenDeleteAssetOperator(BaseOperator):

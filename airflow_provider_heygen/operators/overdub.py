@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from airflow.providers.common.compat.sdk import BaseOperator, conf
 
 from airflow_provider_heygen.compat import is_deferral_timeout
-from airflow_provider_heygen.operators.asset import LinksMaskedOperator
+from airflow_provider_heygen.operators.asset import UrlsMaskedOperator
 from airflow_provider_heygen.plugin import WatchLink
 
 # Whatever needs requests, aiohttp or pydantic is imported where a task runs, not where a DAG is parsed.
@@ -39,7 +39,7 @@ REQUEST_FIELDS = (
 """The 16 fields of HeyGen's page "Create Overdub"."""
 
 
-class HeyGenCreateOverdubOperator(LinksMaskedOperator):
+class HeyGenCreateOverdubOperator(UrlsMaskedOperator):
     """
     Put a new audio track on a video; HeyGen re-syncs the speaker's lips.
 
@@ -115,7 +115,7 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
         "poke_interval",
         "timeout",
     )
-    link_fields = ("video", "audio", "callback_url", "destination")
+    url_fields = ("video", "audio", "callback_url", "destination")
     template_fields_renderers = {"video": "json", "audio": "json", "extra_body": "json"}
     operator_extra_links = (WatchLink(),)
     ui_color = "#e3d9ff"
@@ -250,8 +250,8 @@ class HeyGenCreateOverdubOperator(LinksMaskedOperator):
     def _lineage(self, overdubs: list[Any]) -> OperatorLineage[Any, Any]:
         from airflow_provider_heygen import lineage
 
-        files = [lineage.written(uri, size) for uri, size in self.written.items()]
-        return lineage.of_task(map(lineage.media_uri, (self.video, self.audio)), [*overdubs, *files])
+        files = [lineage.output_dataset(uri, size) for uri, size in self.written.items()]
+        return lineage.operator_lineage(map(lineage.media_uri, (self.video, self.audio)), [*overdubs, *files])
 
 
 class HeyGenUpdateOverdubOperator(BaseOperator):

@@ -66,11 +66,16 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         from airflow.exceptions import AirflowRescheduleException  # compat.sdk does not have it
 
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
-        from airflow_provider_heygen.metrics import Wait
+        from airflow_provider_heygen.metrics import WaitMetrics
         from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
-        from airflow_provider_heygen.waiting import Watch, backstop, conclude, execution_deadline
+        from airflow_provider_heygen.waiting import (
+            OverdubWait,
+            deferral_timeout,
+            execution_deadline,
+            resolve_wait,
+        )
 
-        since = self._began(context)
+        since = self._started_at(context)
         deadline = execution_deadline(self.execution_timeout, context)
         # Airflow's sensors take a timeout of 0 for one poll, and count it from the first reschedule.
         deadline = min(deadline or math.inf, since + (self.timeout or 1e-3))
@@ -82,12 +87,12 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         }
         with self._ends(), HeyGenHook(self.heygen_conn_id, max_attempts=1) as hook:
             _ = hook.settings  # a wrong connection is no trouble of HeyGen's, and is not waited out
-            watch = Watch(self.overdub_id, log=self.log, **rules)
+            watch = OverdubWait(self.overdub_id, log=self.log, **rules)
             rescheduled = self.reschedule and not self.deferrable
-            once = watch.settle if rescheduled else watch.poll
-            step = once(hook) if rescheduled or self.deferrable else watch.follow(hook)
+            once = watch.poll_twice if rescheduled else watch.poll
+            step = once(hook) if rescheduled or self.deferrable else watch.poll_until_final(hook)
             if isinstance(step, dict):
-                return self._done(conclude(step, Wait(context["ti"], since)))
+                return self._done(resolve_wait(step, WaitMetrics(context["ti"], since)))
             if rescheduled:
                 again = datetime.now(UTC) + timedelta(seconds=step)
                 raise AirflowRescheduleException(again)  # type: ignore[no-untyped-call]
@@ -97,7 +102,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
             ),
             method_name="execute_complete",
             kwargs={"since": since},
-            timeout=backstop(deadline, poke_interval),
+            timeout=deferral_timeout(deadline, poke_interval),
         )
 
     def execute_complete(
@@ -105,22 +110,22 @@ class HeyGenOverdubSensor(BaseSensorOperator):
     ) -> dict[str, Any]:
         """Hand on what the trigger has waited for."""
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
-        from airflow_provider_heygen.metrics import Wait
-        from airflow_provider_heygen.waiting import check_event, conclude
+        from airflow_provider_heygen.metrics import WaitMetrics
+        from airflow_provider_heygen.waiting import check_event, resolve_wait
 
         checked = check_event(event, self.overdub_id)
         with HeyGenHook(self.heygen_conn_id, longest_pause=0.0) as hook:
-            return self._done(conclude(checked, Wait(context["ti"], since), hook))
+            return self._done(resolve_wait(checked, WaitMetrics(context["ti"], since), hook))
 
-    def _began(self, context: Context) -> float:
+    def _started_at(self, context: Context) -> float:
         """Return the Unix seconds when the wait began, perhaps in another process."""
         first = context["ti"].get_first_reschedule_date(context) if self.reschedule else None
         return first.timestamp() if first else time.time()
 
     def _done(self, details: dict[str, Any]) -> dict[str, Any]:
-        from airflow_provider_heygen.waiting import summary
+        from airflow_provider_heygen.waiting import completion_summary
 
-        self.log.info("%s", summary(details))
+        self.log.info("%s", completion_summary(details))
         return details
 
     @contextmanager

@@ -82,5 +82,5 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
         """Tell OpenLineage: out of the overdub came the files that are there, if the task failed, too."""
         from airflow_provider_heygen import lineage
 
-        files = [lineage.written(uri, size) for uri, size in self.written.items()]
-        return lineage.of_task([lineage.overdub_uri(self.overdub_id)], files)
+        files = [lineage.output_dataset(uri, size) for uri, size in self.written.items()]
+        return lineage.operator_lineage([lineage.overdub_uri(self.overdub_id)], files)

@@ -12,7 +12,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from airflow_provider_heygen import poller
 from airflow_provider_heygen.api import OverdubStatus
-from airflow_provider_heygen.waiting import Watch
+from airflow_provider_heygen.waiting import OverdubWait
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -62,13 +62,13 @@ class HeyGenOverdubTrigger(_Trigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Wait until the overdub is final or gone, or the deadline has passed."""
-        watch = Watch(
+        watch = OverdubWait(
             self.overdub_id,
             poke_interval=self.poke_interval,
             deadline=self.deadline,
             not_found_until=self.not_found_until,
             log=self.logger(),  # one for all triggers: a logger each would be half of what waiting takes
-            told=OverdubStatus.PENDING,  # by the worker, which has polled before; the rest is news
+            logged_status=OverdubStatus.PENDING,  # by the worker, which has polled before; the rest is news
         )
         yield TriggerEvent(await poller.wait(self.heygen_conn_id, watch))  # type: ignore[no-untyped-call]
 
@@ -83,7 +83,7 @@ class HeyGenSlotTrigger(_Trigger):
     :param since: Unix seconds of the task's first attempt: its place in the queue, also after a restart.
     :param not_before: Unix seconds before which HeyGen asked not to come back.
     :param deadline: Unix seconds at which to give up; ``None`` for never.
-    :param again: whether the task has waited in the queue before.
+    :param resumed: whether the task has waited in the queue before.
     """
 
     def __init__(
@@ -93,14 +93,14 @@ class HeyGenSlotTrigger(_Trigger):
         since: float,
         not_before: float,
         deadline: float | None = None,
-        again: bool = False,
+        resumed: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.heygen_conn_id = heygen_conn_id
         self.since = since
         self.not_before = not_before
         self.deadline = deadline
-        self.again = again
+        self.resumed = resumed
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Wait in the queue; the task itself sees whether its time is over."""
@@ -109,6 +109,6 @@ class HeyGenSlotTrigger(_Trigger):
             async with asyncio.timeout(None if self.deadline is None else max(0.0, self.deadline - now)):
                 pause = self.not_before - now
                 await poller.queue(
-                    self.heygen_conn_id, self.since, pause, again=self.again, log=self.logger()
+                    self.heygen_conn_id, self.since, pause, resumed=self.resumed, log=self.logger()
                 )
         yield TriggerEvent({"status": "ready"})  # type: ignore[no-untyped-call]
