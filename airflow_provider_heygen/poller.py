@@ -265,6 +265,8 @@ class _Poller:
                 result = waiter.context.run(step, waiter.watch)  # it logs where its trigger logs
                 if isinstance(result, dict):
                     waiter.ended.set_result(result)
+                    self.slots.ended += 1
+                    self.survey_at = min(self.survey_at, self.now())
                 else:
                     due = self.now() if result is None else self._next(waiter.watch, result)
                     job.due = min(job.due, due)

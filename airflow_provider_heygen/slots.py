@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 USUAL_SLOTS = 10  # pay-as-you-go (contract, `x-limits.concurrent_jobs_pay_as_you_go`)
 COUNT_SECONDS = 10.0  # how often running jobs are counted while a task waits
-SPREAD_SECONDS = 10.0  # room is used after a random part of this, if it is still there: others see it, too
+SPREAD_SECONDS = 10.0  # other room is used after a random part of this, as other triggerers see it, too
 RELEASE_SECONDS = 120.0  # how long a released task may take until its job or its refusal is seen
 PROBE_SECONDS, LONGEST_PROBE_SECONDS = 60.0, 600.0  # after a probe that failed; doubles
 
@@ -32,7 +32,8 @@ class Slots:
     The queue of one Airflow connection in one triggerer.
 
     :param ceiling: how many jobs may run at a time at most, if the user has said so.
-    :ivar go_at: when there may be room that another triggerer has seen, too, and has left.
+    :ivar ended: awaited overdubs that have ended since the last count: their slots are used at once.
+    :ivar go_at: when other room, which every triggerer sees, may be used if it is still there.
     """
 
     def __init__(self, ceiling: int | None = None, places: list[Place] | None = None) -> None:
@@ -43,6 +44,7 @@ class Slots:
         self._released: list[float] = []
         self._refused = self._learned = False
         self.go_at = self._probe_at = math.inf
+        self.ended = 0
         self._probe_pause, self._probe_size = PROBE_SECONDS, 1
 
     def join(self, place: Place, *, refused_now: bool, resumed: bool) -> int:
@@ -65,15 +67,16 @@ class Slots:
         self._learn(running, now)
         ready = [place for place in self.places if place.not_before <= now]
         room = self.limit - len(running) - len(self._released)
-        if room > 0 and ready:
-            self.go_at = min(self.go_at, now + random.uniform(0, SPREAD_SECONDS))  # noqa: S311 - no secret
-            if now < self.go_at:
-                return []
-        elif ready and now >= self._probe_at and not self._released:
+        own, self.ended = max(0, min(room, self.ended)), 0
+        go_at, self.go_at = self.go_at, math.inf
+        if room > own and ready:
+            go_at = min(go_at, now + random.uniform(0, SPREAD_SECONDS))  # noqa: S311 - no secret
+            if now < go_at:
+                room, self.go_at = own, go_at
+        elif room <= 0 and ready and now >= self._probe_at and not self._released:
             room = min(self._probe_size, self.ceiling - len(running))
             self._probe_at = now + self._probe_pause
             self._probe_pause = min(self._probe_pause * 2, LONGEST_PROBE_SECONDS)
-        self.go_at = math.inf
         going = ready[: max(0, int(min(room, len(ready))))]
         self.places = [place for place in self.places if place not in going]
         self._released += [now] * len(going)

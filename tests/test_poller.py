@@ -1416,7 +1416,9 @@ def test_triggers_share_a_connection(heygen, resource, connect, listen, no_leak)
     with HeyGenHook() as hook:
         assert events[0]["overdub"] == hook.get_overdub(ids[0]).details()
     clients = {seen.client for seen in wire.seen[created:]}
-    assert len(clients) <= poller.MAX_CONCURRENT_GETS + 1  # over the same connections; and the look of the test
+    assert (
+        len(clients) <= poller.MAX_CONCURRENT_GETS + 1
+    )  # over the same connections; and the look of the test
 
 
 def test_two_connections_are_never_mixed(heygen, monkeypatch, no_leak):
