@@ -242,7 +242,12 @@ class Dubbing:
         if self.task.deferrable:
             conn_id = self.task.heygen_conn_id
             raise TaskDeferred(
-                trigger=HeyGenOverdubTrigger(heygen_conn_id=conn_id, overdub_id=overdub_id, **rules),
+                trigger=HeyGenOverdubTrigger(
+                    heygen_conn_id=conn_id,
+                    overdub_id=overdub_id,
+                    resource=self.hook.known_resource,
+                    **rules,
+                ),
                 method_name="execute_complete",
                 kwargs={"since": since},
                 timeout=deferral_timeout(deadline, poke_interval),

@@ -96,11 +96,13 @@ def _poller(heygen_conn_id: str) -> _Poller:
     return _pollers[key]
 
 
-async def wait(heygen_conn_id: str, watch: OverdubWait) -> WaitEvent:
+async def wait(heygen_conn_id: str, watch: OverdubWait, resource: str | None = None) -> WaitEvent:
     """
     Wait until an overdub is final or gone, or its deadline has passed.
 
     The first to wait on a connection starts its poller; the last to leave stops it and closes its session.
+
+    :param resource: HeyGen's name for the resource, if the worker has found it out.
     """
     try:
         watch.overdub_id = api.check_id(watch.overdub_id)  # a template may have made it a number
@@ -108,6 +110,7 @@ async def wait(heygen_conn_id: str, watch: OverdubWait) -> WaitEvent:
     except HeyGenPermanentError as error:
         return watch.give_up(error)
     poller = _poller(heygen_conn_id)
+    poller.resource = resource or poller.resource
     waiter = poller.join(watch)
     # After a deadline that passed while no triggerer ran, one poll remains: the overdub may be final.
     left = None if watch.deadline is None else max(0.0, watch.seconds_left) + GRACE_SECONDS
@@ -145,6 +148,7 @@ class _Poller:
         self.conn_id, self.loop, self.now = heygen_conn_id, loop, loop.time
         self.jobs: dict[str, _AwaitedOverdub] = {}
         self.slots = Slots()
+        self.resource: str | None = None
         self._task: asyncio.Task[None] | None = None
         self._hook: HeyGenHook | None = None
         self._settings: HeyGenConnection | None = None
@@ -382,9 +386,8 @@ class _Poller:
         stale = self._tick_at - self._known_final_at
         row = page.rows.get(self._known_final)
         if row and row.get("status") not in _FINAL and stale > STALE_SECONDS:
-            raise HeyGenPermanentError(
-                f"overdub {self._known_final} is not final there, {stale:.0f} s after its end"
-            )
+            reason = f"overdub {self._known_final} is not final there, {stale:.0f} s after its end"
+            raise HeyGenPermanentError(reason)  # for the poller's own log
         return {
             name
             for name in page.rows.keys() & self.jobs.keys()
@@ -474,9 +477,11 @@ class _Poller:
             self._hook = None
             await session.aclose()
             if settings != self._settings:
+                self.resource = None if self._settings else self.resource  # perhaps another account
                 self._settings = settings
                 self._forget()
             await session.enter_async_context(hook)
+            hook.assume_resource(self.resource)
             self._hook = hook
         return self._hook
 

@@ -161,6 +161,9 @@ def simulate(case: Case, seed: int = 1) -> dict[str, float]:
         async def asettings(self) -> Any:
             return self.settings
 
+        def assume_resource(self, name: str | None) -> None:
+            pass
+
         async def __aenter__(self) -> Any:
             return self
 

@@ -36,6 +36,7 @@ from airflow_provider_heygen.media import storage_path
 from airflow_provider_heygen.operators.asset import HeyGenUploadAssetOperator
 from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
 from airflow_provider_heygen.submitter import SubmissionStore
+from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
 
 RESOURCES = pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
 SERVERS = pytest.mark.parametrize("idempotency", [True, False], ids=["honours the key", "ignores the key"])
@@ -158,14 +159,17 @@ def test_dub_and_save_killed_at_any_step_and_retried(heygen, reaper, tmp_path, d
     assert step >= 3  # it did die on the way
 
 
-def test_the_start_that_ends_a_wait_knows_the_name_that_was_found(heygen, connect, tmp_path):
+def test_triggerer_and_worker_know_the_name_that_the_create_request_found(heygen, connect, tmp_path):
     heygen.behaviour.resources = "lipsyncs"
     connect(heygen.url, allow_http=True, allow_private_hosts=True)  # without the extra 'resource'
     task = Task(dub(deferrable=True, destination=str(tmp_path / "v.mp4")), store=StateStore())
     deferred = task.start()
-    event = asyncio.run(anext(deferred.trigger.run()))
-    heygen_hook._found.clear()  # as in another process
     before = len(heygen.requests)
+    _, arguments = deferred.trigger.serialize()
+    assert arguments["resource"] == "lipsyncs"
+    heygen_hook._found.clear()  # as in another process
+    event = asyncio.run(anext(HeyGenOverdubTrigger(**arguments).run()))
+    heygen_hook._found.clear()
     task.resume(deferred, event.payload)
     assert not [request.path for request in heygen.requests[before:] if "/overdubs" in request.path]
 

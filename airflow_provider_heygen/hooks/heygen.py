@@ -525,6 +525,11 @@ class HeyGenHook(BaseHook):
         """HeyGen's name for the resource, ``overdubs`` unless another is known. Sends no request."""
         return self.known_resource or NAMES[0]
 
+    def assume_resource(self, name: str | None) -> None:
+        """Use this name for the resource, found by another process, unless a name is known here."""
+        if name and self.known_resource is None:
+            _found[self._account] = name
+
     @property
     def _account(self) -> tuple[object, ...]:
         return (self.settings.base_url, self.settings.auth_header)

@@ -98,7 +98,10 @@ class HeyGenOverdubSensor(BaseSensorOperator):
                 raise AirflowRescheduleException(again)  # type: ignore[no-untyped-call]
         raise TaskDeferred(
             trigger=HeyGenOverdubTrigger(
-                heygen_conn_id=self.heygen_conn_id, overdub_id=self.overdub_id, **rules
+                heygen_conn_id=self.heygen_conn_id,
+                overdub_id=self.overdub_id,
+                resource=hook.known_resource,
+                **rules,
             ),
             method_name="execute_complete",
             kwargs={"since": since},

@@ -41,7 +41,8 @@ class HeyGenOverdubTrigger(_Trigger):
     :param poke_interval: seconds between polls.
     :param deadline: Unix seconds at which to stop waiting, so that a restarted triggerer does not start
         over; ``None`` for never.
-    :param not_found_until: Unix seconds before which a 404 is waited out.
+    :param not_found_until: Unix seconds until which a 404 means that the overdub is not readable yet.
+    :param resource: HeyGen's name for the resource, as the worker knows it; ``None`` to find it out.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class HeyGenOverdubTrigger(_Trigger):
         poke_interval: float = 30.0,
         deadline: float | None = None,
         not_found_until: float = 0.0,
+        resource: str | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.heygen_conn_id = heygen_conn_id
@@ -59,6 +61,7 @@ class HeyGenOverdubTrigger(_Trigger):
         self.poke_interval = poke_interval
         self.deadline = deadline
         self.not_found_until = not_found_until
+        self.resource = resource
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Wait until the overdub is final or gone, or the deadline has passed."""
@@ -70,7 +73,8 @@ class HeyGenOverdubTrigger(_Trigger):
             log=self.logger(),  # one for all triggers: a logger each would be half of what waiting takes
             logged_status=OverdubStatus.PENDING,  # by the worker, which has polled before; the rest is news
         )
-        yield TriggerEvent(await poller.wait(self.heygen_conn_id, watch))  # type: ignore[no-untyped-call]
+        event = await poller.wait(self.heygen_conn_id, watch, self.resource)
+        yield TriggerEvent(event)  # type: ignore[no-untyped-call]
 
 
 class HeyGenSlotTrigger(_Trigger):
