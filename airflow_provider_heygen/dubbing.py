@@ -1,4 +1,4 @@
-"""One try of a create task: submit, wait, hand on the result. The operators only declare."""
+"""One try of a create task: submit the request, wait, save the video, return the result."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Dubbing:
 
     :param task: the operator, which declares what to do.
     :param context: Airflow's context of the try.
-    :param since: Unix seconds of the first attempt, if this goes on after a deferral in which the task waited
-        until it may send its create request again.
+    :param since: Unix seconds of the first attempt, if the try continues after a deferral until it may send
+        its create request again.
     :param until: Unix seconds at which ``execution_timeout`` ends, from before that deferral.
     :param kept: the submission record before that deferral, where Airflow has no store for it.
     """
@@ -98,7 +98,7 @@ class Dubbing:
             files = check_inputs(uris, self.hook, self.store.files)
             paths = [file.path for file in files.values() if file.path]
             if saving and plain_uri(saving.files["video"]) in map(plain_uri, paths):
-                # A retry would take the result for another source, and dub that.
+                # A retry would dub the saved result instead of the source.
                 raise HeyGenBadInputError(
                     "destination is the file in video or audio. Choose another one; nothing was sent."
                 )
@@ -120,7 +120,7 @@ class Dubbing:
             return overdub_id
 
     def finish(self, event: Any, since: float | None) -> str:
-        """Hand on what the trigger has waited for. Return what the task returns."""
+        """Handle the event of the trigger. Return what the task returns."""
         checked = check_event(event)
         with fails_task(), self.hook:
             self.hook.created_under = self.store.record.resource if self.store.record else None
@@ -270,7 +270,7 @@ class Dubbing:
         result = self.task.overdub_id = str(details["overdub_id"])
         mode = self.task.mode if self.task.mode == "precision" else "speed"
         details = {**details, "mode": mode, "cost": None}
-        with suppress(Exception):  # a connection that is broken by now does not take back what is completed
+        with suppress(Exception):  # a connection that is invalid by now must not fail a completed overdub
             details["cost"] = self.hook.settings.cost(mode, details.get("duration"))
         self.task.log.info("%s", completion_summary(details))
         try:
@@ -293,7 +293,7 @@ class Dubbing:
 
 class fails_task:
     """
-    Fail the task without a retry if HeyGen rejects a request, or says that an overdub failed or is gone.
+    Fail the task without a retry if HeyGen rejects a request, or an overdub failed or is gone.
 
     :raises HeyGenTaskFailedError: in place of a :class:`.HeyGenPermanentError`.
     """

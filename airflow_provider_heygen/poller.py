@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 DEBOUNCE_SECONDS = 0.2  # from a new wait to its first poll, which waits that begin together share
 GRACE_SECONDS = 5.0  # after its deadline, or its start if later, a poll may still end a wait
 REFRESH_SECONDS = 60.0  # how often the Airflow connection is read again, for a rotated key
-TICK_SECONDS = 5.0  # how long GETs and pages wait for each other; how often a GET verifies what pages say
+TICK_SECONDS = 5.0  # how long GETs and pages wait for each other; how often a GET verifies the pages
 MAX_CONCURRENT_GETS = 10
 MAX_FAILURES_PER_TICK = 3  # consecutive failed GETs after which all that are due have failed
 MAX_BACKOFF_SECONDS = 15.0  # between GETs after consecutive failures, unless HeyGen asks for more
@@ -131,7 +131,7 @@ async def queue(heygen_conn_id: str, since: float, delay: float, *, resumed: boo
     """
     poller = _poller(heygen_conn_id)
     place = Place(since, poller.now() + max(0.0, delay), poller.loop.create_future())
-    ahead = poller.slots.join(place, refused_now=delay > 0, resumed=resumed)
+    ahead = poller.slots.join(place, rejected_now=delay > 0, resumed=resumed)
     poller.survey_at = min(poller.survey_at, poller.now())
     poller.start()
     log.info("HeyGen has no free slot. At least %d tasks wait before this one.", ahead)
@@ -224,7 +224,7 @@ class _Poller:
     async def _until_due(self) -> None:
         dues = [self.now() + REFRESH_SECONDS, *(job.due for job in self.jobs.values())]
         dues += [self.survey_at] if self.slots.places else []
-        # While GETs have to wait, pages may tell.
+        # While GETs are suspended, pages may still have the statuses.
         self._alarm = max(min(dues), min(self._gets.usable_from, self._tick_at + TICK_SECONDS))
         self._wake.clear()
         with suppress(TimeoutError):

@@ -1,9 +1,9 @@
 """
 A queue for HeyGen's slots, without I/O: which create task may send its request again, and when.
 
-HeyGen runs a few jobs of an account at a time, of all its products together, and answers 429 above that.
-Refused tasks wait here, first come, first served. How many jobs run is counted in the list, how many may run
-is learned from refusals, and a probe now and then finds out whether there is room for more.
+HeyGen runs a few jobs of an account at a time, of all its products together, and returns 429 above that.
+Rejected tasks wait here, first come, first served. The list shows how many jobs run, a rejection shows how
+many may run, and an occasional probe detects that there is room for more.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 USUAL_SLOTS = 10  # pay-as-you-go (contract, `x-limits.concurrent_jobs_pay_as_you_go`)
 COUNT_SECONDS = 10.0  # how often running jobs are counted while a task waits
 SPREAD_SECONDS = 10.0  # other room is used after a random part of this, as other triggerers see it, too
-RELEASE_SECONDS = 120.0  # how long a released task may take until its job or its refusal is seen
+RELEASE_SECONDS = 120.0  # how long a released task may take until its job is listed or it is rejected again
 PROBE_SECONDS, LONGEST_PROBE_SECONDS = 60.0, 600.0  # after a probe that failed; doubles
 
 
@@ -42,28 +42,28 @@ class Slots:
         self.places = places or []
         self._running: set[str] = set()
         self._released: list[float] = []
-        self._refused = self._learned = False
+        self._rejected = self._learned = False
         self.go_at = self._probe_at = math.inf
         self.ended = 0
         self._probe_pause, self._probe_size = PROBE_SECONDS, 1
 
-    def join(self, place: Place, *, refused_now: bool, resumed: bool) -> int:
+    def join(self, place: Place, *, rejected_now: bool, resumed: bool) -> int:
         """
-        Take a task that was refused; return how many wait before it.
+        Add a task whose create request was rejected; return how many wait before it.
 
-        :param refused_now: whether that was just now, so that all slots are taken; or before a restart.
+        :param rejected_now: whether that was just now, so that no slot is free, and not before a restart.
         :param resumed: whether it had been released before.
         """
         self.places.append(place)
         self.places.sort(key=lambda place: place.since)
-        # Later, a first refusal says no more than that all slots were taken for a moment.
-        self._refused = self._refused or (refused_now and (resumed or not self._learned))
-        if refused_now and resumed:
+        # Later, a first rejection only shows that no slot was free for a moment.
+        self._rejected = self._rejected or (rejected_now and (resumed or not self._learned))
+        if rejected_now and resumed:
             del self._released[:1]
         return self.places.index(place)
 
     def count(self, running: set[str], now: float) -> list[Place]:
-        """Take the ids of the running jobs; remove and return the tasks that may go now."""
+        """Use the ids of the running jobs; remove and return the tasks that may send their requests now."""
         self._learn(running, now)
         ready = [place for place in self.places if place.not_before <= now]
         room = self.limit - len(running) - len(self._released)
@@ -86,11 +86,11 @@ class Slots:
         # A job that is new is that of a released task, or takes its slot.
         arrived = len(running - self._running)
         self._released = [at for at in self._released[arrived:] if now - at < RELEASE_SECONDS]
-        if self._refused:  # one may have ended between that and this count
+        if self._rejected:  # one may have ended between that and this count
             self.limit = min(self.limit, max(len(running), len(self._running)))
             self._probe_size, self._learned = 1, True
         elif len(running) > self.limit:
             self._probe_at, self._probe_pause, self._probe_size = now, PROBE_SECONDS, self._probe_size * 2
         self.limit = min(max(self.limit, len(running)), self.ceiling)
         self._probe_at = min(self._probe_at, now + self._probe_pause)
-        self._running, self._refused = running, False
+        self._running, self._rejected = running, False

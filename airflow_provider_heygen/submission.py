@@ -161,7 +161,7 @@ class Step(StrEnum):
     SEARCH = "search for the overdub whose id is not known"
     REATTACH = "reattach to the overdub that exists"
     RESEND = "send the same submission again, under its key"
-    SUBMIT_NEW = "begin a new submission"
+    SUBMIT_NEW = "start a new submission"
 
 
 def next_step(

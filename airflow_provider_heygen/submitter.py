@@ -252,14 +252,16 @@ def _create(
     submission = before = submission.model_copy(update=labels(request))
     hook.created_under = submission.resource
 
-    def note() -> None:
+    def record_attempt() -> None:
         # The next try must know that the request may have been sent, when, and under which resource.
         nonlocal submission
         submission = submission.model_copy(update={"sent": True, "resource": hook.known_resource})
         store.save(submission, sent_at=time.time())
 
     try:
-        overdub_id = hook.create_overdub(request, idempotency_key=submission.key, before_sending=note)
+        overdub_id = hook.create_overdub(
+            request, idempotency_key=submission.key, before_sending=record_attempt
+        )
     except HeyGenError as error:
         error.no_slot = error.status_code == 429 and not error.outcome_unknown
         # Even if this try started nothing, an earlier one may have: keep its record.

@@ -50,19 +50,21 @@ class World:
             self.jobs[task] = self.now + JOB
             self.order.append(task)
             return
-        self.join(task, refused_now=True)
+        self.join(task, rejected_now=True)
 
-    def join(self, task, *, refused_now, since=None):
+    def join(self, task, *, rejected_now, since=None):
         number = self.dice.randrange(len(self.queues))
-        place = Place(task if since is None else since, self.now + REFUSED if refused_now else self.now, task)
-        self.queues[number].join(place, refused_now=refused_now, resumed=self.attempts[task] > 1)
+        place = Place(
+            task if since is None else since, self.now + REFUSED if rejected_now else self.now, task
+        )
+        self.queues[number].join(place, rejected_now=rejected_now, resumed=self.attempts[task] > 1)
         self.counts[number] = min(self.counts[number], self.now + 1)
 
     def restart(self, number):
         """Another process takes over; what was learned is lost, the places are not."""
         places, self.queues[number] = self.queues[number].places, Slots()
         for place in places:
-            self.queues[number].join(place, refused_now=False, resumed=self.attempts[place.task] > 1)
+            self.queues[number].join(place, rejected_now=False, resumed=self.attempts[place.task] > 1)
         self.counts[number] = self.now + 1
 
     def second(self):
@@ -155,7 +157,7 @@ def test_a_ceiling_that_the_user_knows_is_never_exceeded():
         world.submit(task)
     for task in range(4, 30):
         world.attempts[task] = 1
-        world.join(task, refused_now=True)
+        world.join(task, rejected_now=True)
     most = 0
     while len(world.jobs) < 30:
         world.second()
@@ -192,7 +194,9 @@ def test_places_are_kept_over_a_restart():
 
 def test_a_task_says_how_many_wait_before_it():
     queue = Slots()
-    assert [queue.join(Place(since, 0.0, since), refused_now=True, resumed=False) for since in (5, 7, 6)] == [
+    assert [
+        queue.join(Place(since, 0.0, since), rejected_now=True, resumed=False) for since in (5, 7, 6)
+    ] == [
         0,
         1,
         1,

@@ -1,4 +1,4 @@
-"""Wait in the triggerer, where waiting costs no worker: for an overdub, or for a slot to create one in."""
+"""Triggers: wait in the triggerer for an overdub, or for a free slot to create one."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class HeyGenOverdubTrigger(_Trigger):
     """
     Fire one :class:`~airflow_provider_heygen.waiting.WaitEvent` when the wait for an overdub ends.
 
-    Class path and argument names are frozen: rows of an older release are still in somebody's metadata
-    database. The arguments hold no secret, they are stored and sent in plain JSON. A cancelled trigger means
+    Class path and argument names are frozen, because Airflow's metadata database keeps the rows of an older
+    release. Airflow stores the arguments in plain JSON, so they contain no secret. A cancelled trigger means
     that the triggerer restarts or that Airflow moved the trigger, so nothing here acts on cancellation.
 
     :param heygen_conn_id: the Airflow connection.
@@ -79,14 +79,14 @@ class HeyGenOverdubTrigger(_Trigger):
 
 class HeyGenSlotTrigger(_Trigger):
     """
-    Fire when a create request for which HeyGen had no free slot may be sent again, or must be given up.
+    Fire when a create request for which HeyGen had no free slot may be sent again, or its time is over.
 
     All tasks of a connection wait in one queue per triggerer, first come, first served.
 
     :param heygen_conn_id: the Airflow connection.
     :param since: Unix seconds of the task's first attempt: its place in the queue, also after a restart.
     :param not_before: Unix seconds before which HeyGen asked not to come back.
-    :param deadline: Unix seconds at which to give up; ``None`` for never.
+    :param deadline: Unix seconds at which the wait ends; ``None`` for never.
     :param resumed: whether the task has waited in the queue before.
     """
 
