@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
@@ -201,3 +203,122 @@ def test_a_task_says_how_many_wait_before_it():
         1,
         1,
     ]
+
+
+# --- One rule each ------------------------------------------------------------------------------------------
+
+
+def jobs(count, first=0):
+    return {f"job_{number}" for number in range(first, first + count)}
+
+
+@pytest.fixture
+def queue(monkeypatch):
+    """A queue of twenty tasks on an account with ten slots, all taken; other room is used after 5 s."""
+    monkeypatch.setattr(slots.random, "uniform", lambda first, last: (first + last) / 2)
+    queue = Slots()
+    for task in range(20):
+        queue.join(Place(task, 0.0, task), rejected_now=task == 0, resumed=False)
+    assert queue.count(jobs(10), 0.0) == []
+    return queue
+
+
+def released(queue, running, now):
+    return [place.task for place in queue.count(running, now)]
+
+
+def test_other_room_waits_for_its_moment_and_is_used_once(queue):
+    assert released(queue, jobs(8), 10.0) == []
+    assert queue.go_at == 15.0
+    assert released(queue, jobs(8), 14.9) == []
+    assert released(queue, jobs(8), 15.0) == [0, 1]
+    assert queue.go_at == math.inf
+    assert released(queue, jobs(8), 20.0) == [], "their jobs are not listed yet"
+    assert released(queue, jobs(8) | jobs(2, 20), 30.0) == []
+
+
+def test_room_that_is_gone_at_its_moment_is_forgotten(queue):
+    assert released(queue, jobs(8), 10.0) == []
+    assert released(queue, jobs(10), 15.0) == []
+    assert queue.go_at == math.inf
+    assert released(queue, jobs(9), 20.0) == [], "a new moment"
+    assert queue.go_at == 25.0
+
+
+def test_the_slot_of_an_awaited_overdub_is_used_at_once(queue):
+    queue.ended = 1
+    assert released(queue, jobs(8), 10.0) == [0], "and the other slot later"
+    assert released(queue, jobs(8), 15.0) == [1]
+    queue.ended = 3
+    assert released(queue, jobs(10), 20.0) == [], "others were quicker"
+    assert released(queue, jobs(9), 30.0) == [], "an end counts once"
+
+
+def test_a_released_task_that_never_comes_back_frees_its_slot_after_two_minutes(queue):
+    queue.ended = 1
+    assert released(queue, jobs(9), 10.0) == [0]
+    assert released(queue, jobs(9), 10.0 + slots.RELEASE_SECONDS - 0.1) == []
+    assert queue.go_at == math.inf
+    released(queue, jobs(9), 10.0 + slots.RELEASE_SECONDS)
+    assert queue.go_at < math.inf
+
+
+def test_each_rejection_takes_back_one_release(queue):
+    queue.ended = 2
+    assert released(queue, jobs(8), 10.0) == [0, 1]
+    queue.join(Place(0, 25.0, 0), rejected_now=True, resumed=True)
+    assert queue.count(jobs(8), 20.0) == []
+    assert queue.limit == 8
+    queue.ended = 1
+    assert released(queue, jobs(7), 21.0) == [], "task 1 is still on its way"
+    assert released(queue, jobs(7) | {"job of task 1"}, 26.0) == []
+
+
+def test_a_first_rejection_teaches_the_limit_once_only(queue):
+    queue.join(Place(30, 0.0, 30), rejected_now=True, resumed=False)
+    queue.count(jobs(4), 10.0)
+    assert queue.limit == 10
+    queue.join(Place(31, 0.0, 31), rejected_now=False, resumed=True)  # after a restart
+    queue.count(jobs(4), 11.0)
+    assert queue.limit == 10
+
+
+def test_a_task_is_ready_at_the_moment_that_heygen_asked_for():
+    queue = Slots(1)
+    queue.join(Place(1.0, 50.0, "task"), rejected_now=False, resumed=False)
+    queue.ended = 1
+    assert released(queue, set(), 49.9) == []
+    queue.ended = 1
+    assert released(queue, set(), 50.0) == ["task"]
+
+
+def test_probes_double_their_pause_when_they_fail_and_their_size_when_they_succeed(queue):
+    probes, now = [], 0.0
+    while len(probes) < 6:
+        now += 10.0
+        for place in queue.count(jobs(10), now):
+            probes.append(now)
+            queue.join(place, rejected_now=True, resumed=True)
+    gaps = [later - before for before, later in itertools.pairwise(probes)]
+    assert gaps == [
+        60.0,
+        120.0,
+        240.0,
+        480.0,
+        600.0,
+    ]
+    running, sizes = jobs(10), []
+    while len(sizes) < 3:
+        now += 10.0
+        if going := queue.count(running, now):
+            sizes.append(len(going))
+            running = jobs(len(running) + len(going))
+    assert sizes == [1, 2, 4]
+    assert queue.limit == 13
+
+
+def test_no_probe_goes_beyond_the_ceiling():
+    queue = Slots(3)
+    queue.join(Place(1.0, 0.0, "task"), rejected_now=True, resumed=False)
+    assert [queue.count(jobs(3), now) for now in (0.0, 100.0, 1000.0)] == [[], [], []]
+    assert queue.limit == 3

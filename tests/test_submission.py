@@ -167,8 +167,12 @@ def test_a_retry_finds_the_records_of_an_older_release():
     )
     assert derived_key(TI, "same:x") == "8238a788-0a9c-5f9c-bbd0-f994bf6b4415"
     assert upload_key(submission(), "ab" * 32, 2, 1) == "858ce642-4371-56e6-a5eb-1d2462ae88b6"
-    changed = labels(CreateOverdubRequest.of(FIELDS | {"title": "t"}))
-    assert changed["labels"] == "6d9695b0f6f0de8c737c15a199b1658001af6e4ef0d756109efffbd0c69ad4c9"
+    assert content_prefix(digest_of()) == "2c2ec352e97dd2c40fd2d332ab43068e:"
+    assert labels(CreateOverdubRequest.of(FIELDS | {"title": "t"})) == {
+        "title": "t",
+        "callback_id": None,
+        "labels": "6d9695b0f6f0de8c737c15a199b1658001af6e4ef0d756109efffbd0c69ad4c9",
+    }
 
 
 def test_an_upload_has_a_key_of_its_own():

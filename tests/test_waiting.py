@@ -437,8 +437,10 @@ def test_conclusions_from_the_event_alone(heygen):
         with pytest.raises(kind, match=r"^The message\.$") as raised:
             waiting.resolve_wait(event(status), WAIT, hook)
         assert raised.value.overdub_id == "od_1"
-    with pytest.raises(HeyGenOverdubTimeoutError, match=r"^The message\.$"):
+        assert raised.value.status_code == (404 if status == "gone" else None)
+    with pytest.raises(HeyGenOverdubTimeoutError, match=r"^The message\.$") as raised:
         waiting.resolve_wait(event("timeout"), WAIT)  # the last poll was made here
+    assert raised.value.overdub_id == "od_1"
     assert heygen.requests == []
 
 
@@ -465,8 +467,9 @@ def test_a_last_poll_that_fails(heygen, pauses, fault):
     heygen.fail_next(method="GET", count=10, **fault)
     with pytest.raises(
         HeyGenOverdubTimeoutError, match=r"^The message\. The last status check failed: HeyGen"
-    ):
+    ) as raised:
         waiting.resolve_wait(late, WAIT, HeyGenHook())
+    assert raised.value.overdub_id == late["overdub_id"]
 
 
 def create(heygen, status):
@@ -474,6 +477,48 @@ def create(heygen, status):
     overdub_id = HeyGenHook().create_overdub(media)
     heygen.force(overdub_id, status, "Too dark")
     return overdub_id
+
+
+def test_messages_say_what_happened_and_what_to_do(clock):
+    watch = watching(not_found_until=NOW + 30)
+    assert watch.timed_out()["message"] == (
+        "Timed out waiting for overdub od_1 (status: not seen yet). It keeps running at HeyGen and may still"
+        " complete. To keep waiting, retry this task or pass the id to HeyGenOverdubSensor. To wait longer,"
+        " raise 'timeout' (or 'execution_timeout')."
+    )
+    watch.on_error(HeyGenNotFoundError("HeyGen returned 404."))
+    clock.now += 30
+    watch.on_error(HeyGenNotFoundError("HeyGen returned 404."))
+    assert watch.log.lines == [
+        "Overdub od_1 is not readable yet; it was created just now.",
+        "HeyGen returned 404. Overdub od_1 is not affected. Polling again in 12 s (1 consecutive failures).",
+    ]
+    assert (
+        "od_1 (status: not seen yet). The last status check failed: HeyGen returned 404. It keeps"
+        in (watch.timed_out()["message"])
+    )
+    clock.now += 30
+    watch.on_error(HeyGenNotFoundError("HeyGen returned 404."))
+    assert watch.may_be_gone
+    assert watch.absent(listed=False)["message"] == (
+        "Overdub od_1 is gone: HeyGen has returned 404 for it for 30 s, and its list does not have it. It was"
+        " deleted, or belongs to another account than the Airflow connection."
+    )
+    for sign in (lambda: watch.absent(listed=True), watch.on_unchanged):
+        watch.missing_for, watch.trouble = 60.0, "trouble"
+        sign()
+        assert not watch.missing_for
+    assert "trouble" not in watch.timed_out()["message"]
+
+
+@pytest.mark.parametrize(("event", "shape"), [({"b": 1, "a": 2}, "['a', 'b']"), (7, "int")])
+def test_a_malformed_event_is_described_without_its_values(event, shape):
+    with pytest.raises(HeyGenTriggerEventError) as raised:
+        waiting.check_event(event)
+    assert str(raised.value) == (
+        "The wait for overdub (id unknown) ended with an event that HeyGenOverdubTrigger does not send"
+        f" ({shape}). The overdub itself is not affected; retry the task."
+    )
 
 
 # --- Durations and deadlines --------------------------------------------------------------------------
