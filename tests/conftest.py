@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import http.client
+import itertools
 import json
 import os
 import re
@@ -45,7 +46,7 @@ from airflow_provider_heygen.hooks import heygen as heygen_hook  # noqa: E402
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from email.message import Message
 
 build_execution_api_once()
@@ -93,6 +94,11 @@ def airflow_db() -> None:
 def resource() -> str:
     """The resource of the connection; parametrize a test over it to run under both names."""
     return "overdubs"
+
+
+def each_value(longer: Iterable[Any], shorter: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Return pairs in which each value occurs, where not each combination is worth a test."""
+    return list(zip(longer, itertools.cycle(list(shorter)), strict=False))
 
 
 @pytest.fixture

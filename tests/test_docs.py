@@ -128,9 +128,9 @@ def quoted_messages() -> list[str]:
     return re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
 
 
-@pytest.mark.parametrize("message", quoted_messages())
-def test_a_quoted_message_is_in_the_code(message):
-    assert any(message in text for text in texts_of_the_code())
+def test_each_quoted_message_is_in_the_code():
+    texts = texts_of_the_code()
+    assert [message for message in quoted_messages() if not any(message in text for text in texts)] == []
 
 
 def test_every_error_is_in_troubleshooting():
@@ -146,11 +146,10 @@ def test_every_error_is_in_troubleshooting():
     assert [text for text in raised if not any(message in text for message in quoted)] == []
 
 
-@pytest.mark.parametrize(
-    ("file", "name"), sorted(set(re.findall(r"`([\w/]+\.py)::(\w+)`", (DOCS / "comparison.md").read_text())))
-)
-def test_a_test_that_the_comparison_names_is_there(file, name):
-    assert f"def {name}(" in (ROOT / file).read_text()
+def test_the_tests_that_the_comparison_names_are_there():
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (DOCS / "comparison.md").read_text())
+    assert len(named) > 40
+    assert [(file, name) for file, name in named if f"def {name}(" not in (ROOT / file).read_text()] == []
 
 
 # --- The quickstart -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from airflow.providers.common.compat.sdk import AirflowFailException, TaskDeferr
 from airflow.providers.standard.triggers.temporal import DateTimeTrigger
 from airflow.sdk import ObjectStoragePath
 from airflow_task import StateStore, Task
+from conftest import each_value
 
 from airflow_provider_heygen import upload, waiting
 from airflow_provider_heygen.emulator import media
@@ -42,6 +43,11 @@ RESOURCES = pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
 SERVERS = pytest.mark.parametrize("idempotency", [True, False], ids=["honours the key", "ignores the key"])
 MODES = pytest.mark.parametrize("deferrable", [True, False], ids=["deferrable", "sync"])
 STORES = pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
+# Each two of these in all combinations. The last: nothing but the provider itself saves the request.
+KILLS = pytest.mark.parametrize(
+    ("idempotency", "after", "store"),
+    [(True, False, True), (True, True, False), (False, True, True), (False, False, False)],
+)
 # What a task can remember: over all tries, until it ends, until it ends on any Airflow.
 MEMORIES = pytest.mark.parametrize(
     ("store", "durable"),
@@ -108,10 +114,8 @@ def reaper(monkeypatch):
     return reaper
 
 
-@SERVERS
+@KILLS
 @MODES
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@STORES
 def test_killed_at_any_step_and_retried(heygen, reaper, pauses, idempotency, deferrable, after, store):
     heygen.behaviour.idempotency = idempotency
     died, step = True, 0
@@ -134,9 +138,10 @@ def test_killed_at_any_step_and_retried(heygen, reaper, pauses, idempotency, def
     assert step >= 2  # it did die on the way
 
 
-@MODES
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@STORES
+@pytest.mark.parametrize(
+    ("deferrable", "after", "store"),
+    [(True, False, True), (True, True, False), (False, True, True), (False, False, False)],
+)
 def test_dub_and_save_killed_at_any_step_and_retried(heygen, reaper, tmp_path, deferrable, after, store):
     died, step = True, 0
     while died:
@@ -213,10 +218,11 @@ def test_all_answers_of_a_try_are_lost(heygen, pauses, idempotency):
     assert len(heygen.jobs) == 1
 
 
-@SERVERS
-@STORES
 @pytest.mark.parametrize("resource", [None])
-@pytest.mark.parametrize("resources", ["overdubs", "lipsyncs", "both"])
+@pytest.mark.parametrize(
+    ("resources", "store", "idempotency"),
+    [("overdubs", True, False), ("lipsyncs", True, True), ("lipsyncs", False, False), ("both", True, False)],
+)
 def test_200_retries_while_answers_are_lost(heygen, pauses, monkeypatch, resources, store, idempotency):
     """40 tasks of 5 retries each, one job each, while the provider does not know the resource's name."""
     heygen.behaviour.resources, heygen.behaviour.idempotency = resources, idempotency
@@ -431,7 +437,7 @@ def test_a_sure_refusal_does_not_speak_for_an_earlier_try(heygen, pauses):
     assert len(heygen.jobs) == 1
 
 
-@STORES
+@pytest.mark.parametrize("store", [False])
 def test_a_create_that_outlives_our_patience_is_waited_for(heygen, connect, monkeypatch, store):
     monkeypatch.setattr("airflow_provider_heygen.hooks.heygen.SETTLE_SECONDS", 10)
     heygen.behaviour.idempotency = False
@@ -524,9 +530,7 @@ def uploads(heygen):
     return routes["POST /v3/assets"] + routes["PUT /uploads/{asset_id}"]
 
 
-@SERVERS
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@STORES
+@KILLS
 def test_uploads_killed_at_any_step_and_retried(heygen, reaper, pauses, files, idempotency, after, store):
     died, step, most = True, 0, 0
     while died:
@@ -550,9 +554,7 @@ def test_uploads_killed_at_any_step_and_retried(heygen, reaper, pauses, files, i
     assert most <= (3 if store else 4)
 
 
-@SERVERS
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@STORES
+@KILLS
 @pytest.mark.parametrize("name", ["video", "audio"])
 def test_an_upload_killed_at_any_step_and_retried(
     heygen, reaper, pauses, files, name, idempotency, after, store
@@ -1083,24 +1085,20 @@ def test_no_wait_times_out_unseen(heygen, by, status):
             end()
 
 
-REFUSALS = pytest.mark.parametrize(
-    "fault",
-    [
-        {"status": 401},
-        {"status": 402, "code": "insufficient_credit"},
-        {"status": 403},
-        {"status": 403, "html": True},
-        {"status": 404},
-        {"status": 404, "html": True},
-        {"status": 429, "code": "quota_exceeded"},
-        {"status": 503},
-    ],
-    ids=str,
-)
+REFUSED_POLLS = [
+    {"status": 401},
+    {"status": 402, "code": "insufficient_credit"},
+    {"status": 403},
+    {"status": 403, "html": True},
+    {"status": 404},
+    {"status": 404, "html": True},
+    {"status": 429, "code": "quota_exceeded"},
+    {"status": 503},
+]
+REFUSALS = pytest.mark.parametrize("fault", REFUSED_POLLS, ids=str)
 
 
-@MODES
-@REFUSALS
+@pytest.mark.parametrize(("fault", "deferrable"), each_value(REFUSED_POLLS, [True, False]), ids=str)
 def test_no_refused_poll_ends_a_wait(heygen, monkeypatch, deferrable, fault):
     """Cases bug-02 and review-02: the overdub runs and is paid for, whatever a poll meets."""
     monkeypatch.setattr(waiting, "NOT_FOUND_GRACE_SECONDS", 0)
@@ -1190,10 +1188,17 @@ def night(store=True, **changes):
 night.runs = 0
 
 
-@STORES
-@MODES
-@RESOURCES
-@pytest.mark.parametrize("status", ["pending", "running", "completed"])
+@pytest.mark.parametrize(
+    ("status", "store", "deferrable", "resource"),
+    [
+        ("pending", True, True, "overdubs"),
+        ("pending", False, False, "lipsyncs"),
+        ("running", True, False, "lipsyncs"),
+        ("running", False, True, "overdubs"),
+        ("completed", True, False, "overdubs"),
+        ("completed", False, True, "lipsyncs"),
+    ],
+)
 def test_a_run_uses_what_another_run_has_started(heygen, files, deferrable, store, status):
     """The first run was marked failed while its task waited, and did not ask to reuse anything."""
     heygen.behaviour.job_seconds = None

@@ -16,6 +16,7 @@ from airflow.providers.common.compat.sdk import (
     TaskDeferred,
 )
 from airflow_task import Task
+from conftest import each_value
 
 from airflow_provider_heygen import waiting
 from airflow_provider_heygen.emulator import state
@@ -163,24 +164,26 @@ def test_no_triggerer(heygen, overdub_id, flag, error):
         sensor.resume_execution("__fail__", {"error": "Trigger timeout"}, Task(lambda: sensor).context)
 
 
-@ALL_MODES
 @pytest.mark.parametrize(
-    "fault",
-    [
-        {"status": 401, "code": "unauthorized"},
-        {"status": 402, "code": "insufficient_credit"},
-        {"status": 403, "code": "forbidden"},
-        {"status": 403, "html": True},
-        {"status": 404, "code": "not_found"},
-        {"status": 404, "html": True},
-        {"status": 500},
-        {"status": 503, "html": True},
-        {"status": 429, "code": "rate_limit_exceeded"},
-        {"status": 429, "code": "quota_exceeded"},
-        {"drop": "before"},
-        {"truncate": True},
-        {"body": "<html>", "status": 200},
-    ],
+    ("fault", "mode"),
+    each_value(
+        [
+            {"status": 401, "code": "unauthorized"},
+            {"status": 402, "code": "insufficient_credit"},
+            {"status": 403, "code": "forbidden"},
+            {"status": 403, "html": True},
+            {"status": 404, "code": "not_found"},
+            {"status": 404, "html": True},
+            {"status": 500},
+            {"status": 503, "html": True},
+            {"status": 429, "code": "rate_limit_exceeded"},
+            {"status": 429, "code": "quota_exceeded"},
+            {"drop": "before"},
+            {"truncate": True},
+            {"body": "<html>", "status": 200},
+        ],
+        MODES,
+    ),
     ids=str,
 )
 def test_what_a_poll_meets_does_not_end_the_wait(heygen, mode, overdub_id, fault, monkeypatch):

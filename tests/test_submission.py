@@ -89,9 +89,9 @@ def test_same_request(record, seen, how, step):
     assert next_step(RECORDS[record], "same", max_tries, seen) is step
 
 
-@pytest.mark.parametrize(("record", "seen", "max_tries"), list(product(RECORDS, RemoteState, (2, 3))))
-def test_another_request_is_always_a_new_submission(record, seen, max_tries):
-    assert next_step(RECORDS[record], "other", max_tries, seen) is Step.SUBMIT_NEW
+def test_a_changed_request_is_always_a_new_submission():
+    for record, remote, max_tries in product(RECORDS, RemoteState, (2, 3)):
+        assert next_step(RECORDS[record], "other", max_tries, remote) is Step.SUBMIT_NEW
 
 
 def test_a_derived_key_stays_over_retries_and_changes_with_what_wants_another_job():
