@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import atexit
 import http.client
 import itertools
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -94,6 +96,20 @@ def airflow_db() -> None:
 def resource() -> str:
     """The resource of the connection; parametrize a test over it to run under both names."""
     return "overdubs"
+
+
+def _parse_again(parse: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """
+    Parse source again where CPython 3.11 fails to, as it sometimes does in a process with many threads.
+
+    ``SystemError: AST constructor recursion depth mismatch`` is a fault of CPython (issue 106905).
+    """
+    with suppress(SystemError):
+        return parse(*args, **kwargs)
+    return parse(*args, **kwargs)
+
+
+ast.parse = partial(_parse_again, ast.parse)  # hypothesis and some tests read sources
 
 
 def each_value(longer: Iterable[Any], shorter: Iterable[Any]) -> list[tuple[Any, Any]]:

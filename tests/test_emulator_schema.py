@@ -239,7 +239,7 @@ api = schemathesis.openapi.from_dict(tightened())
 @pytest.mark.skipif(Version("3.3") > AIRFLOW, reason="the emulator is the same on each Airflow")
 @pytest.mark.parametrize("credential", CREDENTIALS)
 @api.parametrize()
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_schemathesis(case, heygen, credential):
     # A key seen before gets its first answer again, even with a body that is nonsense.
     heygen._state.idempotency.clear()

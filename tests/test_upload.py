@@ -245,7 +245,11 @@ def test_storage_that_cannot_be_asked(heygen, s3, monkeypatch):
         HeyGenHook().upload_asset("s3://s3@nowhere/v.mp4")
     fs = s3.path.fs
     monkeypatch.setattr(type(fs), "retries", 1)
-    extra = {"endpoint_url": "http://127.0.0.1:9", "region_name": "us-east-1"}
+    extra = {
+        "endpoint_url": "http://127.0.0.1:9",
+        "region_name": "us-east-1",
+        "config_kwargs": {"retries": {"total_max_attempts": 1}},
+    }
     connection = {"conn_type": "aws", "login": "key", "password": "secret", "extra": extra}
     monkeypatch.setenv("AIRFLOW_CONN_S3_DOWN", json.dumps(connection))
     with pytest.raises(HeyGenError, match=r"s3://s3_down@bucket/v\.mp4 cannot be read: .*127\.0\.0\.1:9"):
