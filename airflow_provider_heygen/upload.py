@@ -155,7 +155,7 @@ class Source:
         return str(self.path.name.encode(errors="replace").decode())
 
     @classmethod
-    def of(
+    def from_path(
         cls,
         path: Source | str | PathLike[str] | ObjectStoragePath,
         settings: HeyGenConnection,
@@ -241,8 +241,8 @@ class LinkedSource(Source):
         A URL may be signed again for each try: then the ``ETag`` identifies a version of the file. A URL that
         gives nothing any more names the file that an earlier try found there.
 
-        :param known: see :meth:`Source.of`.
-        :raises HeyGenError: see :meth:`Source.of` and :func:`.download.save`.
+        :param known: see :meth:`Source.from_path`.
+        :raises HeyGenError: see :meth:`Source.from_path` and :func:`.download.save`.
         """
         shown = redact_urls(link)
         place = hashlib.sha256(json.dumps([what, shown]).encode()).hexdigest()
@@ -420,8 +420,8 @@ def check_inputs(
     Check the files that an overdub is to be made from, all of them before the first is uploaded.
 
     :param uris: what :func:`storage_uris` returned.
-    :param known: see :meth:`Source.of`.
-    :raises HeyGenBadInputError: see :meth:`Source.of`; or if it is no video, or for ``audio`` a picture.
+    :param known: see :meth:`Source.from_path`.
+    :raises HeyGenBadInputError: see :meth:`Source.from_path`; or if it is no video, or for ``audio`` a picture.
     """
     sources: dict[str, Source] = {}
     for name, uri in uris.items():
@@ -429,7 +429,7 @@ def check_inputs(
             if isinstance(uri, str) and re.match(r"(?i)https?://", uri):
                 sources[name] = LinkedSource.at(uri, f"source {name}", hook, known)
             else:
-                sources[name] = Source.of(uri, hook.settings, known)
+                sources[name] = Source.from_path(uri, hook.settings, known)
         except HeyGenBadInputError as error:
             raise HeyGenBadInputError(f"{name}: {error}") from None
         source = sources[name]

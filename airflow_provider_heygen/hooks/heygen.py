@@ -312,7 +312,7 @@ class HeyGenHook(BaseHook):
         :param idempotency_key: 1 to 255 of ``A-Z a-z 0-9 _ - : .``; the same key gets the same asset for
             24 hours, even for another file. Made up when not given.
         """
-        source = upload.Source.of(path, self.settings)
+        source = upload.Source.from_path(path, self.settings)
         idempotency_key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
         if source.size > api.MAX_MULTIPART_BYTES:
             return self._upload_directly(source, idempotency_key)
