@@ -212,7 +212,7 @@ class Source:
 
 
 @dataclass
-class LinkedSource(Source):
+class UrlSource(Source):
     """
     A file behind a URL, downloaded when it is first read, into a temporary file that no crash leaves behind.
 
@@ -234,7 +234,7 @@ class LinkedSource(Source):
         return PurePosixPath(unquote(urlsplit(self.link).path)).name or "file"
 
     @classmethod
-    def at(cls, link: str, what: str, hook: HeyGenHook, known: Mapping[str, tuple[str, str]]) -> LinkedSource:
+    def from_url(cls, link: str, what: str, hook: HeyGenHook, known: Mapping[str, tuple[str, str]]) -> UrlSource:
         """
         Check the file behind a URL. Read no more of it than its beginning, if its server reports the size.
 
@@ -427,7 +427,7 @@ def check_inputs(
     for name, uri in uris.items():
         try:
             if isinstance(uri, str) and re.match(r"(?i)https?://", uri):
-                sources[name] = LinkedSource.at(uri, f"source {name}", hook, known)
+                sources[name] = UrlSource.from_url(uri, f"source {name}", hook, known)
             else:
                 sources[name] = Source.from_path(uri, hook.settings, known)
         except HeyGenBadInputError as error:
