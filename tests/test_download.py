@@ -564,7 +564,7 @@ def test_another_has_written_it_meanwhile(heygen, storage, video, slow):
     server.go_on.set()
     thread.join(30)
     (error,) = told
-    assert "has been written by another while the video was downloaded" in str(error)
+    assert "was written by another process while the video was downloaded" in str(error)
     assert not isinstance(error, HeyGenPermanentError)  # a retry looks at what it is
     assert storage.read("v.mp4") == b"of another"
     assert storage.names() == ["v.mp4"]
@@ -1218,7 +1218,7 @@ BAD_LINKS = {
 def test_where_a_link_must_not_lead(heygen, connect, pauses, tmp_path, link):
     connect(heygen.url)
     leads_to(heygen, f"{link}?Signature=pw")
-    with pytest.raises(HeyGenPermanentError, match="link to the video") as raised:
+    with pytest.raises(HeyGenPermanentError, match="URL of the video") as raised:
         HeyGenHook().download_overdub("od_1", tmp_path / "v.mp4")
     assert "pw" not in str(raised.value)
     assert (pauses, list(tmp_path.iterdir())) == ([], [])

@@ -951,7 +951,7 @@ def test_a_link_that_leads_where_it_must_not(heygen, connect, origin, url, error
     [
         ((404, {}, b""), HeyGenTransientError, "source video at 127.0.0.1 returned 404"),
         ((200, {"Content-Type": "text/html"}, b"<html>"), HeyGenTransientError, "returned 200 .text/html"),
-        ((200, {}, b"<html>Sign in"), HeyGenTransientError, "gave a page instead of the source video"),
+        ((200, {}, b"<html>Sign in"), HeyGenTransientError, "returned a page instead of the source video"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", HeyGenTransientError, "ProtocolError while down"),
         ((200, {}, b"OggS" + bytes(600)), HeyGenTaskFailedError, "video: http.*v.mp4.* is an Ogg file"),
         ((200, {}, b"ID3\4" + bytes(99)), HeyGenTaskFailedError, "video: .*is audio/mpeg, no video"),

@@ -426,23 +426,29 @@ class HeyGenHook(BaseHook):
         return size
 
     def _save(
-        self, fresh_link: Callable[[], str], path: ObjectStoragePath, what: str, overwrite: bool
+        self,
+        fresh_link: Callable[[], str],
+        path: ObjectStoragePath,
+        what: str,
+        overwrite: bool,
+        max_bytes: int | None = None,
     ) -> int:
         with transport.new_session(self.settings, credential=False) as session:
             return download.save(
                 fresh_link,
                 path,
-                what=what,
+                artifact=what,
                 overwrite=overwrite,
+                max_bytes=max_bytes,
                 attempts=self._retrying(),
                 session=session,
                 settings=self.settings,
-                say=self.log.info,
+                log_info=self.log.info,
             )
 
-    def fetch(self, link: str, path: ObjectStoragePath, what: str) -> int:
+    def fetch(self, link: str, path: ObjectStoragePath, what: str, max_bytes: int) -> int:
         """Stream the file behind a URL to storage, without the credential; see :func:`.download.save`."""
-        return self._save(lambda: link, path, what, True)
+        return self._save(lambda: link, path, what, True, max_bytes)
 
     def peek(self, link: str, what: str) -> tuple[bytes, int | None, tuple[str, str] | None]:
         """Read the beginning of the file behind a URL, without the credential; see :func:`.download.peek`."""
