@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -207,7 +208,7 @@ def test_a_bad_file_sends_nothing(heygen, tmp_path):
 def test_what_is_no_plain_file(heygen, tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "nowhere.mp4").symlink_to(tmp_path / "missing")
-    for name, error in (("pipe.mp4", "does not tell its size"), ("nowhere.mp4", "There is no file")):
+    for name, error in (("pipe.mp4", "its size is unknown"), ("nowhere.mp4", "There is no file")):
         with pytest.raises(HeyGenBadInputError, match=error):
             HeyGenHook().upload_asset(tmp_path / name)
     assert heygen.requests == []
@@ -987,6 +988,38 @@ def test_a_link_of_unknown_length(heygen, origin):
     )
     Task(dub_links(origin), store=StateStore()).start()
     assert heygen.assets[0].path.read_bytes() == content
+
+
+@RESOURCES
+def test_a_link_without_an_end(heygen, resource, monkeypatch):
+    """It would fill the disk; 120 MB stand for no end here."""
+    limit = 32 if resource == "overdubs" else 40
+    monkeypatch.setattr(upload, "MAX_DIRECT_BYTES", 40 * MB)
+    sent = []
+
+    def send(connection):
+        connection.recv(65536)
+        with contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + MP4)
+            for size in range(120):
+                sent.append(size)
+                connection.sendall(bytes(MB))
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            for _ in "head", "file":
+                send(server.accept()[0])
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v.mp4"
+        with pytest.raises(HeyGenBadInputError, match=f"source video has more than {limit} MiB"):
+            upload.check_inputs({"video": url}, HeyGenHook(), {})
+        thread.join(60)
+    assert limit <= max(sent) < 100
+    assert routes(heygen) == []
 
 
 @pytest.mark.parametrize(
