@@ -61,6 +61,8 @@ ID_NAMES = ("overdub_id", "lipsync_id", "id")
 def redact_urls(text: str) -> str:
     """Cut the query out of every URL in a text: a presigned URL is a secret, and HeyGen quotes URLs."""
     text = re.sub(r"(?i)(https?://)[^\s/@\"'<>]*@", r"\1", text)
+    # In other schemes, a user without a password is an Airflow connection id: s3://aws_default@bucket.
+    text = re.sub(r"(://)[^\s/@:\"'<>]*:[^\s/@\"'<>]*@", r"\1", text)
     # A link without a query matches, too: starting again inside of it would take quadratic time.
     text = re.sub(
         r"(?i)(https?://[^\s\"'<>?]*)(\?[^\s\"<>]+)?",  # an apostrophe may be part of a query

@@ -878,6 +878,17 @@ def test_nobody_listens_at_the_link(heygen, pauses, tmp_path):
     assert "pw" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "uri", ["s3://user:SECRET@bucket/v.mp4/", "nope://u:SECRET@host/v.mp4", "ftp://:SECRET@h/a::b"]
+)
+def test_a_password_in_a_destination_is_not_quoted(uri):
+    """Airflow's mask does not reach what raises outside of a task."""
+    with pytest.raises(HeyGenBadInputError, match="The path of the destination") as raised:
+        HeyGenHook().download_overdub("od_1", uri)
+    assert "SECRET" not in str(raised.value)
+    assert media.redact_urls("s3://aws_default@bucket/v.mp4") == "s3://aws_default@bucket/v.mp4"
+
+
 def lines_of(hours, monkeypatch, size):
     """What is said during a download that takes so long, a MB per second."""
     said, clock = [], itertools.count(0.0)
