@@ -7,8 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Coroutine
-from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, UploadFile
 from fastapi.requests import Request
@@ -262,7 +261,8 @@ async def upload_asset(file: UploadFile, request: Request, state: StateHere) -> 
     await file.seek(0)
     asset = Asset(new_id("asset"), file.filename or "", mime_type, size)
     asset.path = state.directory / f"{asset.id}{SUFFIXES[mime_type]}"
-    await asyncio.to_thread(_save, file.file, asset.path)
+    with asset.path.open("wb") as target:
+        await asyncio.to_thread(shutil.copyfileobj, file.file, target)
     state.assets[asset.id] = asset
     return {"data": _asset(asset, request, state)}
 
@@ -340,11 +340,6 @@ def _asset(asset: Asset, request: Request, state: State) -> dict[str, Any]:
         "mime_type": asset.mime_type,
         "size_bytes": asset.size_bytes,
     }
-
-
-def _save(file: BinaryIO, path: Path) -> None:
-    with path.open("wb") as target:
-        shutil.copyfileobj(file, target)
 
 
 # The caller

@@ -406,13 +406,12 @@ class State:
 
     def next_fault(self, method: str, path: str) -> Fault | None:
         """Return the first fault that applies to a request, and decrease its count."""
-        for fault in self.faults:
-            if fault.matches(method, path):
-                fault.count -= 1
-                if not fault.count:
-                    self.faults.remove(fault)
-                return fault
-        return None
+        fault = next((fault for fault in self.faults if fault.matches(method, path)), None)
+        if fault is not None:
+            fault.count -= 1
+            if not fault.count:
+                self.faults.remove(fault)
+        return fault
 
     # Signatures
 
