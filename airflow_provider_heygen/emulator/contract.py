@@ -92,7 +92,7 @@ class MediaInput(Body):
     def _exactly_the_named_one(self) -> Self:
         other = "asset_id" if self.type == "url" else "url"
         if getattr(self, self.type) is None or getattr(self, other) is not None:
-            raise ValueError(f"type {self.type} takes `{self.type}` and nothing else")
+            raise ValueError(f"type {self.type} needs `{self.type}` and nothing else")
         return self
 
 

@@ -64,7 +64,7 @@ class Behaviour(BaseModel):
     failure_message: str | None = "No speaker detected in the video"
     """of jobs made to fail"""
     fetch_urls: bool = False
-    """download url inputs; else a short test clip takes their place"""
+    """download url inputs; otherwise, a short test clip is used"""
     link_seconds: float = 7 * 86400
     """life of presigned URLs"""
     upload_seconds: float = 3600

@@ -71,7 +71,7 @@ async def put_upload(asset_id: str, request: Request, state: StateHere) -> Respo
             digest.update(chunk)
             file.write(chunk)
     if asset.checksum_sha256 not in (None, digest.hexdigest()):
-        raise StorageError(400, "BadDigest", "The checksum did not match what we received.")
+        raise StorageError(400, "BadDigest", "The checksum does not match the content.")
     asset.path, asset.sha256 = path, digest.hexdigest()
     return Response(headers={"ETag": f'"{digest.hexdigest()[:32]}"'})
 
