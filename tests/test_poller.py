@@ -914,6 +914,14 @@ def test_a_success_ends_the_patience_with_the_list():
     assert any(222 < moment < 240 for moment in lists)
 
 
+def test_a_get_that_succeeds_ends_the_backoff():
+    faults = [(60.0 * minute, 60.0 * minute + 4, "503", 1.0) for minute in range(1, 12)]
+    server = Server({"od_0": (700.0, "completed")}, faults=faults)
+    run(server, [watch("od_0")])
+    gaps = [later - before for (before, _), (later, _) in itertools.pairwise(server.requests)]
+    assert max(gaps) < 8
+
+
 def test_a_storm_of_429_fails_nobody():
     server = Server(jobs(1000, first_end=100, spread=200), faults=[(10, 400, "429/1", 0.5)])
     ends = run(server, [watch(name) for name in server.ends])
