@@ -611,6 +611,23 @@ def test_a_lost_answer_costs_few_requests(heygen, pauses, monkeypatch, drop, cal
     assert len(heygen.requests) - before <= most
 
 
+@pytest.mark.parametrize(("list_order", "drop", "pages"), [("desc", "before", 1), ("asc", "after", 3)])
+def test_old_overdubs_end_the_search_where_the_newest_come_first(
+    heygen, wire, pauses, monkeypatch, list_order, drop, pages
+):
+    monkeypatch.setattr(module, "SETTLE_SECONDS", 0.0)
+    heygen.behaviour.idempotency = False
+    heygen.behaviour.list_order = list_order
+    fill(heygen, 250)
+    for number, job in enumerate(heygen.jobs):
+        job.created_at = time.time() - 86400 + number
+    wire.seen.clear()
+    heygen.fail_next(method="POST", drop=drop)
+    assert HeyGenHook().create_overdub(REQUEST) == heygen.jobs[-1].id
+    assert len(heygen.jobs) == 251
+    assert sum(seen.path.startswith("/v3/overdubs?") for seen in wire.seen) == pages
+
+
 @pytest.mark.parametrize("old", [0, 3])
 def test_a_date_that_is_seconds_old(heygen, pauses, monkeypatch, old):
     """As of a server under load, while others start twenty overdubs a second."""
