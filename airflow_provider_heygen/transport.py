@@ -171,7 +171,7 @@ def _fault(
     # Wrappers may quote the proxy's password. __context__ may belong to an earlier attempt.
     while inner := next((e for e in (error.__cause__, *error.args) if isinstance(e, Exception)), None):
         error = inner
-    what = f"{type(error).__name__} during {call.what} at {settings.base_url}"
+    what = f"{type(error).__name__} during {call.description} at {settings.base_url}"
     connection = f"of Airflow connection '{settings.conn_id}'"
     if attempt.connected:
         if str(error).startswith("\x15\x03") or r"b'\x15\x03" in str(error):  # an alert of TLS

@@ -631,13 +631,13 @@ class HeyGenHook(BaseHook):
         try:
             result: T = await send(call.under(name))
         except HeyGenError as error:
-            if not call.renamed or error.status_code != 404:
+            if not call.is_renamed or error.status_code != 404:
                 raise
             # Another call may have found it out meanwhile.
             if self.resource == name and not await self._has_other_name(call, name, error, send):
                 raise
             return await send(call.under(self.resource))  # type: ignore[no-any-return]
-        if call.renamed and self.known_resource is None:
+        if call.is_renamed and self.known_resource is None:
             _found[self._account] = name
         return result
 
