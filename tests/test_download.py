@@ -801,7 +801,7 @@ def test_captions(heygen, storage, overdub_id, video):
 
 
 def test_no_captions(heygen, pauses, storage, overdub_id, video):
-    with pytest.raises(HeyGenTransientError, match=r"no link to the captions yet.*'lipsyncs' only"):
+    with pytest.raises(HeyGenTransientError, match=r"no URL of the captions yet.*'lipsyncs' only"):
         transfer(overdub_id, storage.uri("v.mp4"), captions=True)
     assert storage.names() == ["v.mp4"], "the video is kept all the same"
 
@@ -993,7 +993,7 @@ def test_link_that_is_not_there_yet(heygen, pauses, tmp_path):
     assert HeyGenHook().download_overdub(completed(heygen), tmp_path / "v.mp4") > 1000
     assert len(pauses) == 2
     heygen.behaviour.null_video_url = 100
-    with pytest.raises(HeyGenTransientError, match="has no link to the video yet"):
+    with pytest.raises(HeyGenTransientError, match="has no URL of the video yet"):
         HeyGenHook().download_overdub(completed(heygen), tmp_path / "v2.mp4")
 
 
@@ -1029,7 +1029,7 @@ def test_links_are_not_logged_while_another_download_ends(caplog):
 @pytest.mark.parametrize("link", ["", None, 5, [], {}])
 def test_useless_link(heygen, pauses, tmp_path, link):
     leads_to(heygen, link)
-    with pytest.raises(HeyGenTransientError, match="no link to the video yet"):
+    with pytest.raises(HeyGenTransientError, match="no URL of the video yet"):
         HeyGenHook(max_attempts=2).download_overdub("od_1", tmp_path / "v.mp4")
 
 

@@ -172,9 +172,9 @@ def test_triggerer_and_worker_know_the_name_that_the_create_request_found(heygen
     before = len(heygen.requests)
     _, arguments = deferred.trigger.serialize()
     assert arguments["resource"] == "lipsyncs"
-    heygen_hook._found.clear()  # as in another process
+    heygen_hook._detected.clear()  # as in another process
     event = asyncio.run(anext(HeyGenOverdubTrigger(**arguments).run()))
-    heygen_hook._found.clear()
+    heygen_hook._detected.clear()
     task.resume(deferred, event.payload)
     assert not [request.path for request in heygen.requests[before:] if "/overdubs" in request.path]
 
@@ -233,7 +233,7 @@ def test_200_retries_while_answers_are_lost(heygen, pauses, monkeypatch, resourc
         task = Task(dub(wait_for_completion=False), store=StateStore() if store else None)
         task.ti.run_id = f"run {number}"
         for _ in range(5):
-            monkeypatch.setattr(heygen_hook, "_found", {})  # as in a new process
+            monkeypatch.setattr(heygen_hook, "_detected", {})  # as in a new process
             for method in dice.sample(["GET", "POST"], dice.choice([1, 2])):
                 losses = [{"drop": "after"}, {"drop": "before"}, {"status": 500}, {"truncate": True}]
                 heygen.fail_next(method=method, count=dice.choice([1, 2, 1000]), **dice.choice(losses))
@@ -447,7 +447,7 @@ def test_a_create_that_outlives_our_patience_is_waited_for(heygen, connect, monk
     connection = heygen.connection()
     connect(heygen.url, connection["password"], **connection["extra"], write_timeout=0.5)
     with monkeypatch.context() as patch:
-        patch.setattr(HeyGenHook, "_log_pause", killed)
+        patch.setattr(HeyGenHook, "_log_retry", killed)
         with pytest.raises(Killed):
             task.start()
     due = time.monotonic() + 3
@@ -961,7 +961,7 @@ def test_gone_needs_the_list_and_a_second_404(heygen, monkeypatch, pauses, fault
     monkeypatch.setattr(waiting, "GONE_SECONDS", 30.0)
     with monkeypatch.context() as patch:
         patch.setattr("airflow_provider_heygen.submitter.time.sleep", pause)
-        patch.setattr(HeyGenHook, "_log_pause", lambda *_: None)
+        patch.setattr(HeyGenHook, "_log_retry", lambda *_: None)
         assert task.start() == first
     assert slept[0] == 30.0
     heygen.clear_faults()

@@ -469,7 +469,7 @@ def test_a_create_still_in_progress(heygen, connect, monkeypatch):
     """Here the pauses are real: the key is refused, and the list empty, until HeyGen is done."""
     connect(heygen.url, write_timeout=0.1)
     heygen.behaviour.create_latency = 0.5
-    monkeypatch.setattr(module, "_pause", lambda _: 0.1)
+    monkeypatch.setattr(module, "_retry_delay", lambda _: 0.1)
     overdub_id = HeyGenHook(max_attempts=20).create_overdub(REQUEST)
     assert [job.id for job in heygen.jobs] == [overdub_id]
     assert {record.status for record in heygen.requests if record.method == "POST"} >= {409}
@@ -480,7 +480,7 @@ def test_a_create_that_is_late(heygen, connect, monkeypatch):
     connect(heygen.url, write_timeout=0.1)
     heygen.behaviour.idempotency = False
     heygen.behaviour.create_latency = 0.4
-    monkeypatch.setattr(module, "_pause", lambda _: 0.1)
+    monkeypatch.setattr(module, "_retry_delay", lambda _: 0.1)
     monkeypatch.setattr(module, "SETTLE_SECONDS", 1.0)
     overdub_id = HeyGenHook().create_overdub(REQUEST)
     assert [job.id for job in heygen.jobs] == [overdub_id]

@@ -629,7 +629,7 @@ def test_an_upload_url_that_leads_where_it_must_not(heygen, connect, pauses, lar
 def test_what_heygen_says_of_the_size(heygen, pauses, large, listen):
     storage = listen()
     upload_to(heygen, storage.url, max_bytes=20 * MB)
-    with pytest.raises(HeyGenPermanentError, match=r"has 32\.0 MiB, HeyGen takes 20\.0 MiB"):
+    with pytest.raises(HeyGenPermanentError, match=r"has 32\.0 MiB, HeyGen accepts 20\.0 MiB"):
         HeyGenHook().upload_asset(large)
     assert storage.seen == []
     heygen.behaviour.max_upload_bytes = 20 * MB
