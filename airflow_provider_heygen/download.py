@@ -1,4 +1,4 @@
-"""Files on their way from HeyGen: whole or not at all, over as many links and connections as it takes."""
+"""Download results atomically, using as many URLs and connections as necessary."""
 
 from __future__ import annotations
 
@@ -43,140 +43,149 @@ if TYPE_CHECKING:
 
 MAX_REDIRECTS = 5
 
-# What an object store is sent at once; s3fs would collect 50 MB. S3 takes 10,000 parts, so 80 GB.
+# Size of a part of an upload; s3fs would buffer 50 MB. S3 accepts 10,000 parts, so files of up to 80 GB.
 _PART_BYTES = 8 << 20
 
-# Stores that show an object when its upload is completed, and not before: a temporary name would only cost a
-# copy of it. Seen in s3fs, gcsfs and adlfs; any other file system gets the temporary name.
-_SHOWN_WHEN_WHOLE = {"s3", "s3a", "s3n", "gs", "gcs", "abfs", "abfss", "adl", "az"}
+# Stores that show an object only once its upload is complete (observed in s3fs, gcsfs and adlfs). With a
+# temporary name, they would have to copy it.
+_ATOMIC_STORES = {"s3", "s3a", "s3n", "gs", "gcs", "abfs", "abfss", "adl", "az"}
 
-# Content codings of IANA's registry; others, such as S3's "aws-chunked" or an empty one, encode nothing.
+# Content codings of IANA's registry. Other values, such as S3's "aws-chunked", encode nothing.
 _CODINGS = {"br", "compress", "dcb", "dcz", "deflate", "gzip", "x-compress", "x-gzip", "zstd"}
 
-_NO_FILE = {"application/json", "application/xml", "application/xhtml+xml", "text/html", "text/xml"}
+_PAGE_TYPES = {"application/json", "application/xml", "application/xhtml+xml", "text/html", "text/xml"}
 
 
 def save(
-    fresh_link: Callable[[], str],
+    new_url: Callable[[], str],
     destination: ObjectStoragePath,
     *,
-    what: str,
+    artifact: str,
     overwrite: bool,
+    max_bytes: int | None = None,
     attempts: tenacity.Retrying,
     session: requests.Session,
     settings: HeyGenConnection,
-    say: Callable[..., None],
+    log_info: Callable[..., None],
 ) -> int:
     """
-    Stream what presigned links lead to into storage: in constant memory, whole or not at all.
+    Stream a file from presigned URLs to storage: in constant memory, and atomically.
 
-    After a break it goes on where it was, by Range and with a fresh link. Where it cannot be told that the
-    rest belongs to the same file, it starts over.
+    After a break, the download resumes by Range with a new URL. It starts over if the server may have another
+    version of the file.
 
-    :param fresh_link: gives a link; called for each attempt.
-    :param what: "video" or "captions".
-    :param overwrite: replace what is there; otherwise a file of the same size and with the same first MiB is
-        kept as it is.
-    :param attempts: how often to try in a row without getting on by a MiB.
+    :param new_url: returns a URL; called for each attempt.
+    :param artifact: "video" or "captions", or what to call another file in log and errors.
+    :param overwrite: replace an existing file. Without it, a file of the same size with the same first MiB
+        is kept.
+    :param max_bytes: size at which the download of a larger file ends; ``None`` for no limit.
+    :param attempts: maximum number of consecutive attempts that each add less than 1 MiB.
     :param session: a session without HeyGen's credential.
-    :param say: writes to the log, as ``Logger.info`` does.
-    :returns: its size in bytes.
-    :raises HeyGenBadInputError: the destination is a directory.
-    :raises HeyGenError: the destination cannot be read or written.
-    :raises HeyGenTransientError: no link works, or the download breaks off again and again.
-    :raises HeyGenPermanentError: the link leads where it must not, or the destination is taken.
+    :param log_info: writes to the log, as ``Logger.info`` does.
+    :returns: size in bytes.
+    :raises HeyGenBadInputError: if the destination is a directory, or the file exceeds ``max_bytes``.
+    :raises HeyGenError: if the destination cannot be read or written.
+    :raises HeyGenTransientError: if no URL works, or the download breaks too often. Retry.
+    :raises HeyGenPermanentError: if a URL leads to a forbidden host, or another file is at the destination.
     """
     target = _PendingFile(destination)
-    there = existing_size(destination)
-    progress = _Progress(say, what, target)
+    existing = existing_size(destination)
+    progress = _Progress(log_info, artifact, target)
     furthest = 0
     with redact_urllib3_logs(), target:
         for attempt in attempts:
             with attempt:
-                link = fresh_link()
+                url = new_url()
                 try:
                     with (
-                        _explained(what, link),
-                        _open_remainder(link, what, target, session, settings) as response,
+                        _translate_network_errors(artifact, url),
+                        _open_remainder(url, artifact, target, session, settings) as response,
                     ):
-                        if there is not None and not overwrite:
+                        if existing is not None and not overwrite:
                             head = _read_head(response, CHUNK_BYTES)
-                            _check_head(what, head)
-                            # Another video may have the same size, but hardly the same beginning, too.
-                            if there == target.size and target.begins_with(head):
-                                say("Kept %s (%s): it is this %s.", target, size_text(there), what)
-                                return there
+                            _check_head(artifact, head)
+                            # Another video may have the same size, but hardly the same first MiB as well.
+                            if existing == target.size and target.begins_with(head):
+                                log_info(
+                                    "Kept %s (%s): it is this %s.", target, size_text(existing), artifact
+                                )
+                                return existing
                             raise HeyGenPermanentError(
-                                f"{target} exists with {there} bytes, the {what} has"
-                                f" {target.size or 'unknown'}{' others' if there == target.size else ''}."
+                                f"{target} exists with {existing} bytes, the {artifact} has"
+                                f" {target.size or 'unknown'}{' others' if existing == target.size else ''}."
                                 " Choose another destination or set overwrite."
                             )
-                        # What comes is written at once: a break loses none of it.
+                        # read1 returns what has arrived, so that a break loses nothing.
                         while chunk := response.raw.read1(CHUNK_BYTES):
                             if not target.written:
-                                _check_head(what, chunk)
+                                _check_head(artifact, chunk)
+                            if max_bytes is not None and target.written + len(chunk) > max_bytes:
+                                raise HeyGenBadInputError(
+                                    f"The {artifact} has more than {max_bytes >> 20} MiB, the most that"
+                                    " HeyGen accepts; nothing was uploaded. Make it smaller."
+                                )
                             target.write(chunk)
                             progress.add(len(chunk))
                 finally:
                     if target.written >= furthest + CHUNK_BYTES:
                         furthest, attempt.retry_state.attempt_number = target.written, 1
-                target.check(what)
+                target.check(artifact)
         if not overwrite and existing_size(destination) is not None:
-            raise HeyGenError(f"{target} has been written by another while the {what} was downloaded.")
+            raise HeyGenError(f"{target} was written by another process while the {artifact} was downloaded.")
         target.publish()
         progress.end()
         return target.written
 
 
 def peek(
-    link: str,
-    what: str,
+    url: str,
+    artifact: str,
     *,
     attempts: tenacity.Retrying,
     session: requests.Session,
     settings: HeyGenConnection,
 ) -> tuple[bytes, int | None, tuple[str, str] | None]:
     """
-    Return what a URL and its server tell of a file: up to 64 KiB of its beginning, its size and its version.
+    Return the first 64 KiB of the file at a URL, its size and its version.
 
-    :returns: size and version are ``None`` if the server does not report them; a version is name and value
-        of ``ETag`` or ``Last-Modified``.
+    :returns: size in bytes, and name and value of ``ETag`` or ``Last-Modified``; each is ``None`` if the
+        server does not report it.
     :raises HeyGenError: see :func:`save`.
     """
-    target = _PendingFile(storage_path(os.devnull, what))  # nothing is written
+    target = _PendingFile(storage_path(os.devnull, artifact))  # nothing is written
     for attempt in attempts:
         with (
             attempt,
             redact_urllib3_logs(),
-            _explained(what, link),
-            _open_remainder(link, what, target, session, settings) as response,
+            _translate_network_errors(artifact, url),
+            _open_remainder(url, artifact, target, session, settings) as response,
         ):
             head = _read_head(response, 1 << 16)
-            _check_head(what, head)
+            _check_head(artifact, head)
             return head, target.size, target.version
     raise AssertionError
 
 
 @contextlib.contextmanager
-def _explained(what: str, link: str) -> Iterator[None]:
+def _translate_network_errors(artifact: str, url: str) -> Iterator[None]:
     try:
         yield
     except (RequestException, HTTPError) as error:
-        # Its text would quote the link.
+        # The text of the error would quote the URL.
         raise HeyGenTransientError(
-            f"{type(error).__name__} while downloading the {what} from {urlsplit(link).hostname}."
+            f"{type(error).__name__} while downloading the {artifact} from {urlsplit(url).hostname}."
         ) from None
 
 
 def existing_size(path: ObjectStoragePath) -> int | None:
     """
-    Return the size in bytes of what is at a destination, or ``None`` if nothing is.
+    Return the size in bytes of the file at a destination, or ``None`` if there is none.
 
-    :raises HeyGenBadInputError: if that is a directory.
+    :raises HeyGenBadInputError: if the destination is a directory.
     """
     name = redact_urls(str(path))
-    with translate_storage_errors(name, "looked at"):
-        path.fs.invalidate_cache()  # what is remembered of it may no longer be so
+    with translate_storage_errors(name, "checked"):
+        path.fs.invalidate_cache()
         if path.is_dir():
             raise HeyGenBadInputError(f"{name} is a directory; name a file, or end it with a slash.")
         try:
@@ -187,23 +196,22 @@ def existing_size(path: ObjectStoragePath) -> int | None:
 
 class _PendingFile:
     """
-    A file that is being written, and that nobody sees before it is published.
+    A file that is being written and is invisible to readers until it is published.
 
-    In an object store it is an upload that is completed or aborted. Elsewhere it has a temporary name beside
-    its own; what a killed writer has left under such a name goes when the same file is written again, on a
-    local disk. Data is not forced to disk: when its host loses power, a file may be lost after the task has
-    succeeded, like any that was just written.
+    In an object store, the file is an upload that is completed or aborted. Elsewhere, it has a temporary name
+    beside its destination. On a local disk, a later download to the same destination removes the temporary
+    file of a killed process. Data is not forced to disk: a power failure may lose a file that was just saved.
 
-    :ivar written: bytes so far.
-    :ivar size: bytes of the whole, as announced; ``None`` when the server did not say.
-    :ivar version: name and value of the header that tells one version of the file from another.
+    :ivar written: bytes written so far.
+    :ivar size: size of the complete file in bytes; ``None`` if the server does not report it.
+    :ivar version: name and value of the header that identifies the version of the file.
     """
 
     def __init__(self, destination: ObjectStoragePath) -> None:
         self._path = destination
         self._fs = destination.fs
         self._local = destination.protocol in ("", "file")
-        self._direct = destination.protocol in _SHOWN_WHEN_WHOLE
+        self._direct = destination.protocol in _ATOMIC_STORES
         self._file: Any = None
         self._name = ""
         self.written = 0
@@ -221,12 +229,12 @@ class _PendingFile:
         self.discard()
 
     def begins_with(self, head: bytes) -> bool:
-        """Tell whether what is at the destination begins with that."""
+        """Return whether the file at the destination begins with ``head``."""
         with translate_storage_errors(self, "read"):
             return bool(self._fs.cat_file(self._path.path, start=0, end=len(head)) == head)
 
     def write(self, chunk: bytes) -> None:
-        """Add to it."""
+        """Append a chunk."""
         with translate_storage_errors(self, "written"):
             if self._file is None:
                 self._open()
@@ -234,22 +242,22 @@ class _PendingFile:
         self.written += len(chunk)
         self._boxes.add(chunk)
 
-    def check(self, what: str) -> None:
+    def check(self, artifact: str) -> None:
         """
-        Raise unless it is as long as announced; or, where nothing was, if the video is no whole mp4.
+        Check that the file is complete. If its size is unknown, a video must be a complete mp4.
 
-        :raises HeyGenTransientError: if it is not whole; one that is too long is dropped.
+        :raises HeyGenTransientError: if it is not; a file that is too long is discarded.
         """
         written, size = self.written, self.size
-        if written == size or (size is None and written and (what != "video" or self._boxes.whole)):
+        if written == size or (size is None and written and (artifact != "video" or self._boxes.complete)):
             return
         if size is not None and written > size:
             self.discard()
         of = "an unknown number of" if size is None else size
-        raise HeyGenTransientError(f"The download of the {what} ended after {written} of {of} bytes.")
+        raise HeyGenTransientError(f"The download of the {artifact} ended after {written} of {of} bytes.")
 
     def publish(self) -> None:
-        """Let everybody see it, at once and whole."""
+        """Make the file visible at its destination, atomically."""
         with translate_storage_errors(self, "written"):
             self._file.close()
             if not self._direct:
@@ -257,30 +265,29 @@ class _PendingFile:
         self._file = None
 
     def discard(self) -> None:
-        """Forget what was written."""
+        """Remove what was written."""
         file, self._file = self._file, None
         self.written, self.size, self.version, self._boxes = 0, None, None, _Boxes()
         if file is None:
             return
-        # What went wrong before is what matters.
-        if self._direct:
-            # fsspec completes an upload on close(), in a `with` that fails as well as on collection.
-            file.closed = True
-            with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # the error that led here matters more
+            if self._direct:
+                # fsspec completes an upload on close(), also in a failed `with` and at garbage collection.
+                file.closed = True
                 file.discard()
-            return
-        with contextlib.suppress(Exception):
-            file.close()
-        with contextlib.suppress(Exception):
-            self._fs.rm_file(self._name)
+                return
+            try:
+                file.close()
+            finally:
+                self._fs.rm_file(self._name)
 
     def _open(self) -> None:
-        # By the file system, not the path, which would tell Airflow's lineage of the temporary name.
+        # The path's own open() would report the temporary name to Airflow's lineage.
         if self._direct:
             self._file = self._fs.open(self._path.path, "wb", block_size=_PART_BYTES)
             return
         folder, _, name = self._path.path.rpartition("/")
-        # fsspec's mv takes these characters for a pattern, and a name may have no more than 255 bytes.
+        # fsspec's mv treats these characters as a pattern, and a name may have at most 255 bytes.
         stem = re.sub(r"[*?\[\]]", "_", name)[:60]
         if self._local:
             Path(f"{folder}/").mkdir(parents=True, exist_ok=True)
@@ -294,19 +301,19 @@ class _PendingFile:
 
 class _Boxes:
     """
-    Walks over the boxes of an mp4 as it is written (ISO/IEC 14496-12, section 4.2).
+    The boxes of an mp4 while it is written (ISO/IEC 14496-12, section 4.2).
 
-    :ivar whole: whether the file ends where a box does and has the boxes of a video. A box that reaches to
-        the end of the file by definition proves nothing.
+    :ivar complete: whether the file ends at the end of a box and has the boxes of a video. A box that extends
+        to the end of the file by definition proves nothing.
     """
 
     def __init__(self) -> None:
-        self.whole = False
+        self.complete = False
         self._kinds: set[bytes] = set()
         self._head, self._left = b"", 0.0
 
     def add(self, chunk: bytes) -> None:
-        """Take the next bytes."""
+        """Read the next bytes of the file."""
         if self._left < len(chunk):
             data, at = self._head + chunk, self._left
             while (start := int(at)) < len(data):
@@ -323,11 +330,11 @@ class _Boxes:
             self._head, self._left = data[start:] if at < len(data) else b"", max(0.0, at - len(data))
         else:
             self._left -= len(chunk)
-        self.whole = not self._head and not self._left and self._kinds >= {b"moov", b"mdat"}
+        self.complete = not self._head and not self._left and self._kinds >= {b"moov", b"mdat"}
 
 
 def _remove_leftovers(folder: Path, stem: str) -> None:
-    """Remove what killed writers of the same file have left; a lock is the sign of one that lives."""
+    """Remove temporary files of killed processes; a living one holds a lock."""
     for path in folder.glob(f".{stem}.????????.part"):
         with contextlib.suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -335,54 +342,58 @@ def _remove_leftovers(folder: Path, stem: str) -> None:
 
 
 class _Progress:
-    """Says in the log how far a download is: every 10 s, and less and less often when it takes long."""
+    """Logs the progress of a download: every 10 s, and less often as it takes longer."""
 
-    def __init__(self, say: Callable[..., None], what: str, target: _PendingFile) -> None:
-        self._say, self._what, self._target = say, what, target
-        self._began = self._said = time.monotonic()
-        self._received = self._told = 0
+    def __init__(self, log_info: Callable[..., None], artifact: str, target: _PendingFile) -> None:
+        self._log_info, self._artifact, self._target = log_info, artifact, target
+        self._started_at = self._logged_at = time.monotonic()
+        self._received = self._logged = 0
 
     def add(self, received: int) -> None:
-        """Count bytes, and say so if it is time."""
+        """Count received bytes, and log the progress if it is due."""
         self._received += received
         now = time.monotonic()
-        if now - self._said < max(10.0, (self._said - self._began) / 4):
+        if now - self._logged_at < max(10.0, (self._logged_at - self._started_at) / 4):
             return
         written, size = self._target.written, self._target.size
         of = f" of {size_text(size)}, {written / size:.0%}" if size else ""
-        speed = size_text((self._received - self._told) / (now - self._said))
-        self._say("%s%s, %s/s: the %s for %s.", size_text(written), of, speed, self._what, self._target)
-        self._said, self._told = now, self._received
+        speed = size_text((self._received - self._logged) / (now - self._logged_at))
+        self._log_info(
+            "%s%s, %s/s: the %s for %s.", size_text(written), of, speed, self._artifact, self._target
+        )
+        self._logged_at, self._logged = now, self._received
 
     def end(self) -> None:
-        """Say what it came to."""
-        seconds = max(time.monotonic() - self._began, 1e-3)
+        """Log size, duration and speed of the whole download."""
+        seconds = max(time.monotonic() - self._started_at, 1e-3)
         size, speed = size_text(self._target.written), size_text(self._received / seconds)
-        self._say("Saved %s of %s in %.1f s, %s/s: %s.", size, self._what, seconds, speed, self._target)
+        self._log_info(
+            "Saved %s of %s in %.1f s, %s/s: %s.", size, self._artifact, seconds, speed, self._target
+        )
 
 
 @contextlib.contextmanager
 def _open_remainder(
-    link: str, what: str, target: _PendingFile, session: requests.Session, settings: HeyGenConnection
+    url: str, artifact: str, target: _PendingFile, session: requests.Session, settings: HeyGenConnection
 ) -> Iterator[requests.Response]:
     """
-    Open what is still missing of a file; all of it, if the server has another one or knows no Range.
+    Request the rest of a file; all of it if the server has another version or does not support Range.
 
-    :raises HeyGenTransientError: the server gives something else; a fresh link may help.
+    :raises HeyGenTransientError: if the server returns something else. A new URL may help.
     """
     headers = {"Accept-Encoding": "identity"}  # Content-Length must be that of the file
     if target.written:
         headers["Range"] = f"bytes={target.written}-"
         if target.version is not None:
             headers["If-Range"] = target.version[1]
-    response, host = _follow(link, what, headers, session, settings)
+    response, host = _follow(url, artifact, headers, session, settings)
     with response:
         status = response.status_code
         kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         encoded = _CODINGS & set(re.split(r"[\s,]+", response.headers.get("Content-Encoding", "").lower()))
         usable = (
-            kind not in _NO_FILE
-            and not (what == "video" and kind.startswith("text/"))
+            kind not in _PAGE_TYPES
+            and not (artifact == "video" and kind.startswith("text/"))
             and not encoded
             and response.headers.get("Content-Length") != "0"
         )
@@ -395,38 +406,40 @@ def _open_remainder(
             if not _resumes_at_offset(target, response.headers):
                 target.discard()
                 raise HeyGenTransientError(
-                    f"The {what} at {host} has changed while it was downloaded ({status}); starting over.",
+                    f"The {artifact} at {host} has changed while it was downloaded ({status});"
+                    " starting over.",
                     status_code=status,
                 )
         else:
             raise HeyGenTransientError(
-                f"{_the_link(what)} at {host} returned {status} ({', '.join([kind or 'no type', *encoded])})"
-                f" instead of the {what}; it may have expired.",
+                f"The URL of the {artifact} at {host} returned {status}"
+                f" ({', '.join([kind or 'no type', *encoded])})"
+                f" instead of the {artifact}; it may have expired.",
                 status_code=status,
             )
         yield response
 
 
 def _read_head(response: requests.Response, size: int) -> bytes:
-    """Read the first bytes; unlike urllib3's ``read``, raise when they break off."""
+    """Read the first bytes; unlike urllib3's ``read``, raise if the connection breaks."""
     head = b""
     while chunk := response.raw.read1(size - len(head)):
         head += chunk
     return head
 
 
-def _check_head(what: str, head: bytes) -> None:
+def _check_head(artifact: str, head: bytes) -> None:
     """
-    Refuse what begins as HTML, XML or JSON do and no video or SRT does, whatever its Content-Type says.
+    Reject HTML, XML and JSON by their first bytes, because their Content-Type may be wrong.
 
-    :raises HeyGenTransientError: a fresh link may help.
+    :raises HeyGenTransientError: if it is one of them. A new URL may help.
     """
     if re.match(rb"(\xef\xbb\xbf)?\s*[<{]", head):
-        raise HeyGenTransientError(f"{_the_link(what)} gave a page instead of the {what}.")
+        raise HeyGenTransientError(f"The URL of the {artifact} returned a page instead of the {artifact}.")
 
 
 def _version(headers: Mapping[str, str]) -> tuple[str, str] | None:
-    # A weak ETag is not good for If-Range (RFC 9110, section 13.1.5).
+    # If-Range does not accept a weak ETag (RFC 9110, section 13.1.5).
     for name in ("ETag", "Last-Modified"):
         if (value := headers.get(name)) and not value.startswith("W/"):
             return name, value
@@ -434,7 +447,7 @@ def _version(headers: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def _resumes_at_offset(target: _PendingFile, headers: Mapping[str, str]) -> bool:
-    """Whether an answer 206 goes on where we are, to the end of the same file."""
+    """Return whether a 206 response continues ``target`` where it is, up to the end of the same file."""
     found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
     if found is None or int(found[1]) != target.written:
         return False
@@ -451,19 +464,19 @@ def _resumes_at_offset(target: _PendingFile, headers: Mapping[str, str]) -> bool
 
 
 def _follow(
-    link: str, what: str, headers: dict[str, str], session: requests.Session, settings: HeyGenConnection
+    url: str, artifact: str, headers: dict[str, str], session: requests.Session, settings: HeyGenConnection
 ) -> tuple[requests.Response, str]:
     """
-    Give the answer at the end of all redirects, and its host; each hop is checked.
+    Return the response at the end of all redirects, and its host. Each URL on the way is checked.
 
-    A name that leads elsewhere a moment after the check is met by TLS: who has our own network answer for it
-    has no certificate.
+    TLS protects against a host name that resolves differently after the check (DNS rebinding): a host inside
+    your network has no certificate for it.
     """
-    base = ""
+    name, base = f"The URL of the {artifact}", ""
     for _ in range(MAX_REDIRECTS + 1):
-        link, host = check_url(base, link, settings, _the_link(what))
+        url, host = check_url(base, url, settings, name)
         response = session.get(
-            link,
+            url,
             stream=True,
             allow_redirects=False,
             timeout=(settings.connect_timeout, settings.read_timeout),
@@ -471,14 +484,10 @@ def _follow(
         )
         if not response.is_redirect:
             return response, host
-        base, location = link, response.headers["Location"].encode("latin-1")  # the bytes that were sent
+        base, location = url, response.headers["Location"].encode("latin-1")  # the bytes that were sent
         try:
-            link = location.decode()
+            url = location.decode()
         except UnicodeDecodeError:
-            link = "".join(chr(byte) if byte < 128 else f"%{byte:02X}" for byte in location)
+            url = "".join(chr(byte) if byte < 128 else f"%{byte:02X}" for byte in location)
         response.close()
-    raise HeyGenPermanentError(f"{_the_link(what)} was redirected more than {MAX_REDIRECTS} times.")
-
-
-def _the_link(what: str) -> str:
-    return f"The link to the {what}"
+    raise HeyGenPermanentError(f"{name} was redirected more than {MAX_REDIRECTS} times.")

@@ -1,4 +1,4 @@
-"""What files have in common on their way in and out: paths in storage, and links that may be followed."""
+"""Files in storage and behind URLs: which path is meant, where a URL may lead, what of it is secret."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 1 << 20
 
-_IPV6_UNICAST = ipaddress.IPv6Network("2000::/3")  # RFC 4291; what is_global leaves open is not meant for it
+_IPV6_UNICAST = ipaddress.IPv6Network("2000::/3")  # RFC 4291; is_global also covers ranges outside
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 
 
 def mask_urls(*values: Any) -> None:
     """
-    Have Airflow mask what is secret in links: the query, and a user's password.
+    Register the secrets of URLs for Airflow to mask: the query, and a user with a password.
 
-    :param values: links, media inputs that hold one, or anything else, which is passed over.
+    :param values: URLs, media inputs with a URL, or anything else, which is skipped.
     """
     from airflow.providers.common.compat.sdk import mask_secret
 
@@ -52,21 +52,21 @@ def mask_urls(*values: Any) -> None:
                 mask_secret(secret)
 
 
-def storage_path(path: str | PathLike[str] | ObjectStoragePath, what: str) -> ObjectStoragePath:
+def storage_path(path: str | PathLike[str] | ObjectStoragePath, name: str) -> ObjectStoragePath:
     """
     Return the ObjectStoragePath of exactly the file that a local path or a storage URI names.
 
-    :param what: how to call the file in an error.
-    :raises HeyGenBadInputError: if that is empty, relative or a folder, if no installed provider knows its
-        scheme, or if ObjectStoragePath would take it for another file.
+    :param name: what to call the file in an error.
+    :raises HeyGenBadInputError: if the path is empty, relative or a folder, if no installed provider has its
+        scheme, or if ObjectStoragePath would read another file.
     """
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
     text = str(path)
-    named = f"The path of {what}, {redact_urls(text)!r},"
+    named = f"The path of {name}, {redact_urls(text)!r},"
     if text.strip() in ("", "None"):
         raise HeyGenBadInputError(
-            f"The path of {what} is empty or the text 'None', which is what a template makes of a missing"
+            f"The path of {name} is empty or the text 'None', which is what a template makes of a missing"
             " value."
         )
     if text != text.strip():
@@ -81,18 +81,18 @@ def storage_path(path: str | PathLike[str] | ObjectStoragePath, what: str) -> Ob
                 " s3://bucket/talk.mp4 ...). A relative path depends on the worker's own directory."
             )
         local = re.sub(r"/+", "/", local)
-        # Without a scheme, ObjectStoragePath takes "::" for a part of the name.
+        # Without a scheme, ObjectStoragePath treats "::" as a part of the name.
         uri = local if "::" in local else f"file://{local}"
     if uri.endswith("/"):
         raise HeyGenBadInputError(f"{named} ends with a slash, so it names a folder. Name a file.")
     try:
         found = ObjectStoragePath(uri)
-        _ = found.fs  # resolves the scheme now, where an error can say what is meant
+        _ = found.fs  # resolves the scheme here, where the error can name the file
     except (ImportError, ValueError) as error:
         raise HeyGenBadInputError(
-            f"{named} cannot be used: {error}. Is the Airflow provider of that storage installed?"
+            f"{named} cannot be used: {error}. Check that the Airflow provider of that storage is installed."
         ) from None
-    # It drops what follows "::", line breaks and a last "?" or "#"; its paths may leave out a host.
+    # It drops what follows "::", line breaks and a final "?" or "#". Its paths may omit a host.
     whole = re.sub(r"^[^:/]*://([^/?#]*@)?", "", uri)
     if found.path.strip("/") not in (whole.strip("/"), whole.partition("/")[2]):
         raise HeyGenBadInputError(
@@ -103,7 +103,7 @@ def storage_path(path: str | PathLike[str] | ObjectStoragePath, what: str) -> Ob
 
 
 def size_text(size: float) -> str:
-    """Return a size in bytes as people read it."""
+    """Return a size in bytes as text with a unit."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}"
@@ -112,9 +112,9 @@ def size_text(size: float) -> str:
 
 def fingerprint(path: ObjectStoragePath, info: Mapping[str, Any] | None = None) -> str | None:
     """
-    Return what tells one version of a file from another without reading it; ``None`` if nothing does.
+    Return a digest that identifies a version of a file without reading it, or ``None`` without metadata.
 
-    :param info: what its file system says of the file; asked for if not given.
+    :param info: the file system's metadata of the file; requested by default.
     """
     with contextlib.suppress(Exception):
         if info is None:
@@ -128,12 +128,13 @@ def fingerprint(path: ObjectStoragePath, info: Mapping[str, Any] | None = None) 
 
 @contextlib.contextmanager
 def translate_storage_errors(
-    path: object, done: str, kind: type[HeyGenError] = HeyGenError
+    path: object, action: str, kind: type[HeyGenError] = HeyGenError
 ) -> Iterator[None]:
     """
-    Turn any storage's error into one that names the file, what failed and why.
+    Turn the error of any storage into one that names the file, what failed and why.
 
-    :raises HeyGenError: of that kind, in place of whatever was raised.
+    :param action: past participle for the message, such as "read".
+    :raises HeyGenError: of that kind, in place of any other exception.
     """
     try:
         yield
@@ -141,11 +142,11 @@ def translate_storage_errors(
         raise
     except Exception as error:
         reason = redact_urls(str(error)) or type(error).__name__
-        raise kind(f"{path} cannot be {done}: {reason}.") from None
+        raise kind(f"{path} cannot be {action}: {reason}.") from None
 
 
 def plain_uri(path: ObjectStoragePath) -> str:
-    """Give the URI of a file as lineage knows it: whole, and without the name of an Airflow connection."""
+    """Return the absolute URI of a file for lineage, without the id of an Airflow connection."""
     if path.protocol in ("", "file"):
         return f"file://{os.path.abspath(path.path)}"
     return f"{path.protocol}://{path.path.lstrip('/')}"
@@ -154,62 +155,62 @@ def plain_uri(path: ObjectStoragePath) -> str:
 @contextlib.contextmanager
 def redact_urllib3_logs() -> Iterator[None]:
     """
-    Keep presigned links out of urllib3's log.
+    Keep presigned URLs out of urllib3's log.
 
-    At level DEBUG it has each path with its query, and its warning of broken headers has the whole link.
-    Airflow's mask does not do: a scheduler or worker mirrors the lines of its tasks to its own output
-    unmasked.
+    At level DEBUG, urllib3 logs each path with its query; its warning about broken headers has the whole URL.
+    Airflow's mask is not enough: schedulers and workers copy the lines of their tasks unmasked to their own
+    output.
     """
     loggers = [logging.getLogger(f"urllib3.{module}") for module in ("connection", "connectionpool")]
-    cut = _CutLinks()  # one of its own: what another thread ends must not end ours
+    redact = _RedactUrls()  # a filter per call, because another thread removes its own
     for logger in loggers:
-        logger.addFilter(cut)
+        logger.addFilter(redact)
     try:
         yield
     finally:
         for logger in loggers:
-            logger.removeFilter(cut)
+            logger.removeFilter(redact)
 
 
-class _CutLinks(logging.Filter):
+class _RedactUrls(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
             record.args = tuple(redact_urls(arg) if isinstance(arg, str) else arg for arg in record.args)
         return True
 
 
-def check_url(base: str, link: str, settings: HeyGenConnection, what: str) -> tuple[str, str]:
+def check_url(base: str, url: str, settings: HeyGenConnection, name: str) -> tuple[str, str]:
     """
-    Give a link that may be followed, and its host; a hostile one must not reach our own network.
+    Return a URL that may be followed, and its host: a hostile URL must not reach your network.
 
-    :param base: the URL the link was found at, or "" for one that must be whole.
-    :param what: how to call it in an error, such as "The link to the video".
-    :raises HeyGenPermanentError: it is no URL, not https, or leads to a private or loopback address.
+    :param base: the URL that ``url`` is relative to, or "" for an absolute one.
+    :param name: what to call the URL in an error, such as "The URL of the video".
+    :raises HeyGenPermanentError: if it is no URL, not https, or leads to a private or loopback address.
     """
     try:
         request = PreparedRequest()
-        # As it will be read when it is followed: of https://10.0.0.1\@x.y, urlsplit would see the other host.
-        request.prepare_url(urljoin(base, link), None)
-        link = str(request.url)
-        parts = urlsplit(link)
+        # Parsed as requests does: in https://10.0.0.1\@x.y, urlsplit would find the other host.
+        request.prepare_url(urljoin(base, url), None)
+        url = str(request.url)
+        parts = urlsplit(url)
         host = parts.hostname or ""
-        host.encode("idna")  # as the look-up of its address does
+        host.encode("idna")  # as getaddrinfo does
     except ValueError:
-        raise HeyGenPermanentError(f"{what} is not a URL that can be followed.") from None
+        raise HeyGenPermanentError(f"{name} is not a URL that can be followed.") from None
     secure = parts.scheme == "https" or (
         parts.scheme == "http" and (settings.allow_http or is_loopback(host))
     )
     if not host or not secure:
         raise HeyGenPermanentError(
-            f"{what} leads to {parts.scheme}://{host}, which is not https. If that is meant,"
+            f"{name} leads to {parts.scheme}://{host}, which is not https. If that is meant,"
             f" set the extra 'allow_http' of Airflow connection '{settings.conn_id}' to true."
         )
     if not settings.allow_private_hosts and _is_private(host):
         raise HeyGenPermanentError(
-            f"{what} leads to {host}, a private or loopback address. If that is meant, set the"
+            f"{name} leads to {host}, a private or loopback address. If that is meant, set the"
             f" extra 'allow_private_hosts' of Airflow connection '{settings.conn_id}' to true."
         )
-    return link, host
+    return url, host
 
 
 def _is_private(host: str) -> bool:
@@ -222,11 +223,11 @@ def _is_private(host: str) -> bool:
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     if isinstance(address, ipaddress.IPv6Address):
-        # An IPv4 address in the form of an IPv6 one: the network may lead it back.
-        within = address.ipv4_mapped or address.sixtofour
-        if address in _NAT64:  # how a network without IPv4 reaches public hosts, too
-            within = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if within is None:
+        # The network may route an IPv4 address in the form of an IPv6 one to the IPv4 host.
+        embedded = address.ipv4_mapped or address.sixtofour
+        if address in _NAT64:  # networks without IPv4 reach public hosts by it
+            embedded = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if embedded is None:
             return address.is_global and address in _IPV6_UNICAST
-        address = within
+        address = embedded
     return address.is_global and not address.is_multicast

@@ -1,4 +1,4 @@
-"""What a task saves of an overdub: for the transfer, and for ``destination`` of the create operator."""
+"""The files that a task saves of an overdub: the transfer, and the create operator with ``destination``."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     )
 
 STATE_KEY = "heygen_saved"
-"""The key in the task state store; its value is :attr:`max_tries` by fingerprint of what was written."""
+"""Key in the task state store; its value is ``max_tries`` by fingerprint of each file that was written."""
 
 
 class Saving:
     """
     The files that a task saves of one overdub.
 
-    :param task: an operator with ``destination``, ``captions`` and ``overwrite``; gets the size of each
-        ``written`` file by its URI.
-    :param overdub_id: the overdub; only a destination that is a folder needs it.
-    :param overwrite: replace what is there; by default as the task says.
+    :param task: an operator with ``destination``, ``captions`` and ``overwrite``. Its ``written`` receives
+        the size of each file by URI.
+    :param overdub_id: the overdub; only a destination that is a folder needs the id.
+    :param overwrite: replace existing files, even if the task does not.
     :raises HeyGenBadInputError: if the id is malformed, or the destination names no file.
     """
 
@@ -76,8 +76,8 @@ class Saving:
                 extra.update(overdub_id=self.overdub_id, uri=self.uri, size_bytes=size)
         return size
 
-    def _write(self, what: str, download: Any) -> int:
-        path = self.files[what]
+    def _write(self, artifact: str, download: Any) -> int:
+        path = self.files[artifact]
         size: int = download(self.overdub_id, path, overwrite=self._replaces(path))
         self.task.written[str(path)] = size
         if self.store is not None and (version := fingerprint(path)):
@@ -86,18 +86,18 @@ class Saving:
         return size
 
     def _replaces(self, path: ObjectStoragePath) -> bool:
-        """Whether a file is replaced: on request, or if this task instance wrote it before it was cleared."""
+        """Return whether to replace a file: on request, or if this task wrote it before it was cleared."""
         if self.overwrite or self.store is None:
             return self.overwrite
-        max_tries = self.context["ti"].max_tries  # Airflow changes it at a clear
+        max_tries = self.context["ti"].max_tries  # clearing the task raises it
         return bool((self.store.get(STATE_KEY) or {}).get(fingerprint(path), max_tries) != max_tries)
 
     def check(self, hook: HeyGenHook) -> None:
         """
-        Check that no file is in the way, and that there will be captions, before anything is paid for.
+        Check the destination, and that there will be captions, before anything is paid for.
 
-        :raises HeyGenBadInputError: if there is a file that :meth:`save` would not replace, or the account
-            has ``overdubs``, which have no captions.
+        :raises HeyGenBadInputError: if :meth:`save` would not replace an existing file, or the account has
+            ``overdubs``, which have no captions.
         """
         for path in () if self.in_folder else self.files.values():
             if existing_size(path) is not None and not self._replaces(path):
@@ -106,7 +106,7 @@ class Saving:
                     " replace it or skip_existing=True to keep it, or choose another destination."
                 )
         if "captions" in self.files:
-            _ = hook.known_resource or hook.list_overdubs(limit=1)  # finds it out
+            _ = hook.known_resource or hook.list_overdubs(limit=1)  # finds out the name
             if hook.resource == "overdubs":
                 raise HeyGenBadInputError(
                     "captions=True: HeyGen makes captions under resource 'lipsyncs' only; no overdub was"
@@ -116,9 +116,9 @@ class Saving:
 
     def size_if_current(self, sources: Iterable[ObjectStoragePath]) -> int | None:
         """
-        Return the size of the video if it needs no new overdub: its files are there, and none is older.
+        Return the size of the video in bytes, or ``None`` if a file is missing or older than its sources.
 
-        :param sources: the files that it is made from.
+        :param sources: the files that the overdub is made from.
         """
         sizes = [existing_size(path) for path in self.files.values()]
         oldest = min(_modified(path, float("inf")) for path in self.files.values())
@@ -128,7 +128,7 @@ class Saving:
 
 
 def _modified(path: ObjectStoragePath, unknown: float) -> float:
-    """Return the Unix seconds when a file was modified, as far as its storage tells."""
+    """Return the Unix seconds when a file was modified; ``unknown`` if its storage does not report them."""
     with suppress(Exception):
         return float(path.fs.modified(path.path).timestamp())
     return unknown

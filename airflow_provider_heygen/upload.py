@@ -1,8 +1,8 @@
 """
-Files on their way to HeyGen: which it takes, and how their bytes are sent.
+Which files HeyGen accepts, and how their content is sent.
 
-The type is told by the bytes, as HeyGen does, and not by the name. That is done here: of the libraries for
-it, ``puremagic`` (1.30) takes an m4a for an mp4, and ``filetype`` has had no release since 2022.
+The type is detected from the content, as HeyGen does, not from the name. It is implemented here because
+``puremagic`` (1.30) mistakes m4a for mp4 and ``filetype`` has had no release since 2022.
 """
 
 from __future__ import annotations
@@ -49,14 +49,16 @@ if TYPE_CHECKING:
     from airflow_provider_heygen.connection import HeyGenConnection
     from airflow_provider_heygen.hooks.heygen import HeyGenHook
 
-# What storage is asked for at once; s3fs would take 50 MB.
-_BLOCK_BYTES = 4 << 20
+MAX_DIRECT_BYTES = 200 << 20
+"""What HeyGen's own uploader accepts (contract, ``max_bytes`` of ``createDirectUpload``): 200 MB."""
+
+_BLOCK_BYTES = 4 << 20  # of a read from storage; s3fs would read 50 MB
 _HEAD_BYTES = 512
 
 # What HeyGen accepts (contract, `uploadAsset`) and an overdub can be made from.
 _ACCEPTED = {
     "video/webm": rb"\x1aE\xdf\xa3.{0,250}?B\x82.{1,8}?webm",
-    # After the refused brands: the list of mp4's brands is open, so HeyGen decides on an unknown one.
+    # Any brand that is not rejected: the list of mp4's brands is open, so HeyGen decides on an unknown one.
     "video/mp4": rb".{4}ftyp",
     "audio/mpeg": rb"ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb][^\xf0-\xff]",
     "audio/wav": rb"RIFF.{4}WAVE",
@@ -64,7 +66,7 @@ _ACCEPTED = {
     "image/jpeg": rb"\xff\xd8\xff",
 }
 
-# What is often met and not taken, with the format to convert it to.
+# Frequent types that HeyGen does not accept, with the format to convert them to.
 _REJECTED = (
     (rb".{4}(ftypqt  |moov|mdat|wide|free|skip|pnot)", "a QuickTime movie (mov)", "mp4"),
     (rb".{4}ftyp(M4A|M4B|M4P|F4A|F4B) ", "an m4a audio file", "mp3 or wav"),
@@ -86,34 +88,35 @@ _REJECTED = (
     (rb"RIFF.{4}WEBP", "a WebP image", "png or jpeg"),
     (rb"%PDF-", "a PDF document", ""),
     (rb"PK\x03\x04", "a ZIP archive", ""),
-    (rb"(\xef\xbb\xbf)?\s*<", "an HTML or XML page; was an error or login page saved in its place?", ""),
-    (rb"(\xef\xbb\xbf)?\s*[\[{]", "a JSON text; was an error saved in its place?", ""),
+    (
+        rb"(\xef\xbb\xbf)?\s*<",
+        "an HTML or XML page, perhaps an error or login page that was saved in its place",
+        "",
+    ),
+    (rb"(\xef\xbb\xbf)?\s*[\[{]", "a JSON text, perhaps an error that was saved in its place", ""),
 )
 
 
 def _media_type(file: Any, name: str) -> str:
     """
-    Tell a MIME type by the bytes.
+    Detect the MIME type of a file from its content.
 
-    :raises HeyGenBadInputError: HeyGen does not take it; says what it is instead.
+    :raises HeyGenBadInputError: if HeyGen does not accept it; the message names the detected type.
     """
     head = file.read(_HEAD_BYTES)
     kind, found, instead = _match(head)
-    if head.startswith(b"ID3") and len(head) < 10:
-        kind = None  # not even its tag is whole
-    elif kind == "audio/mpeg" and head.startswith(b"ID3"):
-        # The tag says how long it is, in digits of 7 bits; a FLAC or AAC file may have one, too.
-        length = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+    if kind == "audio/mpeg" and head.startswith(b"ID3"):
+        # The tag contains its length in digits of 7 bits; a FLAC or AAC file may begin with one, too.
+        length = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))
         file.seek(10 + length)
         _, found, instead = _match(file.read(_HEAD_BYTES))
-        if found not in ("a FLAC file", "an AAC file"):
-            return kind
-        kind = None
+        if len(head) < 10 or found in ("a FLAC file", "an AAC file"):
+            kind = None
     if kind is not None:
         return kind
     raise HeyGenBadInputError(
-        f"{name} is {found or 'of no type known here'}{f'. Convert it to {instead}' if instead else ''}."
-        " HeyGen takes mp4, webm, mp3, wav, png and jpeg, told by their bytes, not by the name;"
+        f"{name} is {found or 'of an unknown type'}.{f' Convert it to {instead}.' if instead else ''}"
+        " HeyGen accepts mp4, webm, mp3, wav, png and jpeg, detected from the content, not from the name;"
         " nothing was uploaded."
     )
 
@@ -131,13 +134,13 @@ def _match(head: bytes) -> tuple[str | None, str | None, str | None]:
 @dataclass
 class Source:
     """
-    A file that HeyGen could take, as it was when it was checked.
+    A file for HeyGen, as it was when it was checked.
 
-    :param path: its ObjectStoragePath; ``None`` if it is behind a URL.
+    :param path: ObjectStoragePath of the file; ``None`` if it is behind a URL.
     :param size: in bytes.
-    :param mime_type: detected from its content.
+    :param mime_type: detected from the content.
     :param fingerprint: see :func:`.fingerprint`.
-    :param known_digest: the SHA-256 of its content, if that is known without reading it.
+    :param known_digest: SHA-256 of the content, if an earlier try has computed it.
     """
 
     path: Any
@@ -151,30 +154,30 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Its name as it can be sent; that of a local file need not be text."""
+        """The name of the file, as valid Unicode: that of a local file may be any bytes."""
         return str(self.path.name.encode(errors="replace").decode())
 
     @classmethod
-    def of(
+    def from_path(
         cls,
         path: Source | str | PathLike[str] | ObjectStoragePath,
         settings: HeyGenConnection,
         known: Mapping[str, tuple[str, str]] | None = None,
     ) -> Source:
         """
-        Check a file, or pass a checked one through. Read no more of it than its beginning.
+        Check a file by its first bytes, or return a checked source unchanged.
 
-        :param path: a local path or any URI that Airflow's ObjectStoragePath understands.
-        :param known: digest and MIME type by fingerprint, of files that need not be read at all.
-        :raises HeyGenBadInputError: if it is missing, a directory, empty, too large for the connection's
-            ``resource``, or of a type that HeyGen does not take.
+        :param path: local path, or any URI that Airflow's ObjectStoragePath supports.
+        :param known: digest and MIME type by fingerprint, of files that are not read again.
+        :raises HeyGenBadInputError: if the file is missing, a directory, empty, too large for the
+            connection's ``resource``, or of a type that HeyGen does not accept.
         """
         if isinstance(path, Source):
             return path
         found = storage_path(path, "the file to upload")
         name = redact_urls(str(found))
         with translate_storage_errors(name, "read"):
-            found.fs.invalidate_cache()  # what is remembered of it may no longer be so
+            found.fs.invalidate_cache()
             try:
                 info = found.fs.info(found.path)
             except (FileNotFoundError, NotADirectoryError):
@@ -183,7 +186,7 @@ class Source:
         if info["type"] == "directory":
             raise HeyGenBadInputError(f"{name} is a directory; name one file.")
         if not size:
-            raise HeyGenBadInputError(f"{name} is empty, or does not tell its size; nothing was uploaded.")
+            raise HeyGenBadInputError(f"{name} is empty, or its size is unknown; nothing was uploaded.")
         _check_size(name, size, settings)
         version = fingerprint(found, info)
         if version and known and version in known:
@@ -194,7 +197,7 @@ class Source:
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of its content, hexadecimal; read once, if it is not known."""
+        """The SHA-256 of the content, in hexadecimal; the file is read once if it is not known."""
         if self.known_digest is None:
             with self.open() as file:
                 for _ in ChunkedBody(file):
@@ -203,90 +206,102 @@ class Source:
         return self.known_digest
 
     def open(self) -> FixedLengthReader:
-        """Open it for reading exactly as many bytes as were announced."""
+        """Open the file for reading exactly ``size`` bytes."""
         return FixedLengthReader(self)
 
     def open_file(self) -> Any:
-        """Open it as its storage does."""
+        """Open the file in its storage."""
         return self.path.open("rb", block_size=_BLOCK_BYTES)
 
 
 @dataclass
-class LinkedSource(Source):
+class UrlSource(Source):
     """
-    A file behind a URL, downloaded when it is first read, into a temporary file that no crash leaves behind.
+    A file behind a URL, downloaded at the first read to an unnamed file that no crash leaves behind.
 
-    :param link: the URL.
-    :param what: how to call the file in an error.
-    :param hook: downloads it.
+    :param url: the URL.
+    :param artifact: what to call the file in log and errors.
+    :param hook: downloads the file.
     """
 
-    link: str = field(kw_only=True, repr=False)
-    what: str = field(kw_only=True)
+    url: str = field(kw_only=True, repr=False)
+    artifact: str = field(kw_only=True)
     hook: HeyGenHook = field(kw_only=True)
 
     def __str__(self) -> str:
-        return redact_urls(self.link)
+        return redact_urls(self.url)
 
     @property
     def name(self) -> str:
-        """The last part of its URL's path."""
-        return PurePosixPath(unquote(urlsplit(self.link).path)).name or "file"
+        """The last part of the URL's path."""
+        return PurePosixPath(unquote(urlsplit(self.url).path)).name or "file"
 
     @classmethod
-    def at(cls, link: str, what: str, hook: HeyGenHook, known: Mapping[str, tuple[str, str]]) -> LinkedSource:
+    def from_url(
+        cls, url: str, artifact: str, hook: HeyGenHook, known: Mapping[str, tuple[str, str]]
+    ) -> UrlSource:
         """
-        Check the file behind a URL. Read no more of it than its beginning, if its server reports the size.
+        Check the file behind a URL by its first bytes. If its server reports no size, download the file.
 
-        A URL may be signed again for each try: then the ``ETag`` identifies a version of the file. A URL that
-        gives nothing any more names the file that an earlier try found there.
+        A URL may be signed again for each try, so the ``ETag`` identifies the version of the file. If the URL
+        has expired since an earlier try, the file that this try uploaded is used.
 
-        :param known: see :meth:`Source.of`.
-        :raises HeyGenError: see :meth:`Source.of` and :func:`.download.save`.
+        :param known: see :meth:`Source.from_path`.
+        :raises HeyGenError: see :meth:`Source.from_path` and :func:`.download.save`.
         """
-        shown = redact_urls(link)
-        place = hashlib.sha256(json.dumps([what, shown]).encode()).hexdigest()
-        source = cls(None, 0, "", f"{place}:", link=link, what=what, hook=hook)
+        redacted = redact_urls(url)
+        place = _digest(artifact, redacted)
+        source = cls(None, 0, "", f"{place}:", url=url, artifact=artifact, hook=hook)
         try:
-            head, size, version = hook.peek(link, what)
+            head, size, version = hook.peek(url, artifact)
         except HeyGenTransientError as error:
-            # The URL may have expired since an earlier try, or a deferral, which has uploaded the file.
             source.fingerprint = next((key for key in known if key.startswith(f"{place}:")), None)
             if source.fingerprint is None:
                 raise
             source.known_digest, source.mime_type = known[source.fingerprint]
-            hook.log.warning("%s Going on with what an earlier try has found there.", error)
+            hook.log.warning("%s Using the file that an earlier try found there.", error)
             return source
         source.size = size or 0
         if size is None:
             source.size = source.file.seek(0, os.SEEK_END)
         _check_size(str(source), source.size, hook.settings)
         if size and version:
-            of = [shown if version[0] == "ETag" else link, size, version]
-            source.fingerprint = f"{place}:{hashlib.sha256(json.dumps(of).encode()).hexdigest()}"
+            source.fingerprint = (
+                f"{place}:{_digest(redacted if version[0] == 'ETag' else url, size, version)}"
+            )
             source.known_digest, _ = known.get(source.fingerprint, (None, None))
         source.mime_type = _media_type(io.BytesIO(head), str(source))
         return source
 
     @cached_property
     def file(self) -> Any:
-        """The downloaded file, which has no name (any more)."""
+        """
+        The downloaded file, which has no name.
+
+        A server that reports no size may never end. The download ends when it exceeds 32 MiB under
+        ``overdubs``, otherwise 200 MiB; a larger file whose size is reported is left to HeyGen to reject.
+        """
+        limit = MAX_MULTIPART_BYTES if self.hook.settings.resource == "overdubs" else MAX_DIRECT_BYTES
         with TemporaryDirectory(prefix="heygen-") as folder:
-            path = storage_path(f"{folder}/{self.what}", self.what)
-            self.hook.fetch(self.link, path, self.what)
+            path = storage_path(f"{folder}/{self.artifact}", self.artifact)
+            self.hook.fetch(self.url, path, self.artifact, max(self.size, limit))
             return open(path.path, "rb")
 
     def open_file(self) -> Any:
-        """Open it from its beginning."""
+        """Open the downloaded file at its beginning."""
         file = os.fdopen(os.dup(self.file.fileno()), "rb")
         file.seek(0)
         return file
 
 
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
 def _check_size(name: str, size: int, settings: HeyGenConnection) -> None:
     if size > MAX_MULTIPART_BYTES and settings.resource == "overdubs":
         raise HeyGenBadInputError(
-            f"{name} has {size / 2**20:.1f} MiB, HeyGen takes {MAX_MULTIPART_BYTES >> 20} MiB per upload"
+            f"{name} has {size / 2**20:.1f} MiB, HeyGen accepts {MAX_MULTIPART_BYTES >> 20} MiB per upload"
             " under 'overdubs'. Make it smaller, or, if the account has 'lipsyncs', remove the extra"
             f" 'resource' of Airflow connection '{settings.conn_id}', or set it to 'lipsyncs'."
         )
@@ -294,10 +309,10 @@ def _check_size(name: str, size: int, settings: HeyGenConnection) -> None:
 
 class FixedLengthReader:
     """
-    The content of a file whose length, and perhaps digest, was told to the other side.
+    The content of a file whose length, and perhaps digest, was announced to the server.
 
     :raises HeyGenError: if the file cannot be opened, or its content is not what was announced.
-    :raises HeyGenTransientError: if it cannot be read.
+    :raises HeyGenTransientError: if the file cannot be read.
     """
 
     def __init__(self, source: Source) -> None:
@@ -314,19 +329,19 @@ class FixedLengthReader:
         self._file.close()
 
     def read(self, size: int = -1) -> bytes:
-        """Give up to so many bytes, all that are left by default."""
+        """Return up to ``size`` bytes; by default, all that are left."""
         wanted = self.len if size < 0 else min(size, self.len)
-        # As it is, an error would look like a fault of the network it is sent over.
+        # Translated, because requests would take an OSError for a fault of the network.
         with translate_storage_errors(self._source, "read", HeyGenTransientError):
             chunk: bytes = self._file.read(wanted)
             self.len -= len(chunk)
             changed = (not chunk and wanted) or (not self.len and self._file.read(1))
         self.sha256.update(chunk)
-        if not self.len:  # the last piece is not sent if it is not the last of the same file
+        if not self.len:  # checked before the last chunk is sent, so that no upload is completed
             changed = changed or self._source.known_digest not in (None, self.sha256.hexdigest())
         if changed:
             raise HeyGenError(
-                f"{self._source} has changed while it was read. Nothing was made of it; try again."
+                f"{self._source} has changed while it was read. No asset was created. Try again."
             )
         return chunk
 
@@ -338,19 +353,18 @@ def put_file(
     Send a file to the storage behind an upload URL.
 
     :param session: a session without HeyGen's credential.
-    :returns: ``None``, or what storage said when the URL is not (any more) good for it.
-    :raises HeyGenTransientError: it broke off, or storage is busy.
-    :raises HeyGenPermanentError: the URL leads where it must not, or storage refuses the file.
+    :returns: ``None``, or the response of storage if the URL has expired or was used before.
+    :raises HeyGenTransientError: if the upload breaks, or storage is busy. Retry.
+    :raises HeyGenPermanentError: if the URL leads to a forbidden host, or storage rejects the file.
     """
-    link, host = check_url("", slot.upload_url, settings, "The upload URL")
-    # Storage has signed the headers: those it gave, and none that a library is fond of.
-    session.headers.clear()
+    url, host = check_url("", slot.upload_url, settings, "The upload URL")
+    session.headers.clear()  # the signature covers the headers, so only HeyGen's are sent
     try:
         with (
             redact_urllib3_logs(),
             source.open() as file,
             session.put(
-                link,
+                url,
                 data=ChunkedBody(file, settings.upload_timeout),
                 headers=slot.upload_headers,
                 timeout=(settings.connect_timeout, settings.upload_timeout),
@@ -362,17 +376,17 @@ def put_file(
             if 200 <= status < 300:
                 return None
             page = b""
-            with suppress(RequestException):  # the status says enough
+            with suppress(RequestException):  # the status is enough
                 page = next(response.iter_content(1000), b"")
     except RequestException as error:
-        # Its text would quote the link.
+        # The text of the error would quote the URL.
         raise HeyGenTransientError(f"{type(error).__name__} while uploading to {host}.") from None
-    said = re.search(rb"<Code>(\w{1,100})</Code>", page)
-    code = said[1].decode() if said else ""
-    answer = f"{status} {code}".strip()
+    found = re.search(rb"<Code>(\w{1,100})</Code>", page)
+    code = found[1].decode() if found else ""
+    result = f"{status} {code}".strip()
     if status in (401, 403, 404, 410):
-        return answer
-    message = f"Storage at {host} returned {answer} for the upload of {source}"
+        return result
+    message = f"Storage at {host} returned {result} for the upload of {source}"
     if status in (408, 429) or status >= 500:
         raise HeyGenTransientError(f"{message}.", status_code=status)
     if code in ("BadDigest", "XAmzContentChecksumMismatch"):
@@ -384,13 +398,13 @@ def put_file(
 
 def storage_uris(fields: Mapping[str, Any], *, links: bool = False) -> dict[str, Any]:
     """
-    Return those of ``video`` and ``audio`` that name a file in storage, which is to be uploaded.
+    Return those of ``video`` and ``audio`` that have to be uploaded first: files in storage.
 
     A file is named by a URI (``s3://bucket/key``, ``file:///data/a.mp4`` ...), plain or as
-    ``{"type": "url", "url": ...}``, or by a path object. An ``http`` or ``https`` URL is HeyGen's to fetch.
+    ``{"type": "url", "url": ...}``, or by a path object. HeyGen itself downloads ``http`` and ``https``.
 
-    :param links: whether ``http`` and ``https`` URLs are to be uploaded, too.
-    :raises HeyGenBadInputError: if a text is neither, such as a bare path.
+    :param links: whether the files at ``http`` and ``https`` URLs are uploaded, too.
+    :raises HeyGenBadInputError: if a text is neither URL nor URI, such as a bare path.
     """
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
@@ -417,19 +431,20 @@ def check_inputs(
     uris: Mapping[str, Any], hook: HeyGenHook, known: Mapping[str, tuple[str, str]]
 ) -> dict[str, Source]:
     """
-    Check the files that an overdub is to be made from, all of them before the first is uploaded.
+    Check the files for an overdub, all of them before the first is uploaded.
 
-    :param uris: what :func:`storage_uris` returned.
-    :param known: see :meth:`Source.of`.
-    :raises HeyGenBadInputError: see :meth:`Source.of`; or if it is no video, or for ``audio`` a picture.
+    :param uris: the result of :func:`storage_uris`.
+    :param known: see :meth:`Source.from_path`.
+    :raises HeyGenBadInputError: see :meth:`Source.from_path`; or if ``video`` is no video, or ``audio``
+        is an image.
     """
     sources: dict[str, Source] = {}
     for name, uri in uris.items():
         try:
             if isinstance(uri, str) and re.match(r"(?i)https?://", uri):
-                sources[name] = LinkedSource.at(uri, f"source {name}", hook, known)
+                sources[name] = UrlSource.from_url(uri, f"source {name}", hook, known)
             else:
-                sources[name] = Source.of(uri, hook.settings, known)
+                sources[name] = Source.from_path(uri, hook.settings, known)
         except HeyGenBadInputError as error:
             raise HeyGenBadInputError(f"{name}: {error}") from None
         source = sources[name]

@@ -229,7 +229,7 @@ BAD_FILES = {
     "file as directory": ("There is no file", lambda path: sparse(path, 1) / "v.mp4"),
     "empty": ("is empty", lambda path: sparse(path, 0)),
     "directory": ("is a directory", lambda path: path),
-    "too large": ("32.0 MiB, HeyGen takes 32 MiB", lambda path: sparse(path, 32 * 2**20 + 1)),
+    "too large": ("32.0 MiB, HeyGen accepts 32 MiB", lambda path: sparse(path, 32 * 2**20 + 1)),
     "unknown scheme": ("provider of that storage", lambda _: f"warehouse://bucket/v.mp4?x={SECRET}"),
     "no path": ("is empty", lambda _: ""),
     "blank path": ("is empty", lambda _: "  "),

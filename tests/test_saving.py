@@ -157,7 +157,7 @@ def test_a_retry_finds_its_own_file_and_starts_nothing(heygen, tmp_path):
         ({"destination": ""}, "destination is empty"),
         ({"destination": "None"}, "the text 'None'"),
         ({"destination": "v.mp4"}, "neither absolute"),
-        ({"destination": "nowhere://b/v.mp4"}, "Is the Airflow provider of that storage installed"),
+        ({"destination": "nowhere://b/v.mp4"}, "provider of that storage is installed"),
         ({"destination": "/tmp/v.srt", "captions": True}, r"ends in '\.srt'"),
         ({"destination": "/tmp"}, "is a directory"),
         ({"wait_for_completion": False}, "destination needs wait_for_completion=True"),

@@ -149,6 +149,7 @@ def test_wait(said, how):
         "Dubbed 2.5 s of video in N s: overdub ID 'Talk, German'.",
         "Overdub ID is pending.",
         "Overdub ID is running.",
+        *(["Waiting in the triggerer, checking every 0 s until TIME."] if how.get("deferrable") else []),
     ]
 
 

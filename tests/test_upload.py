@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -121,7 +122,7 @@ REFUSED = {
     "tagged.aac": ("an AAC file", *SOUND, "-write_id3v2", "1"),
     "a.aiff": ("an AIFF file", *SOUND),
     "rf64.wav": ("an RF64 wave file", *SOUND, "-rf64", "always"),
-    "a.mp2": ("no type known", *SOUND),
+    "a.mp2": ("an unknown type", *SOUND),
     "p.gif": ("a GIF image.*Convert it to png or jpeg", *PICTURE, "-frames:v", "1"),
     "p.webp": ("a WebP image", *PICTURE, "-frames:v", "1"),
     "p.avif": ("a HEIF or AVIF image", *PICTURE, "-frames:v", "1"),
@@ -130,11 +131,11 @@ WRITTEN = {
     "page.mp4": ("an HTML or XML page.*login page", b"\n<!DOCTYPE html><html>Sign in</html>"),
     "error.mp4": ("an HTML or XML page", b"\xef\xbb\xbf<?xml version='1.0'?><Error/>"),
     "error.mp3": ("a JSON text", b'{"error": "no"}'),
-    "text.mp3": ("no type known", b"not a video at all"),
-    "utf16.mp3": ("no type known", "not a video".encode("utf-16")),
-    "short.mp4": ("no type known", b"\0\0"),
-    "short.mp3": ("no type known", b"ID3\4\0"),
-    "zeros.wav": ("no type known", bytes(1000)),
+    "text.mp3": ("an unknown type", b"not a video at all"),
+    "utf16.mp3": ("an unknown type", "not a video".encode("utf-16")),
+    "short.mp4": ("an unknown type", b"\0\0"),
+    "short.mp3": ("an unknown type", b"ID3\4\0"),
+    "zeros.wav": ("an unknown type", bytes(1000)),
     "old.mov": ("a QuickTime movie", b"\0\0\0\x08wide\0\0\x10\0mdat"),
     "document.pdf": ("a PDF document", b"%PDF-1.7"),
     "archive.zip": ("a ZIP archive", b"PK\3\4"),
@@ -154,7 +155,7 @@ def test_a_type_that_is_taken(heygen, tmp_path, name):
     path = make(tmp_path / name, *arguments).rename(tmp_path / "file.mov")
     assert HeyGenHook().upload_asset(path).mime_type == mime_type
     # The emulator has looked, too; the form says what we think it is.
-    assert upload.Source.of(path, HeyGenHook().settings).mime_type == mime_type
+    assert upload.Source.from_path(path, HeyGenHook().settings).mime_type == mime_type
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -207,7 +208,7 @@ def test_a_bad_file_sends_nothing(heygen, tmp_path):
 def test_what_is_no_plain_file(heygen, tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "nowhere.mp4").symlink_to(tmp_path / "missing")
-    for name, error in (("pipe.mp4", "does not tell its size"), ("nowhere.mp4", "There is no file")):
+    for name, error in (("pipe.mp4", "its size is unknown"), ("nowhere.mp4", "There is no file")):
         with pytest.raises(HeyGenBadInputError, match=error):
             HeyGenHook().upload_asset(tmp_path / name)
     assert heygen.requests == []
@@ -261,7 +262,7 @@ def test_an_object_that_is_replaced_on_the_way(heygen, pauses, s3):
     """By another of the same size: what is sent would be half of each."""
     first, second = (b"\0\0\0\x14ftypisom" + bytes([fill]) * 20 * MB for fill in (1, 2))
     s3.write("v.mp4", first)
-    source = upload.Source.of(s3.uri("v.mp4"), HeyGenHook().settings)
+    source = upload.Source.from_path(s3.uri("v.mp4"), HeyGenHook().settings)
     with source.open() as file:
         assert file.read(MB) == first[:MB]
         s3.write("v.mp4", second)
@@ -295,7 +296,7 @@ def test_from_memory_storage(heygen):
 @pytest.mark.parametrize("new_size", [1, 2000, 40 * MB], ids=["shorter", "much shorter", "longer"])
 def test_a_file_that_changes_its_length_on_the_way(heygen, pauses, tmp_path, size, new_size):
     path = mp4(tmp_path / "v.mp4", size)
-    source = upload.Source.of(path, HeyGenHook().settings)
+    source = upload.Source.from_path(path, HeyGenHook().settings)
     assert source.digest
     mp4(path, new_size)
     with pytest.raises(HeyGenError, match="has changed while it was read") as caught:
@@ -310,7 +311,7 @@ def test_a_file_that_changes_its_length_on_the_way(heygen, pauses, tmp_path, siz
 @pytest.mark.parametrize("size", [1 * MB, 33 * MB], ids=["form", "direct"])
 def test_a_file_that_changes_its_bytes_on_the_way(heygen, pauses, tmp_path, size):
     path = mp4(tmp_path / "v.mp4", size)
-    source = upload.Source.of(path, HeyGenHook().settings)
+    source = upload.Source.from_path(path, HeyGenHook().settings)
     assert source.digest == sha256(path)
     with path.open("r+b") as file:
         file.seek(1000)
@@ -379,7 +380,7 @@ def test_an_upload_does_not_bear_more_silence_than_it_was_told_to(connect, pause
 
 def test_a_file_that_cannot_be_read_is_no_fault_of_the_network(heygen, pauses, tmp_path, monkeypatch):
     path = mp4(tmp_path / "v.mp4", MB)
-    source = upload.Source.of(path, HeyGenHook().settings)
+    source = upload.Source.from_path(path, HeyGenHook().settings)
     read = upload.FixedLengthReader.read
 
     def broken(self, size=-1):
@@ -843,7 +844,7 @@ def test_no_secret_is_in_the_record_or_the_log(heygen, clips, caplog):
 
 def test_the_form_is_sent_in_large_pieces(heygen, tmp_path):
     """Not in the 16 kB of urllib3, nor so large that a slow line would not do."""
-    with upload.Source.of(mp4(tmp_path / "v.mp4", 3 * MB), HeyGenHook().settings).open() as file:
+    with upload.Source.from_path(mp4(tmp_path / "v.mp4", 3 * MB), HeyGenHook().settings).open() as file:
         assert [len(chunk) for chunk in upload.ChunkedBody(file)] == [MB // 4] * 12
 
 
@@ -951,7 +952,7 @@ def test_a_link_that_leads_where_it_must_not(heygen, connect, origin, url, error
     [
         ((404, {}, b""), HeyGenTransientError, "source video at 127.0.0.1 returned 404"),
         ((200, {"Content-Type": "text/html"}, b"<html>"), HeyGenTransientError, "returned 200 .text/html"),
-        ((200, {}, b"<html>Sign in"), HeyGenTransientError, "gave a page instead of the source video"),
+        ((200, {}, b"<html>Sign in"), HeyGenTransientError, "returned a page instead of the source video"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", HeyGenTransientError, "ProtocolError while down"),
         ((200, {}, b"OggS" + bytes(600)), HeyGenTaskFailedError, "video: http.*v.mp4.* is an Ogg file"),
         ((200, {}, b"ID3\4" + bytes(99)), HeyGenTaskFailedError, "video: .*is audio/mpeg, no video"),
@@ -987,6 +988,38 @@ def test_a_link_of_unknown_length(heygen, origin):
     )
     Task(dub_links(origin), store=StateStore()).start()
     assert heygen.assets[0].path.read_bytes() == content
+
+
+@RESOURCES
+def test_a_link_without_an_end(heygen, resource, monkeypatch):
+    """It would fill the disk; 120 MB stand for no end here."""
+    limit = 32 if resource == "overdubs" else 40
+    monkeypatch.setattr(upload, "MAX_DIRECT_BYTES", 40 * MB)
+    sent = []
+
+    def send(connection):
+        connection.recv(65536)
+        with contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + MP4)
+            for size in range(120):
+                sent.append(size)
+                connection.sendall(bytes(MB))
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            for _ in "head", "file":
+                send(server.accept()[0])
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v.mp4"
+        with pytest.raises(HeyGenBadInputError, match=f"source video has more than {limit} MiB"):
+            upload.check_inputs({"video": url}, HeyGenHook(), {})
+        thread.join(60)
+    assert limit <= max(sent) < 100
+    assert routes(heygen) == []
 
 
 @pytest.mark.parametrize(

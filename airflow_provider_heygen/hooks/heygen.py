@@ -298,7 +298,7 @@ class HeyGenHook(BaseHook):
         :param idempotency_key: 1 to 255 characters of ``A-Za-z0-9_-:.``, random by default. For 24 hours, the
             same key returns the same HeyGen asset, even for another file.
         """
-        source = upload.Source.of(path, self.settings)
+        source = upload.Source.from_path(path, self.settings)
         idempotency_key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
         if source.size > api.MAX_MULTIPART_BYTES:
             return self._upload_directly(source, idempotency_key)
@@ -415,23 +415,29 @@ class HeyGenHook(BaseHook):
         return size
 
     def _save(
-        self, new_url: Callable[[], str], path: ObjectStoragePath, artifact: str, overwrite: bool
+        self,
+        new_url: Callable[[], str],
+        path: ObjectStoragePath,
+        artifact: str,
+        overwrite: bool,
+        max_bytes: int | None = None,
     ) -> int:
         with transport.new_session(self.settings, credential=False) as session:
             return download.save(
                 new_url,
                 path,
-                what=artifact,
+                artifact=artifact,
                 overwrite=overwrite,
+                max_bytes=max_bytes,
                 attempts=self._retrying(),
                 session=session,
                 settings=self.settings,
-                say=self.log.info,
+                log_info=self.log.info,
             )
 
-    def fetch(self, url: str, path: ObjectStoragePath, artifact: str) -> int:
+    def fetch(self, url: str, path: ObjectStoragePath, artifact: str, max_bytes: int) -> int:
         """Stream the file of a URL to storage, without the credential; see :func:`.download.save`."""
-        return self._save(lambda: url, path, artifact, True)
+        return self._save(lambda: url, path, artifact, True, max_bytes)
 
     def peek(self, url: str, artifact: str) -> tuple[bytes, int | None, tuple[str, str] | None]:
         """Read the beginning of the file of a URL, without the credential; see :func:`.download.peek`."""

@@ -1,4 +1,4 @@
-"""Upload and delete the files that overdubs are made from."""
+"""Upload and delete HeyGen assets, the files that overdubs are made from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class UrlsMaskedOperator(BaseOperator):
-    """An operator with fields that may hold URLs, whose secrets are masked before Airflow shows them."""
+    """An operator that masks the secrets of URLs in ``url_fields`` before Airflow shows them."""
 
     url_fields: Sequence[str] = ()
 
@@ -27,7 +27,7 @@ class UrlsMaskedOperator(BaseOperator):
         jinja_env: jinja2.Environment,
         seen_oids: set[int],
     ) -> None:
-        # The one place that mapped and plain tasks both pass before Airflow stores the rendered fields.
+        # Called for mapped and plain tasks alike, before Airflow stores the rendered fields.
         super()._do_render_template_fields(parent, template_fields, context, jinja_env, seen_oids)
         from airflow_provider_heygen.media import mask_urls
 
@@ -49,7 +49,7 @@ class HeyGenUploadAssetOperator(UrlsMaskedOperator):
     :param heygen_conn_id: Airflow connection id. (templated)
     :raises HeyGenTaskFailedError: if the file is missing, empty, a directory, too large or of another type
         (nothing was sent), or HeyGen or its storage rejected it.
-    :raises HeyGenTransientError: if they could not be reached, or the upload broke. Retry.
+    :raises HeyGenTransientError: if HeyGen or its storage was unreachable, or the upload broke. Retry.
     """
 
     template_fields: Sequence[str] = ("source", "heygen_conn_id")
@@ -63,7 +63,7 @@ class HeyGenUploadAssetOperator(UrlsMaskedOperator):
         self._asset_id: str | None = None
 
     def execute(self, context: Context) -> dict[str, str]:
-        """Upload it."""
+        """Upload the file."""
         from airflow_provider_heygen.dubbing import fails_task
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.submitter import SubmissionStore, upload_once
@@ -71,13 +71,13 @@ class HeyGenUploadAssetOperator(UrlsMaskedOperator):
 
         with fails_task(), HeyGenHook(self.heygen_conn_id) as hook:
             store = SubmissionStore(context, durable=True)
-            source = Source.of(self.source, hook.settings, store.files)
+            source = Source.from_path(self.source, hook.settings, store.files)
             self._asset_id = upload_once(source, hook, store)
         context["ti"].xcom_push(key="asset_id", value=self._asset_id)
         return {"type": "asset_id", "asset_id": self._asset_id}
 
     def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage[Any, Any]:  # noqa: ARG002
-        """Tell OpenLineage: the file has become HeyGen's asset, unless the task failed before."""
+        """Report to OpenLineage the file as input and the HeyGen asset, if there is one, as output."""
         from airflow_provider_heygen import lineage
 
         assets = [lineage.dataset(lineage.asset_uri(self._asset_id))] if self._asset_id else []
@@ -86,7 +86,7 @@ class HeyGenUploadAssetOperator(UrlsMaskedOperator):
 
 class HeyGenDeleteAssetOperator(BaseOperator):
     """
-    Delete uploaded files at HeyGen, for good.
+    Delete HeyGen assets. They cannot be restored.
 
     Whether an overdub that is not final still reads its files is not documented, so delete them afterwards.
 
@@ -96,7 +96,7 @@ class HeyGenDeleteAssetOperator(BaseOperator):
     :param heygen_conn_id: Airflow connection id. (templated)
     :raises HeyGenTaskFailedError: if an id is wrong (nothing was sent), HeyGen rejected the request, or there
         is no such asset and ``ignore_missing`` is off.
-    :raises HeyGenTransientError: if HeyGen could not be reached. Retry.
+    :raises HeyGenTransientError: if HeyGen was unreachable. Retry.
     """
 
     template_fields: Sequence[str] = ("asset_id", "heygen_conn_id")
@@ -127,7 +127,7 @@ class HeyGenDeleteAssetOperator(BaseOperator):
                 try:
                     hook.delete_asset(asset_id)
                 except HeyGenNotFoundError as error:
-                    # Any other code may mean that this API cannot delete assets at all.
+                    # With any other code, this API may not have the endpoint at all.
                     if not self.ignore_missing or error.code != "asset_not_found":
                         raise
                     self.log.info("Asset %s does not exist (any more).", asset_id)

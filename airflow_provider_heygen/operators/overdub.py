@@ -10,7 +10,7 @@ from airflow_provider_heygen.compat import is_deferral_timeout
 from airflow_provider_heygen.operators.asset import UrlsMaskedOperator
 from airflow_provider_heygen.plugin import WatchLink
 
-# Whatever needs requests, aiohttp or pydantic is imported where a task runs, not where a DAG is parsed.
+# Modules that need requests, aiohttp or pydantic are imported when a task runs, not when a DAG is parsed.
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import timedelta
@@ -45,19 +45,19 @@ class HeyGenCreateOverdubOperator(UrlsMaskedOperator):
 
     Starts one overdub and, by default, waits until it is final. Returns its ``overdub_id``, which sensor,
     transfer, update and delete accept; with ``destination`` the URI of the saved video, as the transfer does.
-    XCom keys ``overdub_id`` and ``asset_ids`` (of the files that were uploaded for it) are pushed as soon as
-    the overdub exists, key ``overdub`` at the end: the details without HeyGen's URLs, ``mode``, ``cost`` (in
+    XCom keys ``overdub_id`` and ``asset_ids`` (of the files that were uploaded first) are pushed before the
+    wait. XCom key ``overdub`` is pushed at the end: the details without HeyGen's URLs, ``mode``, ``cost`` (in
     dollars, if the connection has ``price_per_second``), and with ``destination`` ``uri`` and ``size``
     (bytes).
 
     The first 16 arguments are the fields of HeyGen's request, all templated. HeyGen's defaults apply to
-    those that are not given. They are validated when the task runs, before anything is sent.
+    those that are omitted. They are validated when the task runs, before any request is sent.
 
-    :param video: source video: a public https URL, which HeyGen fetches; or the URI of a file
+    :param video: source video: a public https URL, which HeyGen downloads; or the URI of a file
         (``file:///data/talk.mp4``, ``s3://conn_id@bucket/key``, ``gs://`` ..., or an ObjectStoragePath),
         which is uploaded first, as by :class:`.HeyGenUploadAssetOperator`; or
-        ``{"type": "asset_id", "asset_id": ...}``, which that one returns. A file must exist as long as the
-        task may be tried again: a retry compares its content to detect a changed request.
+        ``{"type": "asset_id", "asset_id": ...}``, which that operator returns. A file must exist as
+        long as the task may be retried: a retry compares the content to detect a changed request.
     :param audio: the new audio, same forms.
     :param title: name in HeyGen's dashboard.
     :param mode: ``speed`` (HeyGen's default) or ``precision``: better, slower, twice the price. A sensor's
@@ -77,34 +77,34 @@ class HeyGenCreateOverdubOperator(UrlsMaskedOperator):
     :param folder_id: project folder of the result.
     :param extra_body: further fields of the request that HeyGen knows and this release does not. (templated)
     :param upload_links: download an https URL in ``video`` or ``audio`` on the worker and upload the file, as
-        one in storage. For sources that HeyGen cannot reach, that exceed 32 MB (the account needs
+        one in storage. Use it for sources that HeyGen cannot reach, that exceed 32 MB (the account needs
         ``lipsyncs``), or whose URLs expire soon. The worker needs temporary disk space for the file.
-    :param destination: save the video there when it is completed: ``destination`` of
-        :class:`.HeyGenOverdubToObjectStorageOperator`. If that fails, a retry saves it without another
-        overdub. (templated)
-    :param captions: save the captions beside the video, too, as that operator does.
-    :param overwrite: replace what is at the destination. Without it, a file that this task instance did not
-        write is an error before anything is sent.
-    :param skip_existing: succeed at once, without any request to HeyGen, if the destination is there and not
-        older than the files in ``video`` and ``audio``. Otherwise it is replaced.
-    :param reuse: ``"content"`` to use the overdub of any task or DAG run with the same request in what is
-        billed, if HeyGen's list has one that is not older than three days and has not failed.
+    :param destination: save the completed video there: ``destination`` of
+        :class:`.HeyGenOverdubToObjectStorageOperator`. If saving fails, a retry saves the video without
+        another overdub. (templated)
+    :param captions: save the captions beside the video, as that operator does.
+    :param overwrite: replace existing files. Without it, an existing file that this task instance did not
+        write is an error before any request is sent.
+    :param skip_existing: succeed at once, without any request to HeyGen, if the destination exists and is not
+        older than the files in ``video`` and ``audio``. Otherwise, the destination is replaced.
+    :param reuse: ``"content"`` to use the overdub of any task or DAG run whose request is the same in all
+        that is billed, if HeyGen's list has one that is at most three days old and has not failed.
     :param heygen_conn_id: Airflow connection id. (templated)
-    :param wait_for_completion: wait for the end; without it the id is returned at once.
+    :param wait_for_completion: wait until the overdub is final; without it, the id is returned at once.
     :param deferrable: wait in the triggerer, not on a worker.
-    :param poke_interval: seconds (or timedelta) between looks. (templated)
+    :param poke_interval: seconds (or timedelta) between polls. (templated)
     :param timeout: seconds (or timedelta) to wait from the create request on, ``None`` for no limit. The
-        overdub itself goes on. What comes before, such as a queue for HeyGen's slots, only
-        ``execution_timeout`` limits. (templated)
-    :param durable: start one overdub over all retries, whatever dies in between: an earlier one that has not
-        failed is gone on with. A task cleared after success starts a new one. Airflow before 3.3 has no
-        task state store; there a retry searches HeyGen's list, and a clear starts a new overdub.
+        overdub itself keeps running. Only ``execution_timeout`` limits the time before the create request,
+        such as a queue for HeyGen's slots. (templated)
+    :param durable: start one overdub over all retries, even if a worker or triggerer dies: a retry reattaches
+        to an overdub that has not failed. Clearing the task after success starts a new one. Airflow before
+        3.3 has no task state store; there a retry searches HeyGen's list, and a clear starts a new overdub.
     :raises HeyGenTaskFailedError: if an argument is wrong, HeyGen rejected the create request, or the
         overdub failed or was deleted: the task fails without a retry.
-    :raises HeyGenTransientError: if HeyGen could not be reached for long. Retry.
+    :raises HeyGenTransientError: if HeyGen was unreachable for too long. Retry.
     :raises HeyGenOutcomeUnknownError: if it cannot be determined whether a lost create request started an
         overdub. Nothing more was sent; a retry searches again.
-    :raises HeyGenOverdubTimeoutError: ``timeout`` passed; a retry goes on waiting for the same overdub.
+    :raises HeyGenOverdubTimeoutError: if ``timeout`` passed. A retry continues to wait for the same overdub.
     """
 
     template_fields: Sequence[str] = (
@@ -184,12 +184,12 @@ class HeyGenCreateOverdubOperator(UrlsMaskedOperator):
         self.poke_interval = poke_interval
         self.timeout = timeout
         self.durable = durable
-        # For lineage, which Airflow asks of the operator after its task.
+        # For lineage, which Airflow requests from the operator at the end.
         self.overdub_id: str | None = None
         self.written: dict[str, int] = {}
 
     def request_fields(self) -> dict[str, Any]:
-        """Return the fields of HeyGen's request as they are now."""
+        """Return the rendered fields of HeyGen's request."""
         fields = {name: getattr(self, name) for name in (*REQUEST_FIELDS, "extra_body")}
         if self.mode in ("poke", "reschedule"):
             self.log.warning(
@@ -201,7 +201,7 @@ class HeyGenCreateOverdubOperator(UrlsMaskedOperator):
         return fields
 
     def execute(self, context: Context) -> str:
-        """Start the overdub, then wait for it here or in the triggerer."""
+        """Start the overdub, and wait on the worker or in the triggerer."""
         from airflow_provider_heygen.dubbing import Dubbing
 
         return Dubbing(self, context).start()
@@ -220,31 +220,31 @@ class HeyGenCreateOverdubOperator(UrlsMaskedOperator):
         return Dubbing(self, context, since=since, until=until, kept=kept).start()
 
     def execute_complete(self, context: Context, event: Any = None, since: float | None = None) -> str:
-        """Hand on the result when the trigger has fired."""
+        """Return the result when the trigger has fired."""
         from airflow_provider_heygen.dubbing import Dubbing
 
         return Dubbing(self, context).finish(event, since)
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
-        """Poll once more where Airflow itself has ended a deferral because no triggerer came."""
+        """Poll once more if Airflow itself ended the deferral because no triggerer was running."""
         if is_deferral_timeout(next_method, next_kwargs):
             ti: Any = context["ti"]
             overdub_id = ti.xcom_pull(task_ids=self.task_id, key="overdub_id", map_indexes=ti.map_index)
-            if overdub_id:  # otherwise the deferral was for a Retry-After
+            if overdub_id:  # otherwise the task was waiting for a slot
                 from airflow_provider_heygen.waiting import no_triggerer
 
                 next_method, next_kwargs = "execute_complete", {"event": no_triggerer(overdub_id)}
         return super().resume_execution(next_method, next_kwargs, context)
 
     def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage[Any, Any]:  # noqa: ARG002
-        """Tell OpenLineage: out of both sources came the overdub, and the files that are saved."""
+        """Report to OpenLineage both sources as inputs; the overdub and the saved files as outputs."""
         from airflow_provider_heygen import lineage
 
         overdubs = [lineage.dataset(lineage.overdub_uri(self.overdub_id))] if self.overdub_id else []
         return self._lineage(overdubs)
 
     def get_openlineage_facets_on_failure(self, task_instance: Any) -> OperatorLineage[Any, Any]:  # noqa: ARG002
-        """Tell OpenLineage what it was to be made of, and which files are saved all the same."""
+        """Report to OpenLineage both sources, and the files that were saved before the task failed."""
         return self._lineage([])
 
     def _lineage(self, overdubs: list[Any]) -> OperatorLineage[Any, Any]:
@@ -256,13 +256,11 @@ class HeyGenCreateOverdubOperator(UrlsMaskedOperator):
 
 class HeyGenUpdateOverdubOperator(BaseOperator):
     """
-    Rename an overdub; the title is all that HeyGen lets us change. Returns ``overdub_id``.
-
-    XCom key ``overdub`` holds its details.
+    Rename an overdub. Returns ``overdub_id``; XCom key ``overdub`` holds the details.
 
     :param overdub_id: the overdub. (templated)
-    :param title: its new title. (templated)
-    :param heygen_conn_id: the Airflow connection. (templated)
+    :param title: the new title. (templated)
+    :param heygen_conn_id: Airflow connection id. (templated)
     :raises HeyGenTaskFailedError: if the id or the title is wrong, or HeyGen rejected the request.
     """
 
@@ -278,7 +276,7 @@ class HeyGenUpdateOverdubOperator(BaseOperator):
         self.heygen_conn_id = heygen_conn_id
 
     def execute(self, context: Context) -> str:
-        """Rename it."""
+        """Rename the overdub."""
         from airflow_provider_heygen.dubbing import fails_task
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
 
@@ -291,11 +289,11 @@ class HeyGenUpdateOverdubOperator(BaseOperator):
 
 class HeyGenDeleteOverdubOperator(BaseOperator):
     """
-    Delete an overdub and its files at HeyGen, for good.
+    Delete an overdub and its files at HeyGen. They cannot be restored.
 
     :param overdub_id: the overdub. (templated)
-    :param ignore_missing: succeed when there is no such overdub (any more), which makes a retry safe.
-    :param heygen_conn_id: the Airflow connection. (templated)
+    :param ignore_missing: succeed if there is no such overdub (any more), which makes a retry safe.
+    :param heygen_conn_id: Airflow connection id. (templated)
     :raises HeyGenTaskFailedError: if the id is wrong, HeyGen rejected the request, there is no such overdub
         and ``ignore_missing`` is off, or the whole endpoint is missing (a wrong ``resource`` in the
         connection).
@@ -318,7 +316,7 @@ class HeyGenDeleteOverdubOperator(BaseOperator):
         self.heygen_conn_id = heygen_conn_id
 
     def execute(self, context: Context) -> None:  # noqa: ARG002
-        """Delete it."""
+        """Delete the overdub."""
         from airflow_provider_heygen.dubbing import fails_task
         from airflow_provider_heygen.exceptions import HeyGenNotFoundError
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
@@ -329,7 +327,7 @@ class HeyGenDeleteOverdubOperator(BaseOperator):
             except HeyGenNotFoundError:
                 if not self.ignore_missing:
                     raise
-                # Under a wrong 'resource' everything looks deleted; this raises if so.
+                # A wrong 'resource' makes every overdub a 404, and also the list.
                 hook.list_overdubs(limit=1)
                 self.log.info("Overdub %s does not exist (any more).", self.overdub_id)
             else:

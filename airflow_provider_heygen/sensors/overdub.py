@@ -1,4 +1,4 @@
-"""Wait for an overdub that something else has started."""
+"""Wait for an overdub that another task or program has started."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class HeyGenOverdubSensor(BaseSensorOperator):
     """
     Wait until an overdub is completed. Returns its details, without presigned URLs.
 
-    A failed or deleted overdub fails the task at once; ``soft_fail`` and ``never_fail`` make that, and a
-    timeout, a skip in every mode. Whatever else goes wrong while it waits is waited out. ``mode`` is
-    ``poke`` or ``reschedule`` if ``deferrable`` is off. The pauses are the provider's own: the base class's
-    ``exponential_backoff`` and ``max_wait`` do not apply.
+    A failed or deleted overdub fails the task at once. With ``soft_fail`` or ``never_fail``, this and a
+    timeout skip the task, in every mode. After any other fault, the wait continues. ``mode`` is ``poke`` or
+    ``reschedule`` and applies if ``deferrable`` is off. The provider itself sets the delay after a fault:
+    ``exponential_backoff`` and ``max_wait`` of the base class do not apply.
 
     :param overdub_id: the overdub. (templated)
     :param heygen_conn_id: Airflow connection id. (templated)
@@ -62,7 +62,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         self.deferrable = deferrable
 
     def execute(self, context: Context) -> Any:
-        """Poll once; wait for the end here, on another start of the task, or in the triggerer."""
+        """Poll, and wait on the worker, by rescheduling or in the triggerer."""
         from airflow.exceptions import AirflowRescheduleException  # compat.sdk does not have it
 
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
@@ -73,20 +73,17 @@ class HeyGenOverdubSensor(BaseSensorOperator):
             deferral_timeout,
             execution_deadline,
             resolve_wait,
+            waiting_text,
         )
 
         since = self._started_at(context)
         deadline = execution_deadline(self.execution_timeout, context)
-        # Airflow's sensors take a timeout of 0 for one poll, and count it from the first reschedule.
+        # In Airflow's sensors, a timeout of 0 means one poll, and it counts from the first reschedule.
         deadline = min(deadline or math.inf, since + (self.timeout or 1e-3))
         poke_interval = self.poke_interval or 1.0
-        rules: dict[str, Any] = {
-            "poke_interval": poke_interval,
-            "deadline": deadline,
-            "not_found_until": 0.0,
-        }
+        rules: Any = {"poke_interval": poke_interval, "deadline": deadline, "not_found_until": 0.0}
         with self._ends(), HeyGenHook(self.heygen_conn_id, max_attempts=1) as hook:
-            _ = hook.settings  # a wrong connection is no trouble of HeyGen's, and is not waited out
+            _ = hook.settings  # an invalid connection fails the task, unlike a fault of HeyGen
             watch = OverdubWait(self.overdub_id, log=self.log, **rules)
             rescheduled = self.reschedule and not self.deferrable
             once = watch.poll_twice if rescheduled else watch.poll
@@ -96,6 +93,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
             if rescheduled:
                 again = datetime.now(UTC) + timedelta(seconds=step)
                 raise AirflowRescheduleException(again)  # type: ignore[no-untyped-call]
+        self.log.info("%s", waiting_text("in the triggerer", poke_interval, deadline))
         raise TaskDeferred(
             trigger=HeyGenOverdubTrigger(
                 heygen_conn_id=self.heygen_conn_id,
@@ -111,7 +109,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
     def execute_complete(
         self, context: Context, event: Any = None, since: float | None = None
     ) -> dict[str, Any]:
-        """Hand on what the trigger has waited for."""
+        """Return the details when the trigger has fired."""
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.metrics import WaitMetrics
         from airflow_provider_heygen.waiting import check_event, resolve_wait
@@ -121,7 +119,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
             return self._done(resolve_wait(checked, WaitMetrics(context["ti"], since), hook))
 
     def _started_at(self, context: Context) -> float:
-        """Return the Unix seconds when the wait began, perhaps in another process."""
+        """Return the Unix seconds when the wait began: at the first reschedule, or now."""
         first = context["ti"].get_first_reschedule_date(context) if self.reschedule else None
         return first.timestamp() if first else time.time()
 
@@ -133,7 +131,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
 
     @contextmanager
     def _ends(self) -> Iterator[None]:
-        """Give the ends of a wait the names that they have in Airflow's sensors, or skip."""
+        """Raise the exception of Airflow's sensors for the end of a wait, or skip the task."""
         from airflow.exceptions import AirflowRescheduleException  # compat.sdk does not have it
 
         from airflow_provider_heygen.dubbing import fails_task
@@ -154,18 +152,18 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         except Exception as error:
             if self.never_fail:
                 raise AirflowSkipException("Skipping due to never_fail is set to True.") from error
-            # Not for a crash of the trigger, a malformed event or a wrong setting.
+            # A crash of the trigger, a malformed event or a wrong setting is no soft failure.
             ends = (HeyGenOverdubFailedError, HeyGenNotFoundError, HeyGenOverdubTimeoutError)
             if self.soft_fail and isinstance(error.__cause__, ends):
                 raise AirflowSkipException("Skipping due to soft_fail is set to True.") from error
             raise
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
-        """Poll once more where Airflow itself has ended a deferral because no triggerer came."""
+        """Poll once more if Airflow itself ended the deferral because no triggerer was running."""
         from airflow_provider_heygen.waiting import no_triggerer
 
         if is_deferral_timeout(next_method, next_kwargs):
             next_method, next_kwargs = "execute_complete", {"event": no_triggerer(str(self.overdub_id))}
-        # Not by the base class, which takes a crash of the trigger and a malformed event for a soft failure.
+        # BaseSensorOperator would skip the task after a crash of the trigger, too.
         with self._ends():
             return BaseOperator.resume_execution(self, next_method, next_kwargs, context)

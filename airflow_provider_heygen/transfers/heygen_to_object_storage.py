@@ -1,4 +1,4 @@
-"""Keep the result of an overdub."""
+"""Save the result of an overdub."""
 
 from __future__ import annotations
 
@@ -17,31 +17,29 @@ if TYPE_CHECKING:
 
 class HeyGenOverdubToObjectStorageOperator(BaseOperator):
     """
-    Stream the video of a completed overdub to storage. Returns the URI it was written to.
+    Stream the video of a completed overdub to storage, atomically. Returns the URI of the file.
 
-    The link is fetched anew for each attempt and never stored; an attempt goes on where the last one broke
-    off. Nobody sees half a file: an object store shows the object when its upload is complete, elsewhere the
-    video is written under a temporary name beside the destination and moved when it is whole. What happens
-    when a task is killed half-way is told in the documentation, under "What happens when ...".
+    Each attempt requests a new URL, which is never stored, and resumes where the last one broke. An object
+    store shows the object when its upload is complete. Elsewhere the video has a temporary name beside the
+    destination until it is complete. The page "What happens when" describes what a killed task leaves.
 
-    Airflow's lineage gets the overdub as input and the file as output. An Asset in ``outlets`` gets
-    ``overdub_id``, ``uri`` and ``size_bytes`` as extra of its event.
+    Airflow's lineage has the overdub as input and the file as output. The event of an Airflow Asset in
+    ``outlets`` has ``overdub_id``, ``uri`` and ``size_bytes`` as extra.
 
     :param overdub_id: the overdub; it must be completed. (templated)
-    :param destination: an absolute path, or any URI Airflow's ObjectStoragePath understands: ``file://``,
-        ``s3://conn_id@bucket/key``, ``gs://`` ... With a slash at its end, the file in there is named
+    :param destination: absolute path, or any URI that Airflow's ObjectStoragePath supports (``file://``,
+        ``s3://conn_id@bucket/key``, ``gs://`` ...). If it ends with a slash, the file in this folder is named
         ``<overdub_id>.mp4``. (templated)
-    :param overwrite: replace what is there. Without it, a file of the same size and with the same first MiB
-        is taken for this video and kept; one that this task instance wrote before it was cleared is replaced
-        (Airflow 3.3); any other is an error.
-    :param captions: keep the captions, too, beside the video and with the suffix ``.srt``; their URI goes to
-        XCom key ``captions``. The video is kept first; then it is an error if there are no captions. HeyGen
-        has them under ``resource`` ``lipsyncs`` only.
-    :param heygen_conn_id: the Airflow connection. (templated)
-    :raises HeyGenTaskFailedError: if id or destination is wrong, the destination is taken, or the overdub
-        failed.
-    :raises HeyGenTransientError: there are no captions, or the download broke off again and again.
-    :raises HeyGenError: the overdub is not completed yet, or the destination cannot be written.
+    :param overwrite: replace an existing file. Without it, a file of the same size with the same first MiB is
+        kept, a file that this task instance wrote before it was cleared is replaced (Airflow 3.3 and newer),
+        and any other file is an error.
+    :param captions: save the captions, too, after the video and beside it, with the suffix ``.srt``. Their
+        URI is in XCom key ``captions``. HeyGen makes captions under ``resource`` ``lipsyncs`` only.
+    :param heygen_conn_id: Airflow connection id. (templated)
+    :raises HeyGenTaskFailedError: if the id or the destination is wrong, another file is at the destination,
+        or the overdub failed.
+    :raises HeyGenTransientError: if there are no captions, or the download breaks too often. Retry.
+    :raises HeyGenError: if the overdub is not completed yet, or the destination cannot be written. Retry.
     """
 
     template_fields: Sequence[str] = ("overdub_id", "destination", "heygen_conn_id")
@@ -64,10 +62,10 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
         self.overwrite = overwrite
         self.captions = captions
         self.heygen_conn_id = heygen_conn_id
-        self.written: dict[str, int] = {}  # for lineage, which Airflow asks of the operator after its task
+        self.written: dict[str, int] = {}  # for lineage, which Airflow requests at the end
 
     def execute(self, context: Context) -> str:
-        """Fetch and store it."""
+        """Save the video, and the captions if requested."""
         from airflow_provider_heygen.dubbing import fails_task
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.saving import Saving
@@ -79,7 +77,7 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
         return saving.uri
 
     def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage[Any, Any]:  # noqa: ARG002
-        """Tell OpenLineage: out of the overdub came the files that are there, if the task failed, too."""
+        """Report to OpenLineage the overdub as input and the saved files as outputs, also after a failure."""
         from airflow_provider_heygen import lineage
 
         files = [lineage.output_dataset(uri, size) for uri, size in self.written.items()]
