@@ -393,6 +393,19 @@ HeyGenHook().download_overdub("od_1", sys.argv[1])
 """
 
 
+def test_a_server_that_falls_silent(heygen, connect, pauses, tmp_path, video, slow):
+    server = slow(video)
+    connection = heygen.connection()
+    connect(heygen.url, connection["password"], **connection["extra"] | {"read_timeout": 0.3})
+    leads_to(heygen, server.url)
+    resumes = threading.Timer(20, server.go_on.set)  # a download without a timeout would wait for it
+    resumes.start()
+    with pytest.raises(HeyGenTransientError, match="while downloading the video"):
+        HeyGenHook(max_attempts=1).download_overdub("od_1", tmp_path / "v.mp4")
+    resumes.cancel()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_killed_and_retried(heygen, storage, video, slow):
     server = slow(video)
     leads_to(heygen, server.url)
