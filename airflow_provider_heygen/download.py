@@ -92,15 +92,12 @@ def save(
     existing = existing_size(destination)
     progress = _Progress(log_info, artifact, target)
     furthest = 0
-    with redact_urllib3_logs(), target:
+    with target:
         for attempt in attempts:
             with attempt:
                 url = new_url()
                 try:
-                    with (
-                        _translate_network_errors(artifact, url),
-                        _open_remainder(url, artifact, target, session, settings) as response,
-                    ):
+                    with _open_remainder(url, artifact, target, session, settings) as response:
                         if existing is not None and not overwrite:
                             head = _read_head(response, CHUNK_BYTES)
                             _check_head(artifact, head)
@@ -154,27 +151,11 @@ def peek(
     """
     target = _PendingFile(storage_path(os.devnull, artifact))  # nothing is written
     for attempt in attempts:
-        with (
-            attempt,
-            redact_urllib3_logs(),
-            _translate_network_errors(artifact, url),
-            _open_remainder(url, artifact, target, session, settings) as response,
-        ):
+        with attempt, _open_remainder(url, artifact, target, session, settings) as response:
             head = _read_head(response, 1 << 16)
             _check_head(artifact, head)
             return head, target.size, target.version
     raise AssertionError
-
-
-@contextlib.contextmanager
-def _translate_network_errors(artifact: str, url: str) -> Iterator[None]:
-    try:
-        yield
-    except (RequestException, HTTPError) as error:
-        # The text of the error would quote the URL.
-        raise HeyGenTransientError(
-            f"{type(error).__name__} while downloading the {artifact} from {urlsplit(url).hostname}."
-        ) from None
 
 
 def existing_size(path: ObjectStoragePath) -> int | None:
@@ -379,45 +360,50 @@ def _open_remainder(
     """
     Request the rest of a file; all of it if the server has another version or does not support Range.
 
-    :raises HeyGenTransientError: if the server returns something else. A new URL may help.
+    :raises HeyGenTransientError: if the connection breaks, or the server returns something else. A new URL
+        may help.
     """
     headers = {"Accept-Encoding": "identity"}  # Content-Length must be that of the file
     if target.written:
         headers["Range"] = f"bytes={target.written}-"
         if target.version is not None:
             headers["If-Range"] = target.version[1]
-    response, host = _follow(url, artifact, headers, session, settings)
-    with response:
-        status = response.status_code
-        kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        encoded = _CODINGS & set(re.split(r"[\s,]+", response.headers.get("Content-Encoding", "").lower()))
-        usable = (
-            kind not in _PAGE_TYPES
-            and not (artifact == "video" and kind.startswith("text/"))
-            and not encoded
-            and response.headers.get("Content-Length") != "0"
+    try:
+        with redact_urllib3_logs():
+            response, host = _follow(url, artifact, headers, session, settings)
+            with response:
+                _check_response(response, host, artifact, target)
+                yield response
+    except (RequestException, HTTPError) as error:
+        # The text of the error would quote the URL.
+        raise HeyGenTransientError(
+            f"{type(error).__name__} while downloading the {artifact} from {urlsplit(url).hostname}."
+        ) from None
+
+
+def _check_response(response: requests.Response, host: str, artifact: str, target: _PendingFile) -> None:
+    """Check that a response continues ``target``, or has the whole file: then ``target`` starts over."""
+    status, headers = response.status_code, response.headers
+    kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    encoded = _CODINGS & set(re.split(r"[\s,]+", headers.get("Content-Encoding", "").lower()))
+    length = headers.get("Content-Length", "")
+    is_page = kind in _PAGE_TYPES or (artifact == "video" and kind.startswith("text/"))
+    if status == 200 and length != "0" and not is_page and not encoded:
+        target.discard()
+        target.size = int(length) if length.isdigit() else None
+        target.version = _version(headers)
+    elif status not in (206, 416) or not target.written:
+        raise HeyGenTransientError(
+            f"The URL of the {artifact} at {host} returned {status}"
+            f" ({', '.join([kind or 'no type', *encoded])}) instead of the {artifact}; it may have expired.",
+            status_code=status,
         )
-        if status == 200 and usable:
-            target.discard()
-            length = response.headers.get("Content-Length", "")
-            target.size = int(length) if length.isdigit() else None
-            target.version = _version(response.headers)
-        elif status in (206, 416) and target.written:
-            if not _resumes_at_offset(target, response.headers):
-                target.discard()
-                raise HeyGenTransientError(
-                    f"The {artifact} at {host} has changed while it was downloaded ({status});"
-                    " starting over.",
-                    status_code=status,
-                )
-        else:
-            raise HeyGenTransientError(
-                f"The URL of the {artifact} at {host} returned {status}"
-                f" ({', '.join([kind or 'no type', *encoded])})"
-                f" instead of the {artifact}; it may have expired.",
-                status_code=status,
-            )
-        yield response
+    elif not _resumes_at_offset(target, headers):
+        target.discard()
+        raise HeyGenTransientError(
+            f"The {artifact} at {host} has changed while it was downloaded ({status}); starting over.",
+            status_code=status,
+        )
 
 
 def _read_head(response: requests.Response, size: int) -> bytes:

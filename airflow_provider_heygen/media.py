@@ -96,8 +96,8 @@ def storage_path(path: str | PathLike[str] | ObjectStoragePath, name: str) -> Ob
     whole = re.sub(r"^[^:/]*://([^/?#]*@)?", "", uri)
     if found.path.strip("/") not in (whole.strip("/"), whole.partition("/")[2]):
         raise HeyGenBadInputError(
-            f"{named} has characters (such as '::' or a line break) with which Airflow's ObjectStoragePath"
-            f" takes it for another file, {redact_urls(str(found))!r}. Choose another name."
+            f"{named} has characters (such as '::' or a line break) that make Airflow's ObjectStoragePath"
+            f" read another file, {redact_urls(str(found))!r}. Choose another name."
         )
     return found
 

@@ -2,11 +2,11 @@
 Delete the overdub of a failed task on purpose.
 
 HeyGen has no cancel, and the provider deletes only on request. In this DAG, `delete` runs if `dub` was marked
-failed, or if its last try failed or timed out. The XCom `overdub_id` is there from the moment the overdub
-exists, before the wait. If there is none, no overdub was started, and `delete` is skipped.
+failed, or if its last try failed or timed out. `dub` pushes the XCom `overdub_id` before it waits. Without
+this XCom, no overdub was started, and `delete` is skipped.
 
-If you mark the whole DAG run failed, Airflow skips `delete`: mark the task instead. It needs a connection
-`heygen_default`; `make ui` brings one, with an emulator behind it.
+If you mark the whole DAG run failed, Airflow skips `delete`: mark the task instead. The DAG needs a
+connection `heygen_default`; `make ui` creates one for the emulator.
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ with DAG(
         # A killed worker costs a try, not the overdub: the next try reattaches to it.
         retries=2,
         retry_delay=timedelta(seconds=10),
-        doc_md="Starts one overdub and waits for it in the triggerer. XCom `overdub_id` holds its id from the"
-        " start.",
+        doc_md="Starts one overdub and waits for it in the triggerer. XCom `overdub_id` holds its id"
+        " before the wait.",
     )
 
-    # A task that fails with `dub`. Without it, the run would count as a success when `delete` succeeds.
+    # This task fails with `dub`. Without it, the DAG run would succeed when `delete` succeeds.
     save = HeyGenOverdubToObjectStorageOperator(
         task_id="save",
         overdub_id=dub.output,
         destination="{{ params.result }}",
         overwrite=True,
-        doc_md="Streams the dubbed video to where the parameter `result` says.",
+        doc_md="Streams the dubbed video to the parameter `result`.",
     )
 
     @task.short_circuit(
         trigger_rule="one_failed",
-        doc_md="Runs if `dub` has failed, and lets `delete` run if an overdub was started.",
+        doc_md="Runs if `dub` has failed. Skips `delete` if no overdub was started.",
     )
     def is_left_behind(ti: Any = None) -> bool:
         return ti.xcom_pull(task_ids="dub", key="overdub_id") is not None
@@ -75,7 +75,7 @@ with DAG(
         task_id="delete",
         overdub_id="{{ ti.xcom_pull(task_ids='dub', key='overdub_id') }}",
         retries=2,
-        doc_md="Deletes the overdub and its files at HeyGen, for good.",
+        doc_md="Deletes the overdub and its files at HeyGen. They cannot be restored.",
     )
 
     dub >> is_left_behind() >> delete

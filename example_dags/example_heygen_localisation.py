@@ -1,7 +1,7 @@
 """
 A night of dubs: each video of a folder or bucket, in each language that it has an audio file for.
 
-`talk.mp4` and `talk.de.mp3` become `dubbed/talk.de.mp4`; what is up to date stays. `dubbed.json` lists all.
+`talk.mp4` and `talk.de.mp3` become `dubbed/talk.de.mp4`. A current result is kept. `dubbed.json` lists all.
 """
 
 import json

@@ -1,8 +1,8 @@
 """
 Dub, let a person watch the result, then publish it or delete it.
 
-`review` waits for an answer in Airflow's UI (*Required Action*), without a worker. Its text links to the page
-that plays the video. Nothing is published before.
+`review` waits for a decision in Airflow's UI (*Required Action*), without a worker. Its text links to the
+page that plays the video. The video is published only if a person approves it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ with DAG(
         " [Watch]({{ watch_path(dag.dag_id, run_id, 'dub', -1) }})",
         options=["Publish", "Delete"],
         options_mapping={"Publish": "publish", "Delete": "delete"},
-        doc_md="Waits until a person has watched the video and answers.",
+        doc_md="Waits until a person has watched the video and decides.",
     )
 
     publish = HeyGenOverdubToObjectStorageOperator(
@@ -72,7 +72,7 @@ with DAG(
         task_id="delete",
         overdub_id=dub.output,
         retries=3,
-        doc_md="Deletes the rejected overdub and its files at HeyGen, for good.",
+        doc_md="Deletes the rejected overdub and its files at HeyGen. They cannot be restored.",
     )
 
     dub >> review >> [publish, delete]

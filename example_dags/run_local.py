@@ -1,7 +1,7 @@
 """
-Run the example DAGs on this machine, with a HeyGen emulator in place of HeyGen: `make demo` and `make ui`.
+Run the example DAGs on this machine, with the emulator instead of HeyGen: `make demo` and `make ui`.
 
-Everything lives in one folder (`.local`), nothing else on the machine is touched.
+All files are in the folder `.local`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MEDIA = HOME / "media"
 DEMO_DAG = "example_heygen_overdub"
 LANGUAGES = {"de": 880, "fr": 990, "es": 1170}  # a tone for each, in Hz
 
-WORTH_TELLING = {
+SHOWN_STATES = {
     "deferred": "waits in the triggerer, no worker is held",
     "success": "",
     "up_for_retry": "",
@@ -42,11 +42,11 @@ ENDED = {"success", "failed"}
 
 
 def environment(port: int) -> dict[str, str]:
-    """Return the settings of an Airflow that lives in the folder."""
+    """Return the environment of an Airflow whose files are in the folder."""
     return {
-        # Settings of another Airflow must not lead this one to its database.
+        # Without the settings of another Airflow, such as its database.
         **{name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW_")},
-        # `airflow standalone` starts its parts by the name `airflow`.
+        # `airflow standalone` starts its components by the name `airflow`.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "AIRFLOW_HOME": str(HOME / "airflow"),
         "AIRFLOW__CORE__DAGS_FOLDER": str(DAGS),
@@ -55,7 +55,7 @@ def environment(port: int) -> dict[str, str]:
         "AIRFLOW__CORE__TEST_CONNECTION": "Enabled",
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
         "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://127.0.0.1:{port}/execution/",
-        # A slow machine takes longer than Airflow's 5 s while everything starts.
+        # On a slow machine, Airflow's default of 5 s is too short at the start.
         "AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT": "30",
         "AIRFLOW__API__HOST": "127.0.0.1",
         "AIRFLOW__API__PORT": str(port),
@@ -66,7 +66,7 @@ def environment(port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Find a port that nobody listens on."""
+    """Return a free port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
 
@@ -100,7 +100,7 @@ def prepare(env: dict[str, str], heygen: Emulator) -> None:
 
 @contextmanager
 def running_airflow(env: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run scheduler, triggerer, DAG processor and API server; leave none of them behind."""
+    """Run scheduler, triggerer, DAG processor and API server; stop all of them at the end."""
     command = [sys.executable, "-m", "airflow", "standalone"]
     with log.open("wb") as output:
         standalone = subprocess.Popen(
@@ -118,7 +118,7 @@ def running_airflow(env: dict[str, str], log: Path) -> Iterator[subprocess.Popen
 
 
 def is_healthy(port: int) -> bool:
-    """Return whether every part of Airflow is there."""
+    """Return whether every component of Airflow is healthy."""
     with suppress(OSError, ValueError):
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v2/monitor/health", timeout=5) as response:
             parts = json.load(response)
@@ -127,7 +127,7 @@ def is_healthy(port: int) -> bool:
 
 
 def states_of_run() -> tuple[str, dict[str, str]]:
-    """Read how far the newest run and each of its tasks is, from Airflow's own database."""
+    """Return the states of the newest DAG run and of its tasks, from Airflow's database."""
     query = """
         SELECT run.state, task.task_id, task.state FROM dag_run AS run
         LEFT JOIN task_instance AS task ON task.dag_id = run.dag_id AND task.run_id = run.run_id
@@ -139,39 +139,39 @@ def states_of_run() -> tuple[str, dict[str, str]]:
 
 
 def follow(heygen: Emulator, standalone: subprocess.Popen[bytes]) -> dict[str, str]:
-    """Print what the newest run does until it has ended; give the last states."""
+    """Print the progress of the newest DAG run until it ends; return the last states of its tasks."""
     began = time.monotonic()
     shown: dict[str, str] = {}
-    said_last = ""
+    last_status = ""
     while time.monotonic() - began < 300 and standalone.poll() is None:
         run, states = states_of_run()
         for task, state in states.items():
-            if state in WORTH_TELLING and shown.get(task) != state:
+            if state in SHOWN_STATES and shown.get(task) != state:
                 shown[task] = state
-                print(f"\r   {task:<13} {state:<9} {WORTH_TELLING[state]:<40}", flush=True)
+                print(f"\r   {task:<13} {state:<9} {SHOWN_STATES[state]:<40}", flush=True)
         if run in ENDED:
             return states
         if sys.stdout.isatty():
-            said = f", HeyGen says: {heygen.jobs[-1].status}" if heygen.jobs else ""
-            print(f"\r   ... {time.monotonic() - began:3.0f} s{said:<30}", end="", flush=True)
-        elif heygen.jobs and heygen.jobs[-1].status != said_last:
-            said_last = heygen.jobs[-1].status
-            print(f"   ... {time.monotonic() - began:3.0f} s, HeyGen says: {said_last}", flush=True)
+            status = f", HeyGen: {heygen.jobs[-1].status}" if heygen.jobs else ""
+            print(f"\r   ... {time.monotonic() - began:3.0f} s{status:<30}", end="", flush=True)
+        elif heygen.jobs and heygen.jobs[-1].status != last_status:
+            last_status = heygen.jobs[-1].status
+            print(f"   ... {time.monotonic() - began:3.0f} s, HeyGen: {last_status}", flush=True)
         time.sleep(0.5)
     return {}
 
 
 def demo() -> None:
-    """Dub one video, and check that what comes out is the video with the new audio."""
+    """Dub one video, and check that the result is the video with the new audio."""
     result = MEDIA / "talk.dubbed.mp4"
     result.unlink(missing_ok=True)
     log = HOME / "demo.log"
     with Emulator(Behaviour(pending_seconds=3, running_seconds=7)) as heygen:
-        print(f"1. A HeyGen emulator listens at {heygen.url}.", flush=True)
+        print(f"1. The HeyGen emulator listens at {heygen.url}.", flush=True)
         env = environment(free_port())
         print("2. Make a test video, a new audio track and Airflow's database.", flush=True)
         prepare(env, heygen)
-        print("3. Start Airflow: scheduler, triggerer and all.", flush=True)
+        print("3. Start Airflow with all components.", flush=True)
         with running_airflow(env, log) as standalone:
             print(f"4. Run the DAG {DEMO_DAG} (Airflow's log: {log}).")
             airflow(env, "dags", "trigger", DEMO_DAG)
@@ -181,7 +181,7 @@ def demo() -> None:
 
     made = probe(result)
     sound, frames = decode_audio(result), decode_frames(result)
-    print("5. What is in the result:")
+    print("5. Check the result:")
     print(f"   {made.duration} s, {made.width}x{made.height}, {made.video_codec} and {made.audio_codec}")
     new_sound = sound == decode_audio(MEDIA / "talk.de.mp3") and sound != decode_audio(MEDIA / "talk.mp4")
     original = decode_frames(MEDIA / "talk.mp4")
@@ -204,7 +204,7 @@ def ui(port: int) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt), Emulator(Behaviour(pending_seconds=5, running_seconds=15)) as heygen:
         print(f"HeyGen emulator: {heygen.url}, its state: {heygen.url}/emulator/state", flush=True)
-        print(f"Airflow starts, which takes about half a minute. Its output: {log}", flush=True)
+        print(f"Airflow starts within about half a minute. Its output: {log}", flush=True)
         env = environment(port)
         prepare(env, heygen)
         with running_airflow(env, log) as standalone:
@@ -222,6 +222,6 @@ def ui(port: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=["demo", "ui"])
-    parser.add_argument("--port", type=int, default=8080, help="of the web UI")
+    parser.add_argument("--port", type=int, default=8080, help="port of the web UI")
     arguments = parser.parse_args()
     demo() if arguments.command == "demo" else ui(arguments.port)

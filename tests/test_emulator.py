@@ -782,15 +782,18 @@ class Listener:
         self._server.server_close()
 
 
-def test_callbacks(heygen, api):
+def test_callbacks(heygen, api, caplog):
     with Listener(failures=1) as listener:
-        body = {**BY_URL, "callback_url": listener.url, "callback_id": "mine", "folder_id": "f"}
+        url = f"{listener.url}?token=SECRET"
+        body = {**BY_URL, "callback_url": url, "callback_id": "mine", "folder_id": "f"}
         overdub_id = api.create(body)
         wait_for(lambda: listener.events)
         heygen.behaviour.fail_jobs = 1
         lipsync_id = api.create({**body, "callback_id": None}, resource="lipsyncs")
         wait_for(lambda: len(listener.events) == 2)
         wait_for(lambda: all(job.callback_delivered for job in heygen.jobs))
+    assert "to 127.0.0.1 failed (HTTPError)" in caplog.text
+    assert "SECRET" not in caplog.text
     success, fail = listener.events
     assert success["event_type"] == "overdub.success"
     assert success["event_data"]["overdub_id"] == overdub_id

@@ -1,12 +1,12 @@
 """
-A HeyGen that runs on your own machine, for trying out and testing pipelines without spending credits.
+An emulator of HeyGen that runs on your own machine, to try out and test pipelines without a cost.
 
     with Emulator(Behaviour(job_seconds=0.2), port=0) as heygen:
         os.environ["AIRFLOW_CONN_HEYGEN_DEFAULT"] = json.dumps(heygen.connection())
 
-or ``python -m airflow_provider_heygen.emulator``. It speaks HTTP like HeyGen (overdubs, lipsyncs, assets, API
-keys, presigned URLs, callbacks) and does a job's work except for the lips: ffmpeg puts the new audio onto the
-video. Input URLs are not downloaded by default; a short test clip takes their place. Everything is deleted at
+or ``python -m airflow_provider_heygen.emulator``. It has HeyGen's HTTP API (overdubs, lipsyncs, assets, API
+keys, presigned URLs, callbacks) and runs the jobs except for the lip-sync: ffmpeg replaces the audio of the
+video. By default, it does not download input URLs but uses a short test clip instead. It deletes all files at
 the end.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 try:
     import fastapi  # noqa: F401
-    import python_multipart  # noqa: F401 - fastapi looks for it only where a route takes a form
+    import python_multipart  # noqa: F401 - fastapi imports it only for routes with a form
     import uvicorn
 except ImportError as error:
     raise ImportError(
@@ -53,18 +53,23 @@ if TYPE_CHECKING:
 __all__ = ["Asset", "Behaviour", "Emulator", "Fault", "Job", "RequestRecord"]
 
 API_KEY = "emulator-api-key"
-OAUTH_TOKEN = "emulator-oauth-token"  # noqa: S105 - of a server that holds nothing
+OAUTH_TOKEN = "emulator-oauth-token"  # noqa: S105 - no secret: the emulator has no data
 
 T = TypeVar("T")
 
 
 class Emulator:
     """
-    The server, running in a thread between ``start`` and ``stop``, or as a context manager.
+    The server, in a thread between ``start`` and ``stop``; also a context manager.
 
-    ``port`` 0 takes a free port; ``url`` is known from ``start`` on and has no slash at the end.
-    ``behaviour`` may be changed while it runs. What the members here do, the routes under ``/emulator/`` do
-    for other processes.
+    ``url`` is set by ``start`` and does not end with a slash. Other processes use the routes under
+    ``/emulator/`` instead of the members of this class.
+
+    :param behaviour: initial behaviour; may be changed while the server runs.
+    :param host: address to listen on.
+    :param port: TCP port; 0 for a free one.
+    :param api_key: the API key that it accepts.
+    :param oauth_token: the OAuth token that it accepts.
     """
 
     def __init__(
@@ -82,8 +87,12 @@ class Emulator:
         self._state = State(behaviour or Behaviour(), {"api_key": api_key, "oauth": oauth_token})
 
     def start(self) -> Self:
-        """Listen, and return when requests get responses. Raises ``OSError`` if the port is taken."""
-        # asyncio sets TCP_NODELAY only if the protocol is named; without it, each POST would take 40 ms.
+        """
+        Start the server, and return when it is ready.
+
+        :raises OSError: if the port is in use.
+        """
+        # asyncio sets TCP_NODELAY only if the protocol is given; otherwise each POST takes 40 ms.
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -104,7 +113,7 @@ class Emulator:
             log_level=logging.WARNING,
             log_config=None,
             access_log=False,
-            # Longer than the delay between two polls, so that pollers can keep their connection.
+            # Longer than the delay between polls, so that pollers keep their connection.
             timeout_keep_alive=75,
             timeout_graceful_shutdown=1,
         )
@@ -118,7 +127,7 @@ class Emulator:
         return self
 
     def stop(self) -> None:
-        """Drop what is running, close the port, delete the files."""
+        """Cancel all jobs, close the port, and delete the files."""
         self._server.should_exit = True
         self._thread.join()
         self._worker.close()
@@ -139,13 +148,13 @@ class Emulator:
         extra: dict[str, Any] = {
             "allow_http": True,
             "allow_private_hosts": True,
-            "max_requests_per_second": 200,  # no account needs to be spared here
+            "max_requests_per_second": 200,  # an emulator needs no rate limit
         }
         if resource is not None:
             extra["resource"] = resource
         if auth_type == "oauth":
             extra["auth_type"] = "oauth"
-        # The port apart: Airflow 3.3.1 and 3.3.2 test no connection without one.
+        # A separate port: the connection test of Airflow 3.3.1 and 3.3.2 requires one.
         host, _, port = self.url.rpartition(":")
         return {
             "conn_type": "heygen",
@@ -157,22 +166,22 @@ class Emulator:
 
     @property
     def behaviour(self) -> Behaviour:
-        """Settings; assigning to one takes effect at once."""
+        """Settings; a change takes effect at once."""
         return self._state.behaviour
 
     @property
     def jobs(self) -> list[Job]:
-        """All jobs ever created, in order, the deleted ones too."""
+        """All jobs since the last reset in order, including deleted ones."""
         return list(self._state.created)
 
     @property
     def assets(self) -> list[Asset]:
-        """All assets that an overdub can be made from, in order."""
+        """All assets whose upload is complete, in order."""
         return [asset for asset in self._state.assets.values() if asset.ready]
 
     @property
     def requests(self) -> list[RequestRecord]:
-        """The last 10,000 requests, in order of arrival. Those for ``/emulator/`` do not count."""
+        """The last 10,000 requests in order of arrival, without those for ``/emulator/``."""
         return list(self._state.requests)
 
     @property
@@ -181,7 +190,7 @@ class Emulator:
         return self._state.requests_by_route.copy()
 
     def fail_next(self, **fault: Any) -> Fault:
-        """Let the next matching request fail; the arguments are the fields of ``Fault``."""
+        """Add a fault for the next matching requests; the arguments are the fields of ``Fault``."""
         added = Fault(**fault)
         self._in_loop(lambda: self._state.faults.append(added))
         return added
@@ -191,15 +200,19 @@ class Emulator:
         self._in_loop(self._state.faults.clear)
 
     def force(self, job_id: str, status: Status, failure_message: str | None = None) -> None:
-        """Give a job a status that stays until another is forced. Raises ``ApiError`` for an unknown id."""
+        """
+        Set the status of a job, which stays until another is forced.
+
+        :raises ApiError: if there is no such job.
+        """
         self._in_loop(lambda: self._state.job(job_id).force(status, failure_message))
 
     def forget_assets(self) -> None:
-        """Delete all assets, as HeyGen might."""
+        """Delete all assets."""
         self._in_loop(self._state.assets.clear)
 
     def reset(self) -> None:
-        """Forget jobs, assets, faults, keys and the log, and restore the behaviour it was started with."""
+        """Remove all state, and restore the initial behaviour."""
         self._in_loop(self._state.reset)
 
     def _serve(self) -> None:
@@ -210,7 +223,7 @@ class Emulator:
         asyncio.run(serve())
 
     def _in_loop(self, change: Callable[[], T]) -> T:
-        """Make a change in the event loop's thread, to which the state belongs."""
+        """Make a change in the thread of the event loop, which owns the state."""
 
         async def call() -> T:
             return change()

@@ -19,14 +19,14 @@ def main() -> None:
     """Parse the command line, serve, and clean up."""
     parser = argparse.ArgumentParser(
         "python -m airflow_provider_heygen.emulator",
-        description="A HeyGen that runs on your own machine.",
+        description="An emulator of HeyGen that runs on your own machine.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8000, help="0 for a free one")
-    parser.add_argument("--api-key", default=API_KEY, help="the API key it accepts")
-    parser.add_argument("--oauth-token", default=OAUTH_TOKEN, help="the OAuth token it accepts")
+    parser.add_argument("--port", type=int, default=8000, help="0 for a free port")
+    parser.add_argument("--api-key", default=API_KEY, help="the API key that it accepts")
+    parser.add_argument("--oauth-token", default=OAUTH_TOKEN, help="the OAuth token that it accepts")
     group = parser.add_argument_group("behaviour", "may be changed later by PATCH /emulator/behaviour")
     for name, field in Behaviour.model_fields.items():
         flag = f"--{name.replace('_', '-')}"

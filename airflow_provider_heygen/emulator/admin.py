@@ -1,4 +1,4 @@
-"""The emulator's own routes: not part of HeyGen, without a credential, never in the log."""
+"""The emulator's own routes. They need no credential and are not logged."""
 
 from collections import Counter, defaultdict
 from dataclasses import asdict
@@ -23,7 +23,7 @@ class ForceJob(BaseModel):
 
 @router.get("/state")
 async def read_state(state: StateHere) -> dict[str, Any]:
-    """Return everything but the requests."""
+    """Return the whole state except the request log."""
     statuses: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for record in state.requests:
         statuses[f"{record.method} {record.route}"][str(record.status)] += 1
@@ -40,7 +40,7 @@ async def read_state(state: StateHere) -> dict[str, Any]:
 
 @router.delete("/state", status_code=204)
 async def reset_state(state: StateHere) -> None:
-    """Forget everything, and behave as in the beginning again."""
+    """Remove all state, and restore the initial behaviour."""
     state.reset()
 
 
@@ -52,7 +52,7 @@ async def read_requests(state: StateHere) -> list[dict[str, Any]]:
 
 @router.patch("/behaviour")
 async def change_behaviour(changes: dict[str, Any], state: StateHere) -> dict[str, Any]:
-    """Change some settings, or none if one of them is wrong."""
+    """Change some settings, or none if one is invalid."""
     state.behaviour.update(changes)
     return state.behaviour.model_dump(mode="json")
 
@@ -72,7 +72,7 @@ async def clear_faults(state: StateHere) -> None:
 
 @router.patch("/jobs/{job_id}")
 async def force_job(job_id: str, body: ForceJob, state: StateHere) -> dict[str, Any]:
-    """Give a job a status that stays until another is forced."""
+    """Set the status of a job, which stays until another is forced."""
     job = state.job(job_id)
     job.force(body.status, body.failure_message)
     return _job_state(job)

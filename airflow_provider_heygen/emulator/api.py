@@ -7,8 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Coroutine
-from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, UploadFile
 from fastapi.requests import Request
@@ -42,8 +41,8 @@ Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 log = logging.getLogger(__name__)
 
-_STATUS_WORDS = {"pending": "queued", "running": "processing", "completed": "completed", "failed": "failed"}
-# Their members are given by the client, so an unknown one would mean something.
+_BULK_STATUSES = {"pending": "queued", "running": "processing", "completed": "completed", "failed": "failed"}
+# The client sends their members back, so they get no unknown ones.
 _OPEN_OBJECTS = {"upload_headers"}
 
 
@@ -74,7 +73,7 @@ class HeyGenRoute(APIRoute):
 
 
 def _authenticate(request: Request, state: State) -> str:
-    """Return the credential of the request, its kind and value, or raise the 401 or 403."""
+    """Return kind and value of the credential, or raise the 401 or 403."""
     kind, behaviour = credential_of(request.headers), state.behaviour
     if kind == "both":
         raise _unauthorized("Send either X-Api-Key or Authorization, not both.")
@@ -115,7 +114,7 @@ async def _handle_once(request: Request, handle: Handler, credential: str, state
     try:
         response = await handle(request)
     except BaseException:
-        # Whether HeyGen stores errors is unknown; replaying one for a day would help nobody.
+        # It is unknown whether HeyGen stores errors; here, a repeated request runs again.
         state.idempotency.pop(scope, None)
         raise
     state.idempotency[scope] = time.time(), bytes(response.body)
@@ -173,7 +172,7 @@ async def list_jobs(
     limit: Annotated[int, Query(ge=1, le=100)] = 10,
     token: str | None = None,
 ) -> dict[str, Any]:
-    """Return one page of all jobs, under whichever name they were created."""
+    """Return one page of all jobs, under both names of the resource."""
     jobs, next_token = state.page(limit, token)
     at = time.time() - state.behaviour.list_lag
     rows = [_job(job, request, state, at) for job in jobs]
@@ -185,14 +184,14 @@ async def list_jobs(
 
 @router.get("/lipsyncs/statuses")
 async def list_statuses(state: StateHere, lipsync_ids: Annotated[list[str], Query()] = []) -> dict[str, Any]:  # noqa: B006
-    """Return the status words of up to 100 jobs. Batches are not emulated, so ``batch_ids`` name none."""
-    ids = [word for text in lipsync_ids if text for word in text.split(",")]
+    """Return the statuses of up to 100 jobs. Batches are not emulated; ``batch_ids`` is ignored."""
+    ids = [job_id for text in lipsync_ids if text for job_id in text.split(",")]
     if len(ids) > 100:
         raise invalid("lipsync_ids: at most 100", "lipsync_ids")
     rows: list[dict[str, Any]] = []
     for job_id in ids:
         job = state.jobs.get(job_id)
-        status = _STATUS_WORDS[job.status] if job else "not_found"
+        status = _BULK_STATUSES[job.status] if job else "not_found"
         error = {"code": None, "message": job.failure_message} if job and status == "failed" else None
         row = {"video_id": job_id, "status": status, "error": error}
         rows.append(row | {"batch_id": None, "item_index": None})
@@ -228,7 +227,7 @@ async def delete_job(job: NamedJob, state: StateHere) -> dict[str, Any]:
 def _job(job: Job, request: Request, state: State, at: float) -> dict[str, Any]:
     status = job.status_at(at)
     completed = status == "completed" and job.output is not None
-    video_url = _link(request, state, f"/files/{job.id}.mp4") if completed else None
+    video_url = _presign(request, state, f"/files/{job.id}.mp4") if completed else None
     if completed and job.null_video_urls:
         job.null_video_urls -= 1
         video_url = None
@@ -243,8 +242,8 @@ def _job(job: Job, request: Request, state: State, at: float) -> dict[str, Any]:
         "failure_message": job.failure_message if status == "failed" else None,
     }
     if _resource(request) == "lipsyncs":
-        # Captions are always made, whatever enable_caption says.
-        members["caption_url"] = _link(request, state, f"/files/{job.id}.srt") if completed else None
+        # Captions are always made; HeyGen ignores enable_caption.
+        members["caption_url"] = _presign(request, state, f"/files/{job.id}.srt") if completed else None
     return members
 
 
@@ -253,7 +252,7 @@ def _job(job: Job, request: Request, state: State, at: float) -> dict[str, Any]:
 
 @router.post("/assets")
 async def upload_asset(file: UploadFile, request: Request, state: StateHere) -> dict[str, Any]:
-    """Receive a file as a form; starlette spools it to disk."""
+    """Receive a file as a form."""
     size = file.size or 0
     if size > MAX_INPUT_BYTES:
         message = f"The file is larger than {MAX_INPUT_BYTES} bytes."
@@ -262,7 +261,8 @@ async def upload_asset(file: UploadFile, request: Request, state: StateHere) -> 
     await file.seek(0)
     asset = Asset(new_id("asset"), file.filename or "", mime_type, size)
     asset.path = state.directory / f"{asset.id}{SUFFIXES[mime_type]}"
-    await asyncio.to_thread(_save, file.file, asset.path)
+    with asset.path.open("wb") as target:
+        await asyncio.to_thread(shutil.copyfileobj, file.file, target)
     state.assets[asset.id] = asset
     return {"data": _asset(asset, request, state)}
 
@@ -271,7 +271,7 @@ async def upload_asset(file: UploadFile, request: Request, state: StateHere) -> 
 async def create_direct_upload(
     body: CreateDirectUpload, request: Request, state: StateHere
 ) -> dict[str, Any]:
-    """Issue a URL for an upload."""
+    """Return a URL for an upload."""
     state.check_known(body)
     behaviour = state.behaviour
     if body.size_bytes > behaviour.max_upload_bytes:
@@ -296,7 +296,7 @@ async def create_direct_upload(
 async def complete_direct_upload(
     body: CompleteUpload, asset: NamedAsset, request: Request, state: StateHere
 ) -> dict[str, Any]:
-    """Check an upload, and make it a source that jobs can use."""
+    """Check an upload, and make it available to jobs."""
     state.check_known(body)
     if asset.path is None:
         raise ApiError(409, "conflict", "Uploaded object not found yet. Retry after upload PUT returns 200.")
@@ -312,7 +312,7 @@ async def complete_direct_upload(
 
 @router.get("/assets/{asset_id}")
 async def get_asset(asset: NamedAsset, request: Request, state: StateHere) -> dict[str, Any]:
-    """Return what HeyGen holds of an asset."""
+    """Return the details of an asset."""
     data = {
         "id": asset.id,
         "name": asset.name,
@@ -328,7 +328,7 @@ async def get_asset(asset: NamedAsset, request: Request, state: StateHere) -> di
 
 @router.delete("/assets/{asset_id}")
 async def delete_asset(asset: NamedAsset, state: StateHere) -> dict[str, Any]:
-    """Delete an asset. A job that has yet to read it fails."""
+    """Delete an asset. A job that has not read it yet fails."""
     del state.assets[asset.id]
     return {"data": {"id": asset.id}}
 
@@ -336,15 +336,10 @@ async def delete_asset(asset: NamedAsset, state: StateHere) -> dict[str, Any]:
 def _asset(asset: Asset, request: Request, state: State) -> dict[str, Any]:
     return {
         "asset_id": asset.id,
-        "url": _link(request, state, f"/files/{asset.id}{SUFFIXES[asset.mime_type]}"),
+        "url": _presign(request, state, f"/files/{asset.id}{SUFFIXES[asset.mime_type]}"),
         "mime_type": asset.mime_type,
         "size_bytes": asset.size_bytes,
     }
-
-
-def _save(file: BinaryIO, path: Path) -> None:
-    with path.open("wb") as target:
-        shutil.copyfileobj(file, target)
 
 
 # The caller
@@ -352,9 +347,9 @@ def _save(file: BinaryIO, path: Path) -> None:
 
 @router.get("/api_keys/self")
 async def get_own_key(request: Request, state: StateHere) -> dict[str, Any]:
-    """Return what the caller's API key may do, and until when."""
+    """Return scopes and expiry of the API key of the request."""
     if credential_of(request.headers) != "api_key":
-        raise _unauthorized("An access token is no API key.")
+        raise _unauthorized("An access token is not an API key.")
     scopes, expires_at = list(state.behaviour.key_scopes), state.behaviour.key_expires_at
     data = {
         "key_id": "key_emulator",
@@ -375,9 +370,9 @@ def _resource(request: Request) -> str:
 
 
 def _base_url(request: Request) -> str:
-    """Return the host by which the client reached the emulator, which differs between containers."""
+    """Return the URL by which the client reached the emulator, which may differ between containers."""
     return str(request.base_url).rstrip("/")
 
 
-def _link(request: Request, state: State, path: str) -> str:
+def _presign(request: Request, state: State, path: str) -> str:
     return state.presign("GET", _base_url(request), path, state.behaviour.link_seconds)

@@ -1,4 +1,4 @@
-"""The way of a request through the emulated HeyGen: the log, the faults, then one of three routers."""
+"""The ASGI application: logs each request, applies faults, and passes it to one of three routers."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ _USUAL_CODES = {
 
 
 class _Dropped(Exception):
-    """The connection is to be closed now."""
+    """The connection must be closed now."""
 
 
 class HeyGen:
-    """The ASGI application: a FastAPI behind the log and the faults."""
+    """The ASGI application: FastAPI behind the request log and the faults."""
 
     def __init__(self, state: State, worker: Worker) -> None:
         self._state = state
@@ -77,13 +77,13 @@ class HeyGen:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to one request."""
         if scope["path"].startswith("/emulator/"):
-            MutableHeaders(scope=scope)["Content-Type"] = "application/json"  # whatever `curl -d` calls it
+            MutableHeaders(scope=scope)["Content-Type"] = "application/json"  # `curl -d` sends another type
             await self._app(scope, receive, send)
             return
         record = _record(scope)
         self._state.requests.append(record)
         self._state.requests_by_route[f"{record.method} {record.route}"] += 1
-        # Without a type, FastAPI before 0.132 takes a body for JSON.
+        # FastAPI before 0.132 parses a body without a type as JSON.
         MutableHeaders(scope=scope).setdefault("Content-Type", "application/octet-stream")
         fault = self._state.next_fault(record.method, record.path) or Fault()
         sender = _Sender(send, fault, record)
@@ -93,14 +93,14 @@ class HeyGen:
                 raise _Dropped
             await (_faulty_response(fault) or self._app)(scope, receive, sender)
         except _Dropped:
-            # uvicorn would send 500 for an application that gives up, so the socket is closed under it.
+            # uvicorn would send 500 after an exception, so the socket is closed.
             scope["state"]["transport"].close()
             while (await receive())["type"] != "http.disconnect":
                 pass
 
 
 class _Sender:
-    """Sends a response with a request id, logs its status, and spoils it as the fault demands."""
+    """Sends a response with a request id, records its status, and applies the fault."""
 
     def __init__(self, send: Send, fault: Fault, record: RequestRecord) -> None:
         self._send, self._fault, self._record = send, fault, record
@@ -158,7 +158,7 @@ def _routes(scope: Scope) -> list[APIRoute]:
 
 def _record(scope: Scope) -> RequestRecord:
     request, routes = Request(scope), _routes(scope)
-    # A real key may have been sent here by mistake; the log does not keep it.
+    # A user may send a real key by mistake, so the log does not contain it.
     secret = {"x-api-key", "authorization"}
     return RequestRecord(
         method=request.method,
@@ -185,7 +185,7 @@ async def _api_error(request: Request, error: ApiError) -> Response:
 
 async def _unreadable(request: Request, error: RequestValidationError | ValidationError) -> Response:
     first = error.errors()[0]
-    # FastAPI puts "body" or "query" in front, and after it the offset where the JSON breaks off.
+    # FastAPI puts "body" or "query" first, and for invalid JSON its offset second.
     at = first["loc"][1:] if isinstance(error, RequestValidationError) else first["loc"]
     param = ".".join(map(str, at)) if first["type"] != "json_invalid" else ""
     message = first["msg"].removeprefix("Value error, ")

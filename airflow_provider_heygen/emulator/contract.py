@@ -1,7 +1,7 @@
-"""HeyGen's rules for what comes in: request bodies, file types, credentials, and the error envelope.
+"""HeyGen's rules for requests: bodies, file types, credentials, and the error envelope.
 
 The rules are those of ``tests/heygen-v3-overdubs.openapi.yaml``. Where its schema is looser than its prose
-(plain http, bounds of times) the stricter reading is enforced: a client that passes here passes there.
+(plain http, bounds of times), the stricter reading is enforced, so that HeyGen accepts what passes here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MAX_INPUT_BYTES = 33_554_432
-"""Of POST /v3/assets and of inputs by URL: the published 32 MB, read as binary."""
+"""Limit of POST /v3/assets and of inputs by URL: the published 32 MB, read as MiB."""
 
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """An error response in HeyGen's envelope, or (``html``) a page of a gateway in its place."""
+    """An error response in HeyGen's envelope, or with ``html`` as the page of a gateway."""
 
     status: int
     code: str
@@ -33,7 +33,7 @@ class ApiError(Exception):
 
     @property
     def envelope(self) -> dict[str, Any]:
-        """JSON of the response."""
+        """The JSON of the response."""
         doc_url = f"https://developers.heygen.com/docs/error-codes#{self.code.replace('_', '-')}"
         return {
             "error": {"code": self.code, "message": self.message, "param": self.param, "doc_url": doc_url}
@@ -46,12 +46,12 @@ def invalid(message: str, param: str | None = None) -> ApiError:
 
 
 def too_large(mime_type: str | None) -> str:
-    """Return HeyGen's message about an input by URL that is over the limit."""
+    """Return HeyGen's message about an input by URL that is too large."""
     return f"Maximum size for URL inputs of type '{mime_type}' is 32 MB"
 
 
 def credential_of(headers: Mapping[str, str]) -> Literal["api_key", "oauth", "both"] | None:
-    """Return which credential a request carries."""
+    """Return the kind of credential of a request."""
     has_key, has_token = "X-Api-Key" in headers, "Authorization" in headers
     if has_key and has_token:
         return "both"
@@ -68,7 +68,7 @@ def is_web_address(url: str, *schemes: str) -> bool:
 
 
 class Body(BaseModel):
-    """A JSON body without conversions between JSON types. Unknown fields are kept for ``check_known``."""
+    """A JSON body, without conversions between JSON types. ``check_known`` rejects unknown fields."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -92,12 +92,12 @@ class MediaInput(Body):
     def _exactly_the_named_one(self) -> Self:
         other = "asset_id" if self.type == "url" else "url"
         if getattr(self, self.type) is None or getattr(self, other) is not None:
-            raise ValueError(f"type {self.type} takes `{self.type}` and nothing else")
+            raise ValueError(f"type {self.type} needs `{self.type}` and nothing else")
         return self
 
 
 class CreateJob(Body):
-    """The 16 fields of Create Overdub, of which Create Lipsync has the same."""
+    """The 16 fields of "Create Overdub", which are also those of Create Lipsync."""
 
     video: MediaInput
     audio: MediaInput
@@ -119,7 +119,7 @@ class CreateJob(Body):
     @field_validator("callback_url")
     @classmethod
     def _is_web_address(cls, url: str | None) -> str | None:
-        # HeyGen probably wants https; plain http is accepted so that a test can listen on loopback.
+        # HeyGen probably requires https; plain http is accepted for tests that listen on loopback.
         if url is not None and not is_web_address(url, "http", "https"):
             raise ValueError("must be an http(s) URL")
         return url
@@ -150,7 +150,7 @@ class CreateDirectUpload(Body):
     @field_validator("size_bytes", mode="before")
     @classmethod
     def _whole(cls, size: Any) -> Any:
-        # JSON has one kind of number: 5.0 is an integer there.
+        # In JSON Schema, 5.0 is an integer.
         return int(size) if isinstance(size, float) and size.is_integer() else size
 
     @field_validator("content_type")
@@ -162,7 +162,7 @@ class CreateDirectUpload(Body):
 
 
 class CompleteUpload(Body):
-    """Step 3 of 3."""
+    """Step 3 of 3 of a direct upload."""
 
     checksum_sha256: str | None = None
 
@@ -185,7 +185,7 @@ SUFFIXES = dict(
 
 
 def detect_type(first_bytes: bytes) -> str:
-    """Return the MIME type of a file by its first bytes, or raise the 400 for a type HeyGen rejects."""
+    """Return the MIME type of a file by its first bytes, or raise the 400 for any other type."""
     for mime_type, signature in _SIGNATURES.items():
         if signature.match(first_bytes):
             return mime_type

@@ -1,6 +1,6 @@
-"""Video and audio by ffmpeg: test material, the muxing that stands in for HeyGen's lip-sync, and measuring.
+"""Video and audio by ffmpeg: test clips, muxing instead of HeyGen's lip-sync, and probing.
 
-``imageio-ffmpeg`` brings ffmpeg but no ffprobe, so files are probed by reading what ``ffmpeg -i`` prints.
+``imageio-ffmpeg`` brings ffmpeg but no ffprobe, so files are probed by the output of ``ffmpeg -i``.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     StrPath = str | PathLike[str]
 
-# What an mp4 may hold as it is; anything else is encoded again.
+# Codecs that an mp4 may contain; any other is encoded again.
 _PICTURES_OF_MP4 = {"h264", "hevc", "av1", "vp9", "mpeg4"}
 _SOUNDS_OF_MP4 = {"mp3", "aac", "opus", "flac", "alac"}
-# FLAC keeps PCM of these widths bit for bit, and browsers play it in an mp4.
+# FLAC stores PCM of these widths without loss, and browsers play it in an mp4.
 _SOUNDS_OF_FLAC = {"pcm_u8", "pcm_s16le", "pcm_s24le"}
 
 _X264 = ("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p")
@@ -26,12 +26,12 @@ _TIMEOUT = 600
 
 
 class MediaError(Exception):
-    """A file that ffmpeg cannot read or make; the text is fit for a job's ``failure_message``."""
+    """A file that ffmpeg cannot read or write; the text becomes a job's ``failure_message``."""
 
 
 @dataclass(frozen=True)
 class Media:
-    """What a file holds: seconds (to 0.01), codecs by ffmpeg's names, pixels; None without such a stream."""
+    """Duration in seconds (to 0.01), ffmpeg's names of the codecs, and pixels; None without such a stream."""
 
     duration: float
     video_codec: str | None = None
@@ -41,7 +41,7 @@ class Media:
 
 
 def ffmpeg_exe() -> str | None:
-    """The path of ffmpeg, or None without ``imageio-ffmpeg`` or without a binary for this platform."""
+    """Return the path of ffmpeg, or None without ``imageio-ffmpeg`` or a binary for this platform."""
     try:
         import imageio_ffmpeg
 
@@ -51,8 +51,12 @@ def ffmpeg_exe() -> str | None:
 
 
 def probe(path: StrPath) -> Media:
-    """Read duration and streams of a file. Raises ``MediaError`` when it is not audio or video."""
-    # ffmpeg without an output file always exits with 1; what it prints about the input is all we want.
+    """
+    Read duration and streams of a file.
+
+    :raises MediaError: if it is neither audio nor video.
+    """
+    # Without an output file, ffmpeg exits with 1 after it has printed the streams of the input.
     report = _ffmpeg("-i", path, check=False).stderr.decode(errors="replace")
     length = re.search(r"Duration: (\d+):(\d\d):(\d\d\.\d+)", report)
     if length is None:
@@ -76,7 +80,7 @@ def make_video(
     _ffmpeg(
         *("-f", "lavfi", "-i", f"testsrc2=size={width}x{height}:rate=25"),
         *("-f", "lavfi", "-i", f"sine=frequency={hz}"),
-        # Without B-frames, whose place in the file differs from that in time, a copied cut is exact.
+        # B-frames are stored out of order, so only without them is a copied cut exact.
         *("-t", f"{seconds}", "-pix_fmt", "yuv420p", "-bf", "0", path),
     )
 
@@ -95,12 +99,17 @@ def mux(
     end_time: float | None = None,
     dynamic_duration: bool = True,
 ) -> Media:
-    """Put new audio onto a video: HeyGen's job, short of the lips.
+    """
+    Replace the audio of a video: an overdub without lip-sync.
 
-    The picture is copied, and so is mp3 or AAC audio; PCM becomes FLAC. Either way the decoded audio of
-    ``out`` equals that of ``audio``. With ``dynamic_duration`` the output is as long as the audio, the
-    picture looping if need be; without, as long as the video. With ``start_time`` or ``end_time`` (seconds)
-    only that part of the video gets the new audio, the rest keeps its own, and the length is the video's.
+    The picture is copied, and so is mp3 or AAC audio; PCM becomes FLAC. In each case, the decoded audio of
+    ``out`` equals that of ``audio``.
+
+    :param start_time: start of the part of the video that gets the new audio, in seconds. The rest keeps its
+        own audio, and the output is as long as the video.
+    :param end_time: end of that part, in seconds.
+    :param dynamic_duration: make the output as long as the audio, with the picture in a loop if necessary;
+        otherwise, it is as long as the video.
     """
     picture, sound = probe(video), probe(audio)
     if picture.video_codec is None:
@@ -124,8 +133,8 @@ def mux(
         codec = "copy" if sound.audio_codec in _SOUNDS_OF_MP4 else codec
         sound_as = ("-map", "0:v:0", "-map", "1:a:0", "-c:a", codec)
         if dynamic_duration:
-            # The limit is on the picture alone: lengths are known to 0.01 s only, and copied audio would lose
-            # its last packet to it. (-shortest overshoots by seconds now and then.)
+            # Only the picture is cut: lengths are known to 0.01 s, so copied audio could lose a packet.
+            # (-shortest sometimes exceeds the length by seconds.)
             source, length = ("-stream_loop", "-1", "-t", f"{sound.duration}"), ()
     _ffmpeg(
         *source, "-i", video, "-i", audio, *sound_as, *picture_as, *length, "-movflags", "+faststart", out
@@ -134,12 +143,12 @@ def mux(
 
 
 def decode_audio(path: StrPath) -> bytes:
-    """The sound of a file as mono signed 16-bit little-endian samples at 16 kHz, for comparing two files."""
+    """Return the audio as mono signed 16-bit little-endian samples at 16 kHz, to compare files."""
     return _ffmpeg("-i", path, "-vn", "-ac", "1", "-ar", "16000", "-f", "s16le", "-").stdout
 
 
 def decode_frames(path: StrPath) -> list[str]:
-    """A digest of each decoded picture of a file, for comparing two files."""
+    """Return a digest of each decoded picture, to compare files."""
     report = _ffmpeg("-i", path, "-map", "0:v:0", "-f", "framemd5", "-").stdout.decode()
     return [line.rpartition(",")[2].strip() for line in report.splitlines() if not line.startswith("#")]
 

@@ -1,4 +1,4 @@
-"""What the emulated HeyGen knows: settings, assets, jobs and their timelines, faults, requests received."""
+"""The state of the emulated HeyGen: settings, assets, jobs and their timelines, faults, a request log."""
 
 import asyncio
 import hashlib
@@ -46,7 +46,7 @@ LOG_LENGTH = 10_000
 
 class Behaviour(BaseModel):
     """
-    How this HeyGen behaves; may be changed while it runs. Defaults: the likeliest reality, only faster.
+    How the emulator behaves; may be changed while it runs. By default as HeyGen probably does, but faster.
 
     All times are seconds. A job keeps the timeline, outcome and failure text it was created with.
     """
@@ -64,7 +64,7 @@ class Behaviour(BaseModel):
     failure_message: str | None = "No speaker detected in the video"
     """of jobs made to fail"""
     fetch_urls: bool = False
-    """download url inputs; else a short test clip takes their place"""
+    """download url inputs; otherwise, a short test clip is used"""
     link_seconds: float = 7 * 86400
     """life of presigned URLs"""
     upload_seconds: float = 3600
@@ -102,7 +102,7 @@ class Behaviour(BaseModel):
     idempotency: bool = True
     """honour Idempotency-Key"""
     unknown_status: str | None = None
-    """a status word to use instead of running"""
+    """a status to use instead of running"""
     null_video_url: NonNegativeInt = 0
     """first responses per completed job that lack video_url"""
     extra_members: bool = False
@@ -131,10 +131,10 @@ class Behaviour(BaseModel):
 
 class Fault(BaseModel):
     """
-    Something that goes wrong with the next ``count`` requests that match.
+    A fault of the next ``count`` requests that match.
 
-    With ``status``, ``body`` or ``html`` the request has no effect and gets that response. Otherwise it takes
-    effect, and the response is delayed, cut or lost.
+    With ``status``, ``body`` or ``html``, the request has no effect and gets that response. Otherwise, it has
+    its effect, and the response is delayed, cut or lost.
     """
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -167,13 +167,13 @@ class Fault(BaseModel):
     """close it after so many bytes of the body"""
 
     def matches(self, method: str, path: str) -> bool:
-        """Check whether it hits this request."""
+        """Check whether the fault applies to a request."""
         return self.method in (None, method) and self.path.match(path) is not None
 
 
 @dataclass
 class RequestRecord:
-    """One request as it was received, and the status it got; None when it got no response."""
+    """A request as it was received, and the status of its response; None without a response."""
 
     method: str
     path: str
@@ -188,7 +188,7 @@ class RequestRecord:
 
 @dataclass
 class Asset:
-    """A file given to HeyGen, or still to be uploaded by PUT; ``path`` is None until its bytes are there."""
+    """A file that was uploaded, or that is to be uploaded by PUT; ``path`` is None until then."""
 
     id: str
     name: str
@@ -235,18 +235,18 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        """Whether it is completed or failed."""
+        """Whether the job is completed or failed."""
         return self.status in ("completed", "failed")
 
     @property
     def ends_at(self) -> float | None:
-        """Time of its end, None while that is open."""
+        """Time at which the job ends; None while it is being rendered."""
         if self.rendered_at is None:
             return None
         return max(self.rendered_at, self.created_at + self.pending_seconds + self.running_seconds)
 
     def status_at(self, at: float) -> Status:
-        """Return its status at some time, past or present."""
+        """Return the status of the job at a time in the past or now."""
         if self.forced is not None and at >= self.forced_at:
             return self.forced
         if self.ends_at is not None and at >= self.ends_at:
@@ -254,19 +254,19 @@ class Job:
         return "pending" if at < self.created_at + self.pending_seconds else "running"
 
     def force(self, status: Status, failure_message: str | None = None) -> None:
-        """Give it a status that stays until the next one is forced."""
+        """Set a status that stays until another is forced."""
         self.forced, self.forced_at = status, time.time()
         if status == "failed":
             self.failure_message = failure_message
         self.forcing.set()
 
     def fail(self, message: str | None) -> None:
-        """Let it end as failed."""
+        """Make the job end as failed."""
         self.outcome, self.failure_message = "failed", message
 
 
 class State:
-    """Everything in memory, and the one place that issues ids, URLs and cursors."""
+    """All state in memory; also issues URLs and cursors."""
 
     def __init__(self, behaviour: Behaviour, credentials: Mapping[str, str] | None = None) -> None:
         self.behaviour = behaviour
@@ -279,7 +279,7 @@ class State:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything, and behave as in the beginning again."""
+        """Remove all state, and restore the initial behaviour."""
         for job in self.created:
             if job.work is not None:
                 job.work.cancel()
@@ -287,7 +287,7 @@ class State:
         self.created = []
         self.assets: dict[str, Asset] = {}
         self.faults: list[Fault] = []
-        # (credential, path, key) -> when, and the response, or None while the first request is running.
+        # (credential, path, key) -> time and response; None while the first request is running.
         self.idempotency: dict[tuple[str, str, str], tuple[float, bytes | None]] = {}
         self.requests: deque[RequestRecord] = deque(maxlen=LOG_LENGTH)
         self.requests_by_route: Counter[str] = Counter()
@@ -303,7 +303,7 @@ class State:
     def create_job(
         self, resource: str, request: CreateJob, base_url: str, idempotency_key: str | None
     ) -> Job:
-        """Accept a job; 4xx for a source that HeyGen rejects, 429 above the ceiling."""
+        """Create a job, or raise the 4xx for a source that HeyGen rejects or 429 above the limit."""
         for kind in ("video", "audio"):
             source: MediaInput = getattr(request, kind)
             if source.asset_id is not None:
@@ -347,14 +347,14 @@ class State:
         return self.jobs[job_id]
 
     def delete_job(self, job: Job) -> None:
-        """Remove it with its files; its work is dropped and no callback is sent."""
+        """Remove a job with its files; its work is cancelled and no callback is sent."""
         del self.jobs[job.id]
         job.deleted = True
         if job.work is not None:
             job.work.cancel()
 
     def page(self, limit: int, token: str | None) -> tuple[list[Job], str | None]:
-        """Return one page and the cursor of the next: a place in the order, so that inserts shift nothing."""
+        """Return one page and the cursor of the next one, which stays valid when jobs are added."""
         order = self.behaviour.list_order
 
         def place(job: Job) -> str:
@@ -379,50 +379,49 @@ class State:
         return self.assets[asset_id]
 
     def file(self, name: str) -> Path | None:
-        """Return the file behind a presigned URL, while what it belongs to exists."""
+        """Return the file of a job or an asset by its name, or None if either is missing."""
         owner = name.partition(".")[0]
         if owner in self.jobs:
             return self.jobs[owner].output
         return self.assets[owner].path if owner in self.assets else None
 
-    def linked_file(self, url: str) -> Path | None:
-        """Return the file behind a whole presigned URL, or None if that does not work."""
-        link = urlsplit(url)
-        query = dict(parse_qsl(link.query))
-        if not self.link_works("GET", link.path, query.get("Expires", ""), query.get("Signature", "")):
+    def file_at(self, url: str) -> Path | None:
+        """Return the file behind a presigned URL, or None if the URL is invalid or has expired."""
+        parts = urlsplit(url)
+        query = dict(parse_qsl(parts.query))
+        if not self.is_signed("GET", parts.path, query.get("Expires", ""), query.get("Signature", "")):
             return None
-        return self.file(link.path.removeprefix("/files/"))
+        return self.file(parts.path.removeprefix("/files/"))
 
     def _check_url(self, kind: str, url: str, base_url: str) -> None:
-        # The emulator's own URLs are the one exception from https, and the only ones whose size it knows.
+        # Only the emulator's own URLs need not be https, and only for them the size is known.
         if url.startswith(f"{base_url}/"):
-            path = self.linked_file(url)
+            path = self.file_at(url)
             if path is not None and path.stat().st_size > MAX_INPUT_BYTES:
                 raise invalid(too_large(mime_type_of(urlsplit(url).path)), kind)
         elif not is_web_address(url, "https"):
-            raise invalid(f"{kind}: url must be a public https link", kind)
+            raise invalid(f"{kind}: url must be a public https URL", kind)
 
     # Faults and the log
 
     def next_fault(self, method: str, path: str) -> Fault | None:
-        """Return the first fault that hits this request, and use it up by one."""
-        for fault in self.faults:
-            if fault.matches(method, path):
-                fault.count -= 1
-                if not fault.count:
-                    self.faults.remove(fault)
-                return fault
-        return None
+        """Return the first fault that applies to a request, and decrease its count."""
+        fault = next((fault for fault in self.faults if fault.matches(method, path)), None)
+        if fault is not None:
+            fault.count -= 1
+            if not fault.count:
+                self.faults.remove(fault)
+        return fault
 
     # Signatures
 
     def presign(self, method: str, url: str, path: str, seconds: float) -> str:
-        """Return a URL of ``path`` that works for so many seconds."""
+        """Return a URL of ``path`` that is valid for so many seconds."""
         expires = f"{time.time() + seconds:.6f}"
         return f"{url}{path}?Expires={expires}&Signature={self._sign(method, path, expires)}"
 
-    def link_works(self, method: str, path: str, expires: str, signature: str) -> bool:
-        """Check that the signature is right and the time not over."""
+    def is_signed(self, method: str, path: str, expires: str, signature: str) -> bool:
+        """Check that the signature is right and has not expired."""
         good = hmac.compare_digest(signature.encode(), self._sign(method, path, expires).encode())
         return good and time.time() < float(expires)
 
@@ -439,5 +438,5 @@ StateHere = Annotated[State, Depends(get_state)]
 
 
 def new_id(prefix: str) -> str:
-    """Return an id that is unguessable, and safe in a URL and as a file name."""
+    """Return a random id that is safe in a URL and as a file name."""
     return f"{prefix}_{secrets.token_hex(8)}"

@@ -23,10 +23,10 @@ class StorageError(Exception):
 
 async def _check_url(request: Request, state: StateHere) -> None:
     query = request.query_params
-    # HEAD goes with GET, as at CloudFront.
+    # A URL that is signed for GET also works for HEAD, as at CloudFront.
     method = "PUT" if request.method == "PUT" else "GET"
     expires, signature = query.get("Expires", ""), query.get("Signature", "")
-    if not state.link_works(method, request.scope["path"], expires, signature):
+    if not state.is_signed(method, request.scope["path"], expires, signature):
         raise StorageError(403, "AccessDenied", "Request has expired, or its signature is wrong.")
 
 
@@ -35,7 +35,7 @@ router = APIRouter(dependencies=[Depends(_check_url)])
 
 @router.api_route("/files/{name}", methods=["GET", "HEAD"])
 async def get_file(name: str, request: Request, state: StateHere) -> Response:
-    """Send a file, whole or by Range."""
+    """Send a file, or the part that Range names."""
     if credential_of(request.headers) is not None:
         raise StorageError(400, "InvalidArgument", "Only one auth mechanism allowed: omit the credential.")
     job = state.jobs.get(name.removesuffix(".srt"))
@@ -71,7 +71,7 @@ async def put_upload(asset_id: str, request: Request, state: StateHere) -> Respo
             digest.update(chunk)
             file.write(chunk)
     if asset.checksum_sha256 not in (None, digest.hexdigest()):
-        raise StorageError(400, "BadDigest", "The checksum did not match what we received.")
+        raise StorageError(400, "BadDigest", "The checksum does not match the content.")
     asset.path, asset.sha256 = path, digest.hexdigest()
     return Response(headers={"ETag": f'"{digest.hexdigest()[:32]}"'})
 

@@ -1,4 +1,4 @@
-"""What happens to a job once it is accepted: fetch the inputs, render, wait for its time, call back."""
+"""The work on a job: download the inputs, render, wait until it is due to end, send the callback."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from tenacity import before_sleep_log, retry, stop_after_attempt, wait_exponential
+from tenacity import RetryCallState, retry, stop_after_attempt, wait_exponential
 
 from airflow_provider_heygen.emulator import media
 from airflow_provider_heygen.emulator.contract import MAX_INPUT_BYTES, too_large
@@ -31,23 +32,23 @@ SAMPLE_AUDIO_SECONDS = 2.5
 
 
 class Worker:
-    """Runs the jobs. ffmpeg and downloads run in threads, so the event loop stays free to answer."""
+    """Runs the jobs, with ffmpeg and downloads in threads, so that they do not block the event loop."""
 
     def __init__(self, state: State) -> None:
         self._state = state
         self._pool = ThreadPoolExecutor(os.cpu_count() or 2, thread_name_prefix="heygen-emulator")
-        # Equal inputs give equal outputs, so a thousand jobs on one pair of files cost one run of ffmpeg.
+        # Cached by input: a thousand jobs on the same pair of files need one run of ffmpeg.
         self._made: dict[Hashable, Future[tuple[Path, float | None]]] = {}
         self._has_ffmpeg = media.ffmpeg_exe() is not None
         if not self._has_ffmpeg:
-            log.warning("No ffmpeg (imageio-ffmpeg): every result is its source video, untouched")
+            log.warning("No ffmpeg (imageio-ffmpeg): every result is the unchanged source video")
 
     def start(self, job: Job) -> None:
-        """Begin its work in the background."""
+        """Start the work on a job in the background."""
         job.work = asyncio.create_task(self._run(job))
 
     def close(self) -> None:
-        """Wait for the ffmpeg that is running, and start no other."""
+        """Wait for the ffmpeg processes that are running, and start no others."""
         self._pool.shutdown(cancel_futures=True)
 
     async def _run(self, job: Job) -> None:
@@ -55,12 +56,12 @@ class Worker:
             job.output, job.duration = await self._render(job)
         except MediaError as error:
             job.fail(str(error))
-        except Exception as error:  # such as an ffmpeg that cannot be started: no job may run for ever
+        except Exception as error:  # such as an ffmpeg that cannot be started: the job must end
             log.exception("Could not render job %s", job.id)
             job.fail(f"The emulator could not render it: {error}")
         job.rendered_at = time.time()
         while not job.ended:
-            # A forced status wakes us at once, and one that is not final has no end of its own.
+            # A forced status interrupts the wait, and a forced job ends only when it is forced again.
             ends_at = None if job.forced else job.ends_at
             job.forcing.clear()
             try:
@@ -75,17 +76,18 @@ class Worker:
 
     def _event(self, job: Job) -> dict[str, Any]:
         # Modelled on the documented avatar_video events; only the echo of callback_id is promised.
-        word = job.resource.removesuffix("s")
+        name = job.resource.removesuffix("s")
         data: dict[str, Any] = {
-            f"{word}_id": job.id,
+            f"{name}_id": job.id,
             "callback_id": job.request.callback_id,
             "folder_id": job.request.folder_id,
         }
         if job.status == "failed":
-            return {"event_type": f"{word}.fail", "event_data": data | {"msg": job.failure_message}}
-        path = f"/files/{job.id}.mp4"
-        url = self._state.presign("GET", job.base_url, path, self._state.behaviour.link_seconds)
-        return {"event_type": f"{word}.success", "event_data": data | {"url": url}}
+            return {"event_type": f"{name}.fail", "event_data": data | {"msg": job.failure_message}}
+        url = self._state.presign(
+            "GET", job.base_url, f"/files/{job.id}.mp4", self._state.behaviour.link_seconds
+        )
+        return {"event_type": f"{name}.success", "event_data": data | {"url": url}}
 
     async def _render(self, job: Job) -> tuple[Path, float | None]:
         request = job.request
@@ -104,7 +106,11 @@ class Worker:
         return await self._once((video, audio, start, end, dynamic), mux)
 
     async def _source(self, source: MediaInput, kind: str, base_url: str) -> Path:
-        """Return the file of an input. Raises ``MediaError`` with HeyGen's text when it cannot be had."""
+        """
+        Return the file of an input.
+
+        :raises MediaError: if it is missing or cannot be downloaded, with HeyGen's text.
+        """
         url = source.url
         if url is None:
             asset = self._state.assets.get(source.asset_id or "")
@@ -115,7 +121,7 @@ class Worker:
             f"Failed to download {kind} from url, please check the url is valid or the {kind} is public"
         )
         if url.startswith(f"{base_url}/"):
-            if (own := self._state.linked_file(url)) is None:
+            if (own := self._state.file_at(url)) is None:
                 raise unavailable
             return own
         if not self._state.behaviour.fetch_urls:
@@ -146,12 +152,12 @@ class Worker:
     ) -> tuple[Path, float | None]:
         if key not in self._made:
             self._made[key] = self._pool.submit(make)
-        # Shielded, because others may be waiting for it when one job is deleted.
+        # Shielded: the deletion of one job must not cancel what other jobs wait for.
         return await asyncio.shield(asyncio.wrap_future(self._made[key]))
 
 
 def _download(url: str, target: Path) -> None:
-    import requests  # here, for whoever parses a file that starts an emulator
+    import requests  # imported here for fast parsing of files that start an emulator
 
     response = requests.get(url, timeout=30)
     response.raise_for_status()
@@ -160,10 +166,17 @@ def _download(url: str, target: Path) -> None:
     target.write_bytes(response.content)
 
 
+def _log_failure(state: RetryCallState) -> None:
+    # Without the text of the error, which would quote the URL with its query.
+    error = state.outcome and state.outcome.exception()
+    host, delay = urlsplit(state.args[0]).hostname, state.upcoming_sleep
+    log.warning("A callback to %s failed (%s). Sending it again in %.1f s", host, type(error).__name__, delay)
+
+
 @retry(
     stop=stop_after_attempt(3),
     wait=wait_exponential(0.2),
-    before_sleep=before_sleep_log(log, logging.WARNING),
+    before_sleep=_log_failure,
     retry_error_callback=lambda _: False,
 )
 def _call_back(url: str, event: dict[str, Any]) -> bool:

@@ -76,7 +76,9 @@ class HeyGenOverdubSensor(BaseSensorOperator):
             waiting_text,
         )
 
-        since = self._started_at(context)
+        # The wait may have begun in another process.
+        first = context["ti"].get_first_reschedule_date(context) if self.reschedule else None
+        since = first.timestamp() if first else time.time()
         deadline = execution_deadline(self.execution_timeout, context)
         # In Airflow's sensors, a timeout of 0 means one poll, and it counts from the first reschedule.
         deadline = min(deadline or math.inf, since + (self.timeout or 1e-3))
@@ -117,11 +119,6 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         checked = check_event(event, self.overdub_id)
         with HeyGenHook(self.heygen_conn_id, longest_pause=0.0) as hook:
             return self._done(resolve_wait(checked, WaitMetrics(context["ti"], since), hook))
-
-    def _started_at(self, context: Context) -> float:
-        """Return the Unix seconds when the wait began: at the first reschedule, or now."""
-        first = context["ti"].get_first_reschedule_date(context) if self.reschedule else None
-        return first.timestamp() if first else time.time()
 
     def _done(self, details: dict[str, Any]) -> dict[str, Any]:
         from airflow_provider_heygen.waiting import completion_summary

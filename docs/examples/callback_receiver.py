@@ -50,12 +50,12 @@ def make_app(ended: Callable[[Overdub], Any], heygen_conn_id: str = "heygen_defa
     :param ended: function to call with each overdub that is final at HeyGen, perhaps more than once.
     """
 
-    def look(overdub_id: str) -> None:
+    def check(overdub_id: str) -> None:
         try:
             with HeyGenHook(heygen_conn_id) as hook:
                 overdub = hook.get_overdub(overdub_id)
         except HeyGenError as error:
-            log.warning("A callback led nowhere: %s", error)
+            log.warning("Could not check the overdub of a callback: %s", error)
             return
         if overdub.is_final:
             ended(overdub)
@@ -68,7 +68,7 @@ def make_app(ended: Callable[[Overdub], Any], heygen_conn_id: str = "heygen_defa
                 return Response(status_code=413)
         overdub_id = hinted_id(body)
         # HeyGen expects a response within seconds. It is the same for every sender.
-        return Response(status_code=202, background=BackgroundTask(look, overdub_id) if overdub_id else None)
+        return Response(status_code=202, background=BackgroundTask(check, overdub_id) if overdub_id else None)
 
     return Starlette(routes=[Route("/heygen", receive, methods=["POST"])])
 
