@@ -81,7 +81,7 @@ def find(dag_id: str, run_id: str, task_id: str, map_index: int) -> Dub:
         if connection.conn_type != HeyGenHook.conn_type:
             raise HTTPException(404, f"Airflow connection '{conn_id}' is not of type heygen.")
         hook = HeyGenHook(conn_id, max_attempts=2, longest_pause=2.0)
-        hook._resolved = HeyGenConnection.from_airflow(connection, HeyGenConnection.extra_of(connection))
+        hook._resolved = HeyGenConnection.from_airflow(connection)
     except AirflowNotFoundException:
         raise HTTPException(502, f"The API server has no Airflow connection '{conn_id}'.") from None
     except HeyGenError as error:

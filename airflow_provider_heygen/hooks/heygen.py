@@ -7,6 +7,7 @@ import time
 import uuid
 from contextlib import AsyncExitStack, contextmanager, suppress
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import tenacity
@@ -173,25 +174,21 @@ class HeyGenHook(BaseHook):
 
     def _pages(self, page_size: int = api.MAX_PAGE_SIZE) -> Iterator[api.OverdubPage]:
         token: str | None = None
-        tokens = set()
-        while True:
+        tokens: set[str | None] = set()
+        while token not in tokens:  # None after the last page; a repeated token would never end
+            tokens.add(token)
             page = self.list_overdubs(page_size, token)
             yield page
             token = page.next_token
-            if token is None or token in tokens:
-                return
-            tokens.add(token)
 
     def is_listed(self, overdub_id: str) -> bool | None:
         """Return whether the list has an overdub; ``None`` if that cannot be determined."""
         try:
-            for number, page in enumerate(self._pages(), start=1):
+            for page in islice(self._pages(), MAX_LISTED_PAGES):
                 if any(overdub.overdub_id == overdub_id for overdub in page.data):
                     return True
                 if page.next_token is None:
                     return False
-                if number == MAX_LISTED_PAGES:
-                    break
         except HeyGenError as error:
             self.log.warning("%s", error)
         return None
@@ -486,8 +483,7 @@ class HeyGenHook(BaseHook):
     def settings(self) -> HeyGenConnection:
         """The connection's settings, read once per hook."""
         if self._resolved is None:
-            connection = self.get_connection(self.heygen_conn_id)
-            self._resolved = HeyGenConnection.from_airflow(connection, HeyGenConnection.extra_of(connection))
+            self._resolved = HeyGenConnection.from_airflow(self.get_connection(self.heygen_conn_id))
         return self._resolved
 
     async def asettings(self) -> HeyGenConnection:
@@ -499,8 +495,9 @@ class HeyGenHook(BaseHook):
     async def _resolve_connection(self) -> HeyGenConnection:
         from airflow.providers.common.compat.connection import get_async_connection
 
-        connection = await get_async_connection(self.heygen_conn_id, hook=self)
-        return HeyGenConnection.from_airflow(connection, await HeyGenConnection.aextra_of(connection))
+        return await HeyGenConnection.afrom_airflow(
+            await get_async_connection(self.heygen_conn_id, hook=self)
+        )
 
     @property
     def known_resource(self) -> str | None:
@@ -575,12 +572,9 @@ class HeyGenHook(BaseHook):
 
     def _log_retry(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
+        delay, attempt = state.upcoming_sleep, state.attempt_number + 1
         self.log.warning(
-            "%s Trying again in %.0f s (attempt %d of %d).",
-            error,
-            state.upcoming_sleep,
-            state.attempt_number + 1,
-            self.max_attempts,
+            "%s Trying again in %.0f s (attempt %d of %d).", error, delay, attempt, self.max_attempts
         )
 
     def _call(self, call: api.Call[T]) -> T:
