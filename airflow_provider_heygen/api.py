@@ -522,11 +522,10 @@ class Call(Generic[T]):
             decoded = json.loads(body)
         except (ValueError, RecursionError):
             decoded = None
-        if not 200 <= status < 300:
-            raise _error(self, status, headers, decoded, connection)
-        if _envelope(decoded) and not decoded.get("data"):
+        if 200 <= status < 300 and _envelope(decoded) and not decoded.get("data"):
             # HeyGen's older endpoints report errors with status 200. The code implies the real status.
-            status = _STATUS_BY_CODE.get(decoded["error"].get("code"), 400)
+            status = _STATUS_BY_CODE.get(str(decoded["error"].get("code")), 400)
+        if not 200 <= status < 300:
             raise _error(self, status, headers, decoded, connection)
         if decoded is None and (self.requires_body or body):
             raise HeyGenGatewayError(
@@ -557,33 +556,23 @@ def _envelope(decoded: Any) -> Mapping[str, Any]:
     return envelope if any(isinstance(text, str) and text for text in texts) else {}
 
 
-_REDIRECT = (
-    "Redirects are not followed, because they could disclose the credential:"
-    " put the final base URL into the host of Airflow connection '{conn_id}'"
-)
-
-_NO_RESOURCE = (
-    "The host has no resource of that name. Remove the extra 'resource' ('{resource}') of Airflow connection"
-    " '{conn_id}', so that the provider detects the name, or check the host"
-)
-
-_NEXT_STEP = {
-    400: "Correct the request",
+_NEXT_STEP: dict[int | str | None, str] = {
     401: "Check the password of Airflow connection '{conn_id}' and its extra 'auth_type' ('{auth_type}')",
     402: "Top up: API keys draw on the API wallet, OAuth tokens on the web plan",
     403: "The credential of Airflow connection '{conn_id}' is valid but may not do this",
     404: "It was deleted, never existed or belongs to another account than Airflow connection '{conn_id}'",
     409: "It is in a state that does not allow this",
     413: "HeyGen accepts files up to 32 MB here",
-    422: "Correct the request",
     429: "The account's quota is used up; waiting a little does not help",
-}
-
-_NEXT_STEP_BY_CODE = {
     "download_failed": "HeyGen could not fetch an input: its URL must be public https straight to the file,"
     " and the file at most 32 MB. With upload_links=True, the worker downloads the file and uploads it",
     "asset_not_found": "Upload the file with the same credential and pass the new asset_id",
     "insufficient_api_key_scope": "Add the scope '{scope}' to the API key of Airflow connection '{conn_id}'",
+    "redirect": "Redirects are not followed, because they could disclose the credential:"
+    " put the final base URL into the host of Airflow connection '{conn_id}'",
+    "no_resource": "The host has no resource of that name. Remove the extra 'resource' ('{resource}') of"
+    " Airflow connection '{conn_id}', so that the provider detects the name, or check the host",
+    "no_direct_uploads": "This API has no direct uploads: make the file smaller than 32 MB",
 }
 
 # The status of each code, for an error that comes with status 200 (contract, x-error-catalog).
@@ -665,13 +654,13 @@ def _next_step(
     """Return what to do about an error, without a full stop."""
     code = facts["code"]
     if 300 <= status < 400:
-        step = _REDIRECT
+        step = _NEXT_STEP["redirect"]
     elif status == 404 and code != "asset_not_found" and call.is_collection and connection.resource:
-        step = _NO_RESOURCE
+        step = _NEXT_STEP["no_resource"]
     elif status == 404 and call.path == _DIRECT_UPLOADS:
-        step = "This API has no direct uploads: make the file smaller than 32 MB"
+        step = _NEXT_STEP["no_direct_uploads"]
     else:
-        step = _NEXT_STEP_BY_CODE.get(code or "", _NEXT_STEP.get(status, "Correct the request"))
+        step = _NEXT_STEP.get(code) or _NEXT_STEP.get(status) or "Correct the request"
         if status == 404 and connection.resource and call.scope.startswith("lipsync"):
             step += "; or the connection's extra 'resource' ('{resource}') is the wrong name"
     step = step.format(
