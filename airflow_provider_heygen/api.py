@@ -509,7 +509,7 @@ class Call(Generic[T]):
         kind = {"assets": "assets", "api_keys": "account"}.get(self.path.split("/")[2], "lipsync")
         return f"{kind}:{'write' if self.writes else 'read'}"
 
-    def answer(self, status: int, headers: Mapping[str, str], body: bytes, connection: HeyGenConnection) -> T:
+    def parse(self, status: int, headers: Mapping[str, str], body: bytes, connection: HeyGenConnection) -> T:
         """
         Turn an HTTP response into the result.
 

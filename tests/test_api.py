@@ -265,7 +265,7 @@ CALLS = {
 
 def answer(call, body, status=200, headers=None):
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return CALLS[call].answer(status, CaseInsensitiveDict(headers or {}), body, CONNECTION)
+    return CALLS[call].parse(status, CaseInsensitiveDict(headers or {}), body, CONNECTION)
 
 
 @pytest.mark.parametrize("member", ["overdub_id", "lipsync_id", "id"])
@@ -660,7 +660,7 @@ def test_missing_route_names_the_setting(heygen, resource):
 def test_scopes(call, scope):
     body = json.dumps({"error": {"code": "insufficient_api_key_scope", "message": "M"}}).encode()
     with pytest.raises(PERMANENT, match=f"Add the scope '{scope}' to the API key of Airflow connection"):
-        call.answer(403, {}, body, CONNECTION)
+        call.parse(403, {}, body, CONNECTION)
 
 
 def test_another_missing_route_does_not_blame_the_resource():
