@@ -63,6 +63,8 @@ _ID_NAMES = ("overdub_id", "lipsync_id", "id")
 def redact_urls(text: str) -> str:
     """Remove user and query from each URL in a text: a presigned URL is a secret, and HeyGen quotes URLs."""
     text = re.sub(r"(?i)(https?://)[^\s/@\"'<>]*@", r"\1", text)
+    # In a storage URI, a user without a password is an Airflow connection id.
+    text = re.sub(r"(?<=://)[^\s/@:\"'<>]*:[^\s/@\"'<>]*@", "", text)
     # The query is optional, because a second attempt to match inside of a URL would take quadratic time.
     text = re.sub(
         r"(?i)(https?://[^\s\"'<>?]*)(\?[^\s\"<>]+)?",  # an apostrophe may be part of a query

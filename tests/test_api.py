@@ -760,6 +760,7 @@ def test_redirects_are_not_followed(heygen, listen, status):
         ('{"url":"https://h/v.mp4?a=b&c=d"}', '{"url":"https://h/v.mp4?***"}'),
         ("HTTPS://h/v?a=b?c=d now", "HTTPS://h/v?*** now"),
         ("https://user:pw@h/v", "https://h/v"),
+        ("s3://user:pw@bucket/v and s3://conn_id@bucket/v", "s3://bucket/v and s3://conn_id@bucket/v"),
         ("https://h/v?token", "https://h/v?***"),
         ("https://h/v?token?a=b", "https://h/v?***"),
         ("Is it so? Yes = no", "Is it so? Yes = no"),
