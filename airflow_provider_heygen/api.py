@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 MAX_PAGE_SIZE = 100  # of the list endpoint (HeyGen's page "Create Overdub")
 MAX_MULTIPART_BYTES = 32 * 1024 * 1024  # for POST /v3/assets: "32 MB", read generously (contract, x-limits)
-DEFAULT_FAILURE_MESSAGE = "HeyGen gave no reason"  # it may be null (contract, Overdub.failure_message)
+DEFAULT_FAILURE_MESSAGE = "HeyGen stated no reason"  # it may be null (contract, Overdub.failure_message)
 # Members that may hold an overdub's id; which one depends on endpoint and year (contract, x-rename).
 _ID_NAMES = ("overdub_id", "lipsync_id", "id")
 
@@ -135,7 +135,7 @@ def _as_media(value: Any) -> Any:
     if isinstance(value, Mapping):
         given = {name for name in ("url", "asset_id") if value.get(name) is not None}
         if len(given) != 1:
-            raise ValueError("give exactly one of 'url' and 'asset_id'")
+            raise ValueError("pass exactly one of 'url' and 'asset_id'")
         if value.get("type") not in ("url", "asset_id"):
             raise ValueError("'type' must be 'url' or 'asset_id'")
     return value
@@ -800,12 +800,8 @@ def list_statuses(overdub_ids: Iterable[str]) -> Call[Statuses]:
 def update_overdub(overdub_id: str, title: Any) -> Call[Overdub]:
     """Rename an overdub; HeyGen can change nothing else."""
     title = _text(title, (int, float))
-    if not isinstance(title, str) or not title.strip():
-        raise HeyGenBadInputError("title is empty; an overdub cannot be renamed to nothing.")
-    try:
-        _not_none(title)
-    except ValueError as error:
-        raise HeyGenBadInputError(f"title {error}.") from None
+    if not isinstance(title, str) or not title.strip() or title == "None":
+        raise HeyGenBadInputError("title is empty or the text 'None'; pass a title.")
     return _on_item("overdub", "renaming", "PATCH", overdub_id, json={"title": title})
 
 

@@ -149,7 +149,7 @@ async def page(dub: Found, overdub: Fetched, map_index: int) -> Response:
         title,
         f"<h1>{escape(title)}</h1><main>{figures}</main>{download}<dl>{details}</dl>",
         head="" if overdub.is_final else '<meta http-equiv="refresh" content="30">',
-        headers=_headers(overdub.video_url or ""),
+        video_url=overdub.video_url or "",
     )
 
 
@@ -198,12 +198,10 @@ def _headers(video_url: str = "") -> dict[str, str]:
     }
 
 
-def _html(
-    title: str, body: str, *, head: str = "", status: int = 200, headers: dict[str, str] | None = None
-) -> Response:
+def _html(title: str, body: str, *, head: str = "", status: int = 200, video_url: str = "") -> Response:
     return HTMLResponse(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>{head}'
         f"<style>{STYLE}</style></head><body>{body}</body></html>",
         status,
-        headers or _headers(),
+        _headers(video_url),
     )

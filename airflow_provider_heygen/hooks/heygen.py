@@ -105,8 +105,8 @@ class HeyGenHook(BaseHook):
         """
         Start an overdub and return its id. It costs money when it completes.
 
-        All attempts together start one overdub: they have the same key, and after a lost response, the next
-        attempt first searches the list for the ``callback_id``, because a server may not know the key.
+        All attempts together start one overdub, because they have the same key. A server may not know the
+        key, so after a lost response, the next attempt first searches the list for the ``callback_id``.
 
         :param request: a :class:`~airflow_provider_heygen.api.CreateOverdubRequest` or a mapping of its
             fields.
