@@ -310,7 +310,7 @@ class HeyGenHook(BaseHook):
     def _upload_directly(self, source: upload.Source, idempotency_key: str) -> api.Asset:
         key = idempotency_key
         for number in range(1, MAX_UPLOAD_URLS + 1):
-            upload_url = self._call(
+            destination = self._call(
                 api.create_direct_upload(
                     key,
                     filename=source.name,
@@ -319,13 +319,13 @@ class HeyGenHook(BaseHook):
                     checksum_sha256=source.digest,
                 )
             )
-            if upload_url.max_bytes is not None and source.size > upload_url.max_bytes:
+            if destination.max_bytes is not None and source.size > destination.max_bytes:
                 raise HeyGenPermanentError(
                     f"{source} has {source.size / 2**20:.1f} MiB, HeyGen accepts"
-                    f" {upload_url.max_bytes / 2**20:.1f} MiB. Make it smaller; nothing was uploaded."
+                    f" {destination.max_bytes / 2**20:.1f} MiB. Make it smaller; nothing was uploaded."
                 )
-            rejection = self._put(source, upload_url, time.monotonic())
-            completion = api.complete_direct_upload(upload_url.asset_id)
+            rejection = self._put(source, destination, time.monotonic())
+            completion = api.complete_direct_upload(destination.asset_id)
             try:
                 # Storage also rejects a URL that an earlier try has used. Then the asset can be completed.
                 return self._send(completion) if rejection else self._call(completion)
@@ -336,7 +336,7 @@ class HeyGenHook(BaseHook):
                     raise
             self.log.info(
                 "The upload URL of asset '%s' cannot be used any more (%s). Requesting another one.",
-                upload_url.asset_id,
+                destination.asset_id,
                 rejection,
             )
             # The same key would return the same URL.
@@ -345,15 +345,15 @@ class HeyGenHook(BaseHook):
             f"HeyGen's storage rejected {MAX_UPLOAD_URLS} upload URLs in a row for {source}: {rejection}."
         )
 
-    def _put(self, source: upload.Source, upload_url: api.DirectUpload, received_at: float) -> str | None:
+    def _put(self, source: upload.Source, destination: api.DirectUpload, received_at: float) -> str | None:
         """Send a file to an upload URL; return why the URL cannot be used, or ``None``."""
-        lifetime = math.inf if upload_url.expires_in_seconds is None else upload_url.expires_in_seconds
+        lifetime = math.inf if destination.expires_in_seconds is None else destination.expires_in_seconds
         for attempt in self._retrying():
             with attempt:
                 if time.monotonic() - received_at >= lifetime:
                     return "it has expired"
                 with transport.new_session(self.settings, credential=False) as session:
-                    return upload.put_file(source, upload_url, session=session, settings=self.settings)
+                    return upload.put_file(source, destination, session=session, settings=self.settings)
         raise AssertionError
 
     def download_overdub(
