@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 MAX_PAGE_SIZE = 100  # of the list endpoint (HeyGen's page "Create Overdub")
 MAX_MULTIPART_BYTES = 32 * 1024 * 1024  # for POST /v3/assets: "32 MB", read generously (contract, x-limits)
-DEFAULT_FAILURE_MESSAGE = "HeyGen gave no reason"  # it may be null (contract, Overdub.failure_message)
+DEFAULT_FAILURE_MESSAGE = "HeyGen stated no reason"  # it may be null (contract, Overdub.failure_message)
 # Members that may hold an overdub's id; which one depends on endpoint and year (contract, x-rename).
 _ID_NAMES = ("overdub_id", "lipsync_id", "id")
 
@@ -63,8 +63,8 @@ _ID_NAMES = ("overdub_id", "lipsync_id", "id")
 def redact_urls(text: str) -> str:
     """Remove user and query from each URL in a text: a presigned URL is a secret, and HeyGen quotes URLs."""
     text = re.sub(r"(?i)(https?://)[^\s/@\"'<>]*@", r"\1", text)
-    # In other schemes, a user without a password is an Airflow connection id: s3://aws_default@bucket.
-    text = re.sub(r"(://)[^\s/@:\"'<>]*:[^\s/@\"'<>]*@", r"\1", text)
+    # In a storage URI, a user without a password is an Airflow connection id.
+    text = re.sub(r"(?<=://)[^\s/@:\"'<>]*:[^\s/@\"'<>]*@", "", text)
     # The query is optional, because a second attempt to match inside of a URL would take quadratic time.
     text = re.sub(
         r"(?i)(https?://[^\s\"'<>?]*)(\?[^\s\"<>]+)?",  # an apostrophe may be part of a query
@@ -135,7 +135,7 @@ def _as_media(value: Any) -> Any:
     if isinstance(value, Mapping):
         given = {name for name in ("url", "asset_id") if value.get(name) is not None}
         if len(given) != 1:
-            raise ValueError("give exactly one of 'url' and 'asset_id'")
+            raise ValueError("pass exactly one of 'url' and 'asset_id'")
         if value.get("type") not in ("url", "asset_id"):
             raise ValueError("'type' must be 'url' or 'asset_id'")
     return value
@@ -511,7 +511,7 @@ class Call(Generic[T]):
         kind = {"assets": "assets", "api_keys": "account"}.get(self.path.split("/")[2], "lipsync")
         return f"{kind}:{'write' if self.writes else 'read'}"
 
-    def answer(self, status: int, headers: Mapping[str, str], body: bytes, connection: HeyGenConnection) -> T:
+    def parse(self, status: int, headers: Mapping[str, str], body: bytes, connection: HeyGenConnection) -> T:
         """
         Turn an HTTP response into the result.
 
@@ -524,11 +524,10 @@ class Call(Generic[T]):
             decoded = json.loads(body)
         except (ValueError, RecursionError):
             decoded = None
-        if not 200 <= status < 300:
-            raise _error(self, status, headers, decoded, connection)
-        if _envelope(decoded) and not decoded.get("data"):
+        if 200 <= status < 300 and _envelope(decoded) and not decoded.get("data"):
             # HeyGen's older endpoints report errors with status 200. The code implies the real status.
-            status = _STATUS_BY_CODE.get(decoded["error"].get("code"), 400)
+            status = _STATUS_BY_CODE.get(str(decoded["error"].get("code")), 400)
+        if not 200 <= status < 300:
             raise _error(self, status, headers, decoded, connection)
         if decoded is None and (self.requires_body or body):
             raise HeyGenGatewayError(
@@ -559,33 +558,23 @@ def _envelope(decoded: Any) -> Mapping[str, Any]:
     return envelope if any(isinstance(text, str) and text for text in texts) else {}
 
 
-_REDIRECT = (
-    "Redirects are not followed, because they could disclose the credential:"
-    " put the final base URL into the host of Airflow connection '{conn_id}'"
-)
-
-_NO_RESOURCE = (
-    "The host has no resource of that name. Remove the extra 'resource' ('{resource}') of Airflow connection"
-    " '{conn_id}', so that the provider detects the name, or check the host"
-)
-
-_NEXT_STEP = {
-    400: "Correct the request",
+_NEXT_STEP: dict[int | str | None, str] = {
     401: "Check the password of Airflow connection '{conn_id}' and its extra 'auth_type' ('{auth_type}')",
     402: "Top up: API keys draw on the API wallet, OAuth tokens on the web plan",
     403: "The credential of Airflow connection '{conn_id}' is valid but may not do this",
     404: "It was deleted, never existed or belongs to another account than Airflow connection '{conn_id}'",
     409: "It is in a state that does not allow this",
     413: "HeyGen accepts files up to 32 MB here",
-    422: "Correct the request",
     429: "The account's quota is used up; waiting a little does not help",
-}
-
-_NEXT_STEP_BY_CODE = {
     "download_failed": "HeyGen could not fetch an input: its URL must be public https straight to the file,"
     " and the file at most 32 MB. With upload_links=True, the worker downloads the file and uploads it",
     "asset_not_found": "Upload the file with the same credential and pass the new asset_id",
     "insufficient_api_key_scope": "Add the scope '{scope}' to the API key of Airflow connection '{conn_id}'",
+    "redirect": "Redirects are not followed, because they could disclose the credential:"
+    " put the final base URL into the host of Airflow connection '{conn_id}'",
+    "no_resource": "The host has no resource of that name. Remove the extra 'resource' ('{resource}') of"
+    " Airflow connection '{conn_id}', so that the provider detects the name, or check the host",
+    "no_direct_uploads": "This API has no direct uploads: make the file smaller than 32 MB",
 }
 
 # The status of each code, for an error that comes with status 200 (contract, x-error-catalog).
@@ -667,13 +656,13 @@ def _next_step(
     """Return what to do about an error, without a full stop."""
     code = facts["code"]
     if 300 <= status < 400:
-        step = _REDIRECT
+        step = _NEXT_STEP["redirect"]
     elif status == 404 and code != "asset_not_found" and call.is_collection and connection.resource:
-        step = _NO_RESOURCE
+        step = _NEXT_STEP["no_resource"]
     elif status == 404 and call.path == _DIRECT_UPLOADS:
-        step = "This API has no direct uploads: make the file smaller than 32 MB"
+        step = _NEXT_STEP["no_direct_uploads"]
     else:
-        step = _NEXT_STEP_BY_CODE.get(code or "", _NEXT_STEP.get(status, "Correct the request"))
+        step = _NEXT_STEP.get(code) or _NEXT_STEP.get(status) or "Correct the request"
         if status == 404 and connection.resource and call.scope.startswith("lipsync"):
             step += "; or the connection's extra 'resource' ('{resource}') is the wrong name"
     step = step.format(
@@ -811,12 +800,8 @@ def list_statuses(overdub_ids: Iterable[str]) -> Call[Statuses]:
 def update_overdub(overdub_id: str, title: Any) -> Call[Overdub]:
     """Rename an overdub; HeyGen can change nothing else."""
     title = _text(title, (int, float))
-    if not isinstance(title, str) or not title.strip():
-        raise HeyGenBadInputError("title is empty; an overdub cannot be renamed to nothing.")
-    try:
-        _not_none(title)
-    except ValueError as error:
-        raise HeyGenBadInputError(f"title {error}.") from None
+    if not isinstance(title, str) or not title.strip() or title == "None":
+        raise HeyGenBadInputError("title is empty or the text 'None'; pass a title.")
     return _on_item("overdub", "renaming", "PATCH", overdub_id, json={"title": title})
 
 

@@ -91,33 +91,26 @@ class HeyGenConnection(BaseModel):
         price = self.price_per_second.get(mode)
         return None if price is None or duration is None else round(price * duration, 4)
 
-    @staticmethod
-    def extra_of(connection: Connection) -> dict[str, Any]:
-        """
-        Return the extra of an Airflow connection for :meth:`from_airflow`; Airflow masks the secrets in it.
-
-        :raises HeyGenBadInputError: if the extra is not a JSON object.
-        """
-        _check_extra(connection)
-        return dict(connection.extra_dejson)
-
-    @staticmethod
-    async def aextra_of(connection: Connection) -> dict[str, Any]:
-        """Return :meth:`extra_of` on an event loop, where Airflow masks secrets by another call."""
+    @classmethod
+    async def afrom_airflow(cls, connection: Connection) -> HeyGenConnection:
+        """Return :meth:`from_airflow` on an event loop, where Airflow masks secrets by another call."""
         from airflow.providers.common.compat.connection import get_async_extra_dejson
 
         _check_extra(connection)
-        return dict(await get_async_extra_dejson(connection))
+        return cls.from_airflow(connection, await get_async_extra_dejson(connection))
 
     @classmethod
-    def from_airflow(cls, connection: Connection, extra: Mapping[str, Any]) -> HeyGenConnection:
+    def from_airflow(cls, connection: Connection, extra: Mapping[str, Any] | None = None) -> HeyGenConnection:
         """
-        Read and check an Airflow connection.
+        Read and check an Airflow connection; Airflow masks its secrets.
 
-        :param extra: its extra, from :meth:`extra_of` or :meth:`aextra_of`.
+        :param extra: the extra as a mapping; ``None`` reads it from the connection.
         :raises HeyGenBadInputError: if a setting is missing or wrong; the message names it.
         """
         conn_id = str(connection.conn_id)
+        if extra is None:
+            _check_extra(connection)
+            extra = connection.extra_dejson
         # Forms and secrets backends store "" or null for a setting without a value.
         values = {name: value for name, value in extra.items() if value not in (None, "")}
         settings = cls.model_fields.keys() - {"conn_id", "base_url", "credential"}

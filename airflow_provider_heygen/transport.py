@@ -93,7 +93,7 @@ def send(
     :param session: session of :func:`new_session`, with the credential.
     :param form: body of an upload.
     :raises HeyGenUnreachableError: if the call was never sent.
-    :raises HeyGenTransientError: if the connection broke after sending; or see :meth:`.Call.answer`.
+    :raises HeyGenTransientError: if the connection broke after sending; or see :meth:`.Call.parse`.
     :raises HeyGenBadInputError: if a setting of the connection cannot work. Nothing was sent.
     """
     data, headers = None, dict(call.headers)
@@ -122,7 +122,7 @@ def send(
     if response.status_code < 200:
         # http.client returns a 1xx as the response. The next request must not read the real one as its own.
         session.close()
-    return call.answer(response.status_code, response.headers, response.content, settings)
+    return call.parse(response.status_code, response.headers, response.content, settings)
 
 
 async def asend(call: Call[T], settings: HeyGenConnection) -> T:
@@ -156,7 +156,7 @@ async def asend(call: Call[T], settings: HeyGenConnection) -> T:
                 body = await response.read()
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise _fault(error, attempt, call, settings, options["proxy"]) from None
-        return call.answer(response.status, response.headers, body, settings)
+        return call.parse(response.status, response.headers, body, settings)
 
 
 def _fault(

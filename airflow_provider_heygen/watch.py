@@ -81,7 +81,7 @@ def find(dag_id: str, run_id: str, task_id: str, map_index: int) -> Dub:
         if connection.conn_type != HeyGenHook.conn_type:
             raise HTTPException(404, f"Airflow connection '{conn_id}' is not of type heygen.")
         hook = HeyGenHook(conn_id, max_attempts=2, longest_pause=2.0)
-        hook._resolved = HeyGenConnection.from_airflow(connection, HeyGenConnection.extra_of(connection))
+        hook._resolved = HeyGenConnection.from_airflow(connection)
     except AirflowNotFoundException:
         raise HTTPException(502, f"The API server has no Airflow connection '{conn_id}'.") from None
     except HeyGenError as error:
@@ -149,7 +149,7 @@ async def page(dub: Found, overdub: Fetched, map_index: int) -> Response:
         title,
         f"<h1>{escape(title)}</h1><main>{figures}</main>{download}<dl>{details}</dl>",
         head="" if overdub.is_final else '<meta http-equiv="refresh" content="30">',
-        headers=_headers(overdub.video_url or ""),
+        video_url=overdub.video_url or "",
     )
 
 
@@ -198,12 +198,10 @@ def _headers(video_url: str = "") -> dict[str, str]:
     }
 
 
-def _html(
-    title: str, body: str, *, head: str = "", status: int = 200, headers: dict[str, str] | None = None
-) -> Response:
+def _html(title: str, body: str, *, head: str = "", status: int = 200, video_url: str = "") -> Response:
     return HTMLResponse(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>{head}'
         f"<style>{STYLE}</style></head><body>{body}</body></html>",
         status,
-        headers or _headers(),
+        _headers(video_url),
     )

@@ -214,7 +214,7 @@ class Hook:
         await asyncio.sleep(latency / 2)
         status, headers, body = server.answer(call, self.settings.credential.get_secret_value())
         await asyncio.sleep(latency / 2)
-        return call.answer(status, headers, json.dumps(body).encode(), self.settings)
+        return call.parse(status, headers, json.dumps(body).encode(), self.settings)
 
 
 class Log:

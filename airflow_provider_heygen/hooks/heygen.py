@@ -7,6 +7,7 @@ import time
 import uuid
 from contextlib import AsyncExitStack, contextmanager, suppress
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import tenacity
@@ -104,8 +105,8 @@ class HeyGenHook(BaseHook):
         """
         Start an overdub and return its id. It costs money when it completes.
 
-        All attempts together start one overdub: they have the same key, and after a lost response, the next
-        attempt first searches the list for the ``callback_id``, because a server may not know the key.
+        All attempts together start one overdub, because they have the same key. A server may not know the
+        key, so after a lost response, the next attempt first searches the list for the ``callback_id``.
 
         :param request: a :class:`~airflow_provider_heygen.api.CreateOverdubRequest` or a mapping of its
             fields.
@@ -173,25 +174,21 @@ class HeyGenHook(BaseHook):
 
     def _pages(self, page_size: int = api.MAX_PAGE_SIZE) -> Iterator[api.OverdubPage]:
         token: str | None = None
-        tokens = set()
-        while True:
+        tokens: set[str | None] = set()
+        while token not in tokens:  # None after the last page; a repeated token would never end
+            tokens.add(token)
             page = self.list_overdubs(page_size, token)
             yield page
             token = page.next_token
-            if token is None or token in tokens:
-                return
-            tokens.add(token)
 
     def is_listed(self, overdub_id: str) -> bool | None:
         """Return whether the list has an overdub; ``None`` if that cannot be determined."""
         try:
-            for number, page in enumerate(self._pages(), start=1):
+            for page in islice(self._pages(), MAX_LISTED_PAGES):
                 if any(overdub.overdub_id == overdub_id for overdub in page.data):
                     return True
                 if page.next_token is None:
                     return False
-                if number == MAX_LISTED_PAGES:
-                    break
         except HeyGenError as error:
             self.log.warning("%s", error)
         return None
@@ -313,7 +310,7 @@ class HeyGenHook(BaseHook):
     def _upload_directly(self, source: upload.Source, idempotency_key: str) -> api.Asset:
         key = idempotency_key
         for number in range(1, MAX_UPLOAD_URLS + 1):
-            upload_url = self._call(
+            destination = self._call(
                 api.create_direct_upload(
                     key,
                     filename=source.name,
@@ -322,13 +319,13 @@ class HeyGenHook(BaseHook):
                     checksum_sha256=source.digest,
                 )
             )
-            if upload_url.max_bytes is not None and source.size > upload_url.max_bytes:
+            if destination.max_bytes is not None and source.size > destination.max_bytes:
                 raise HeyGenPermanentError(
                     f"{source} has {source.size / 2**20:.1f} MiB, HeyGen accepts"
-                    f" {upload_url.max_bytes / 2**20:.1f} MiB. Make it smaller; nothing was uploaded."
+                    f" {destination.max_bytes / 2**20:.1f} MiB. Make it smaller; nothing was uploaded."
                 )
-            rejection = self._put(source, upload_url, time.monotonic())
-            completion = api.complete_direct_upload(upload_url.asset_id)
+            rejection = self._put(source, destination, time.monotonic())
+            completion = api.complete_direct_upload(destination.asset_id)
             try:
                 # Storage also rejects a URL that an earlier try has used. Then the asset can be completed.
                 return self._send(completion) if rejection else self._call(completion)
@@ -339,7 +336,7 @@ class HeyGenHook(BaseHook):
                     raise
             self.log.info(
                 "The upload URL of asset '%s' cannot be used any more (%s). Requesting another one.",
-                upload_url.asset_id,
+                destination.asset_id,
                 rejection,
             )
             # The same key would return the same URL.
@@ -348,15 +345,15 @@ class HeyGenHook(BaseHook):
             f"HeyGen's storage rejected {MAX_UPLOAD_URLS} upload URLs in a row for {source}: {rejection}."
         )
 
-    def _put(self, source: upload.Source, upload_url: api.DirectUpload, received_at: float) -> str | None:
+    def _put(self, source: upload.Source, destination: api.DirectUpload, received_at: float) -> str | None:
         """Send a file to an upload URL; return why the URL cannot be used, or ``None``."""
-        lifetime = math.inf if upload_url.expires_in_seconds is None else upload_url.expires_in_seconds
+        lifetime = math.inf if destination.expires_in_seconds is None else destination.expires_in_seconds
         for attempt in self._retrying():
             with attempt:
                 if time.monotonic() - received_at >= lifetime:
                     return "it has expired"
                 with transport.new_session(self.settings, credential=False) as session:
-                    return upload.put_file(source, upload_url, session=session, settings=self.settings)
+                    return upload.put_file(source, destination, session=session, settings=self.settings)
         raise AssertionError
 
     def download_overdub(
@@ -492,8 +489,7 @@ class HeyGenHook(BaseHook):
     def settings(self) -> HeyGenConnection:
         """The connection's settings, read once per hook."""
         if self._resolved is None:
-            connection = self.get_connection(self.heygen_conn_id)
-            self._resolved = HeyGenConnection.from_airflow(connection, HeyGenConnection.extra_of(connection))
+            self._resolved = HeyGenConnection.from_airflow(self.get_connection(self.heygen_conn_id))
         return self._resolved
 
     async def asettings(self) -> HeyGenConnection:
@@ -505,8 +501,9 @@ class HeyGenHook(BaseHook):
     async def _resolve_connection(self) -> HeyGenConnection:
         from airflow.providers.common.compat.connection import get_async_connection
 
-        connection = await get_async_connection(self.heygen_conn_id, hook=self)
-        return HeyGenConnection.from_airflow(connection, await HeyGenConnection.aextra_of(connection))
+        return await HeyGenConnection.afrom_airflow(
+            await get_async_connection(self.heygen_conn_id, hook=self)
+        )
 
     @property
     def known_resource(self) -> str | None:
@@ -581,12 +578,9 @@ class HeyGenHook(BaseHook):
 
     def _log_retry(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
+        delay, attempt = state.upcoming_sleep, state.attempt_number + 1
         self.log.warning(
-            "%s Trying again in %.0f s (attempt %d of %d).",
-            error,
-            state.upcoming_sleep,
-            state.attempt_number + 1,
-            self.max_attempts,
+            "%s Trying again in %.0f s (attempt %d of %d).", error, delay, attempt, self.max_attempts
         )
 
     def _call(self, call: api.Call[T]) -> T:
