@@ -625,7 +625,7 @@ def test_names(heygen, lineage, storage, overdub_id, name):
     assert ObjectStoragePath(returned).read_bytes() == mp4(2000)
     assert transfer(overdub_id, returned)[0] == returned, "kept"
     assert {found.asset.uri.startswith(plain) for found in lineage.collected_assets.outputs} == {True}
-    assert upload.Source.from_path(returned, HeyGenHook().settings).digest == sha256(mp4(2000))
+    assert upload.Source.of(returned, HeyGenHook().settings).digest == sha256(mp4(2000))
 
 
 FORMS = {
@@ -661,7 +661,7 @@ def test_forms_of_a_local_file(heygen, tmp_path, monkeypatch, overdub_id, form, 
     assert ObjectStoragePath(returned).read_bytes() == saved.read_bytes() == mp4(2000)
     assert pathlib.Path(returned.removeprefix("file://")).samefile(saved)
     settings = HeyGenHook().settings
-    assert {upload.Source.from_path(source, settings).digest for source in (kind(text), returned)} == {
+    assert {upload.Source.of(source, settings).digest for source in (kind(text), returned)} == {
         sha256(mp4(2000))
     }
 

@@ -295,7 +295,7 @@ class HeyGenHook(BaseHook):
         :param idempotency_key: 1 to 255 characters of ``A-Za-z0-9_-:.``, random by default. For 24 hours, the
             same key returns the same HeyGen asset, even for another file.
         """
-        source = upload.Source.from_path(path, self.settings)
+        source = upload.Source.of(path, self.settings)
         idempotency_key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
         if source.size > api.MAX_MULTIPART_BYTES:
             return self._upload_directly(source, idempotency_key)
