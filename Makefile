@@ -14,8 +14,8 @@ ui: .venv/done         ## Airflow's web UI with the example DAGs and the emulato
 	@$(BIN)/python example_dags/run_local.py ui --port $(PORT)
 
 test: lint             ## lint, types, tests
-	$(BIN)/python -m pytest --ignore tests/stack --numprocesses 3 --dist loadfile
-	$(BIN)/python -m pytest tests/stack
+	$(BIN)/python -m pytest --ignore tests/stack --numprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest tests/stack --numprocesses 2 --dist loadfile
 
 test-matrix:           ## the tests on every supported Airflow and Python that is on this machine
 	$(PYTHON) tests/matrix.py $(CELLS)

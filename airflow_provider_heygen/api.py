@@ -2,8 +2,8 @@
 HeyGen's overdub protocol without I/O.
 
 Each function at the end builds one :class:`Call`: what to send, and how to read the response. Both transports
-use these and only these, so they agree. Requests are validated strictly before anything is sent. Responses
-are read leniently: members may be missing, null, renamed (``lipsync_id``) or unknown.
+use only these. Requests are validated strictly before anything is sent. Responses are read leniently: members
+may be missing, null, renamed (``lipsync_id``) or unknown.
 
 ``overdubs`` and ``lipsyncs`` are the same resource before and after HeyGen's rename of April 2026.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,7 @@ from airflow_provider_heygen.exceptions import (
     HeyGenOverdubFailedError,
     HeyGenPermanentError,
     HeyGenTransientError,
+    validation_problems,
 )
 
 if TYPE_CHECKING:
@@ -53,32 +55,32 @@ T = TypeVar("T")
 
 MAX_PAGE_SIZE = 100  # of the list endpoint (HeyGen's page "Create Overdub")
 MAX_MULTIPART_BYTES = 32 * 1024 * 1024  # for POST /v3/assets: "32 MB", read generously (contract, x-limits)
-DEFAULT_FAILURE_MESSAGE = "HeyGen gave no reason"  # it may be null (contract, Overdub.failure_message)
+DEFAULT_FAILURE_MESSAGE = "HeyGen stated no reason"  # it may be null (contract, Overdub.failure_message)
 # Members that may hold an overdub's id; which one depends on endpoint and year (contract, x-rename).
-ID_NAMES = ("overdub_id", "lipsync_id", "id")
+_ID_NAMES = ("overdub_id", "lipsync_id", "id")
 
 
 def redact_urls(text: str) -> str:
-    """Cut the query out of every URL in a text: a presigned URL is a secret, and HeyGen quotes URLs."""
+    """Remove user and query from each URL in a text: a presigned URL is a secret, and HeyGen quotes URLs."""
     text = re.sub(r"(?i)(https?://)[^\s/@\"'<>]*@", r"\1", text)
-    # In other schemes, a user without a password is an Airflow connection id: s3://aws_default@bucket.
-    text = re.sub(r"(://)[^\s/@:\"'<>]*:[^\s/@\"'<>]*@", r"\1", text)
-    # A link without a query matches, too: starting again inside of it would take quadratic time.
+    # In a storage URI, a user without a password is an Airflow connection id.
+    text = re.sub(r"(?<=://)[^\s/@:\"'<>]*:[^\s/@\"'<>]*@", "", text)
+    # The query is optional, because a second attempt to match inside of a URL would take quadratic time.
     text = re.sub(
         r"(?i)(https?://[^\s\"'<>?]*)(\?[^\s\"<>]+)?",  # an apostrophe may be part of a query
-        lambda link: f"{link[1]}?***" if link[2] else link[1],
+        lambda url: f"{url[1]}?***" if url[2] else url[1],
         text,
     )
     text = re.sub(r"\?[^\s\"'<>?]*=[^\s\"<>]*", "?***", text)
-    # The same, percent-encoded: a link within a link.
+    # The query of a URL that is percent-encoded within another URL.
     return re.sub(r"(?i)%3f(?:(?!%3[fd])[^\s\"<>])*%3d[^\s\"<>]*", "%3F***", text)
 
 
 def _text(value: Any, numbers: tuple[type, ...] = (int,)) -> Any:
-    # A native template renders "2026" to a number, and an id of digits may come as one. A float is no id:
-    # it is what a native template makes of "12e4", which cannot be restored.
+    # Native rendering makes a number of "2026", and HeyGen may return an id of digits as a number. A float is
+    # not accepted as an id: native rendering makes one of "12e4", which cannot be restored.
     value = str(value) if isinstance(value, numbers) and not isinstance(value, bool) else value
-    # Half an emoji, where a text was cut, is valid JSON but can be neither stored nor logged.
+    # Half of a surrogate pair, where a text was cut, is valid JSON but can be neither stored nor logged.
     return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
@@ -87,14 +89,11 @@ def _text(value: Any, numbers: tuple[type, ...] = (int,)) -> Any:
 
 def _url(*schemes: str) -> AfterValidator:
     def check(url: str) -> str:
-        try:
+        with suppress(ValueError):  # urlsplit rejects the URL
             parts = urlsplit(url)
-            usable = parts.scheme in schemes and bool(parts.hostname) and url.isprintable() and " " not in url
-        except ValueError:
-            usable = False
-        if not usable:
-            raise ValueError(f"must be a public {' or '.join(schemes)} URL")
-        return url
+            if parts.scheme in schemes and parts.hostname and url.isprintable() and " " not in url:
+                return url
+        raise ValueError(f"must be a public {' or '.join(schemes)} URL")
 
     return AfterValidator(check)
 
@@ -104,7 +103,7 @@ class _Request(BaseModel):
 
 
 class MediaUrl(_Request):
-    """A file that HeyGen downloads: public https, straight to the file, at most 32 MB."""
+    """A file of at most 32 MB that HeyGen downloads from a public, direct https URL."""
 
     type: Literal["url"]
     url: Annotated[str, _url("https")] = Field(repr=False)
@@ -117,7 +116,7 @@ def _not_none(text: str) -> str:
 
 
 def _unwrap_asset(value: Any) -> Any:
-    # {"type": "asset_id", "asset_id": upload.output}: the upload operator returns a whole media input.
+    # Accepts {"asset_id": upload.output}, because the upload operator returns a whole media input.
     return _text(value.get("asset_id") if isinstance(value, Mapping) else value)
 
 
@@ -136,7 +135,7 @@ def _as_media(value: Any) -> Any:
     if isinstance(value, Mapping):
         given = {name for name in ("url", "asset_id") if value.get(name) is not None}
         if len(given) != 1:
-            raise ValueError("give exactly one of 'url' and 'asset_id'")
+            raise ValueError("pass exactly one of 'url' and 'asset_id'")
         if value.get("type") not in ("url", "asset_id"):
             raise ValueError("'type' must be 'url' or 'asset_id'")
     return value
@@ -160,8 +159,8 @@ class CreateOverdubRequest(_Request):
     """
     The body of a create request: HeyGen's 16 fields, and others in ``extra_body``.
 
-    A field that is ``None`` is not sent, so HeyGen's own default applies. The fields are described at
-    :class:`~airflow_provider_heygen.operators.overdub.HeyGenCreateOverdubOperator`.
+    A field that is ``None`` is not sent, so HeyGen's own default applies.
+    :class:`~airflow_provider_heygen.operators.overdub.HeyGenCreateOverdubOperator` describes the fields.
     """
 
     video: MediaInput
@@ -204,7 +203,7 @@ class CreateOverdubRequest(_Request):
     @classmethod
     def of(cls, request: CreateOverdubRequest | Mapping[str, Any]) -> CreateOverdubRequest:
         """
-        Validate a mapping; return a request as it is.
+        Validate a mapping; return a request unchanged.
 
         :raises HeyGenBadInputError: if a field is wrong. The message names the field and shows no value.
         """
@@ -213,17 +212,13 @@ class CreateOverdubRequest(_Request):
         try:
             return cls.model_validate(dict(request))
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(str(part) for part in problem['loc'][:1]) or 'request'}: "
-                f"{problem['msg'].removeprefix('Value error, ')}"
-                for problem in error.errors(include_input=False, include_url=False)
-            )
+            problems = validation_problems(error)
             raise HeyGenBadInputError(
                 f"The overdub request is wrong, nothing was sent: {problems}."
             ) from None
 
     def body(self) -> dict[str, Any]:
-        """Return the JSON body: given fields only."""
+        """Return the JSON body, without fields that are ``None``."""
         fields: dict[str, Any] = self.model_dump(mode="json", exclude_none=True, exclude={"extra_body"})
         return fields | (self.extra_body or {})
 
@@ -238,10 +233,10 @@ def _none_if_invalid(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         return None
 
 
-def _status_word(value: Any) -> str:
-    # Goes into logs and messages, so it must be no more than a word.
-    word = redact_urls(_text(value)).strip().lower()[:100] if isinstance(value, str) else ""
-    return word or "unknown"
+def _status(value: Any) -> str:
+    # Logs and messages show the status, so it must be short and without secrets.
+    status = redact_urls(_text(value)).strip().lower()[:100] if isinstance(value, str) else ""
+    return status or "unknown"
 
 
 Lenient = WrapValidator(_none_if_invalid)
@@ -259,7 +254,7 @@ class OverdubStatus(StrEnum):
     FAILED = "failed"
 
 
-Status = Annotated[OverdubStatus | str, Field(union_mode="left_to_right"), BeforeValidator(_status_word)]
+Status = Annotated[OverdubStatus | str, Field(union_mode="left_to_right"), BeforeValidator(_status)]
 
 
 class _Response(BaseModel):
@@ -271,17 +266,16 @@ class Overdub(_Response):
     One overdub as HeyGen reports it.
 
     :param overdub_id: id; also as ``id``, HeyGen's name.
-    :param status: an :class:`OverdubStatus`, or HeyGen's text if it is none of the four.
-    :param title: display name.
+    :param status: an :class:`OverdubStatus`, or an unknown status as HeyGen's text.
     :param duration: length of a completed output in seconds, which HeyGen bills.
     :param video_url: presigned URL of a completed output; a secret that expires.
     :param caption_url: presigned URL of the captions (``lipsyncs`` only).
-    :param callback_id: the id given at creation.
+    :param callback_id: id from the create request.
     :param created_at: Unix seconds.
     :param failure_message: HeyGen's reason for a failure, if it states one.
     """
 
-    overdub_id: Id = Field(validation_alias=AliasChoices("id", "overdub_id", "lipsync_id"))
+    overdub_id: Id = Field(validation_alias=AliasChoices(*_ID_NAMES))
     status: Status = "unknown"
     title: OptionalText = None
     duration: Annotated[float | None, Field(allow_inf_nan=False), Lenient] = None
@@ -310,7 +304,7 @@ class Overdub(_Response):
         """
         Return the overdub, unless it has failed.
 
-        :raises HeyGenOverdubFailedError: if HeyGen says that it failed; the message has HeyGen's reason.
+        :raises HeyGenOverdubFailedError: if it has failed; the message quotes HeyGen's reason.
         """
         if self.status == OverdubStatus.FAILED:
             reason = redact_urls(self.failure_message or DEFAULT_FAILURE_MESSAGE)
@@ -319,7 +313,7 @@ class Overdub(_Response):
         return self
 
     def details(self) -> dict[str, Any]:
-        """Return what may be stored and shown: everything except the presigned URLs."""
+        """Return what may be stored and shown: all fields except the presigned URLs."""
         shown = self.model_dump(mode="json", exclude={"video_url", "caption_url"})
         return {
             name: redact_urls(value) if isinstance(value, str) else value for name, value in shown.items()
@@ -341,15 +335,15 @@ class OverdubPage(_Response):
 
 # Batches and HeyGen's older videos have these statuses (contract, ``LipsyncStatusEntry.status``).
 _BULK_STATUSES = {"queued": "pending", "waiting": "pending", "processing": "running"}
-NOT_FOUND = "not_found"  # the status of an id that the bulk status endpoint does not know
+NOT_FOUND = "not_found"  # status of an id that the bulk status endpoint does not know
 
 
 class Statuses(NamedTuple):
     """
     The statuses of many overdubs at once, for a poller that reads thousands and needs few.
 
-    :param rows: the raw rows by overdub id, for :func:`parse_overdub`.
-    :param next_token: the next page, ``None`` on the last one.
+    :param rows: raw rows by overdub id, for :func:`parse_overdub`.
+    :param next_token: token of the next page, ``None`` on the last one.
     """
 
     rows: dict[str, dict[str, Any]]
@@ -358,10 +352,10 @@ class Statuses(NamedTuple):
 
 class Asset(_Response):
     """
-    An uploaded file; a create request accepts its ``asset_id``.
+    A HeyGen asset; a create request accepts its ``asset_id``.
 
-    HeyGen returns ``mime_type`` and ``size_bytes`` after an upload, ``name``, ``type`` and ``uploaded_at``
-    (Unix seconds) later.
+    An upload returns ``mime_type`` and ``size_bytes``; a GET returns ``name``, ``type`` and ``uploaded_at``
+    (Unix seconds).
     """
 
     asset_id: Id = Field(validation_alias=AliasChoices("asset_id", "id"))
@@ -377,82 +371,73 @@ _SCOPES = {"lipsync:write": "create, rename or delete overdubs", "assets:write":
 
 
 class ApiKey(_Response):
-    """The API key of the connection: what it may do, and until when in Unix seconds (``None``: for ever)."""
+    """The API key of the connection; ``expires_at`` is in Unix seconds, ``None`` if the key never expires."""
 
     scope_mode: OptionalText = None
     scopes: Annotated[list[str] | None, Lenient] = None
     expires_at: OptionalInt = None
 
     def limits(self) -> list[str]:
-        """Return what the key may not do, and when it expires if that is within 14 days, in sentences."""
+        """Return sentences: what the key may not do, and when it expires if that is within 14 days."""
         granted = self.scopes or (["*:read"] if self.scope_mode == "read_only" else ["*:*"])
-        said = [
-            f"It may not {what}: for that, add the scope '{scope}' to it."
-            for scope, what in _SCOPES.items()
+        sentences = [
+            f"It may not {action}: for that, add the scope '{scope}' to it."
+            for scope, action in _SCOPES.items()
             if not any(fnmatchcase(scope, pattern) for pattern in granted)
         ]
-        now = datetime.now(UTC).timestamp()
-        if self.expires_at is not None and self.expires_at < now + 14 * 24 * 3600:
-            said.append(f"It expires at {datetime.fromtimestamp(self.expires_at, UTC):%Y-%m-%d %H:%M} UTC.")
-        return said
+        if self.expires_at is not None and self.expires_at < time.time() + 14 * 24 * 3600:
+            expiry = datetime.fromtimestamp(self.expires_at, UTC)
+            sentences.append(f"It expires at {expiry:%Y-%m-%d %H:%M} UTC.")
+        return sentences
 
 
 class DirectUpload(_Response):
     """
-    The place for a file above 32 MB.
+    The destination of a file above 32 MB.
 
-    :param asset_id: id of the future asset; not usable before the upload is complete.
+    :param asset_id: id of the future HeyGen asset; not usable before the upload is complete.
     :param upload_url: presigned storage URL for one PUT of the whole file; a secret that expires.
-    :param upload_headers: headers to send with it unchanged; signed.
+    :param upload_headers: signed headers, to be sent with the file unchanged.
     :param expires_in_seconds: lifetime of the URL.
     :param max_bytes: size of the largest file.
     """
 
-    asset_id: Id
+    asset_id: Annotated[str, BeforeValidator(lambda value: check_id(value, "asset_id"))]
     upload_url: str = Field(min_length=1, repr=False)
-    upload_headers: dict[str, Annotated[str, BeforeValidator(_text)]] = Field(
-        default_factory=dict, repr=False
-    )
+    upload_headers: Annotated[
+        dict[str, Annotated[str, BeforeValidator(_text)]], BeforeValidator(lambda headers: headers or {})
+    ] = Field(default_factory=dict, repr=False)
     expires_in_seconds: Annotated[float | None, Lenient] = None
     max_bytes: OptionalInt = None
 
 
-def _direct_upload(answer: Any) -> DirectUpload:
-    data = _data(answer, dict)
-    check_id(data.get("asset_id"), "asset_id")
-    try:
-        return DirectUpload.model_validate({**data, "upload_headers": data.get("upload_headers") or {}})
-    except ValidationError:
-        raise ValueError("there is no usable upload_url or upload_headers in it") from None
-
-
-def _data(answer: Any, kind: type) -> Any:
-    data = answer.get("data") if isinstance(answer, dict) else None
+def _data(decoded: Any, kind: type) -> Any:
+    data = decoded.get("data") if isinstance(decoded, dict) else None
     if not isinstance(data, kind):
-        raise ValueError("there is no usable 'data' in it")
+        raise ValueError("it has no usable 'data'")
     return data
 
 
-def _id_of(row: Any, names: tuple[str, ...] = ID_NAMES) -> str:
+def _id_of(row: Any, names: tuple[str, ...] = _ID_NAMES) -> str:
     for name in filter(row.get, names) if isinstance(row, dict) else ():
         with suppress(HeyGenBadInputError):
-            return check_id(_text(row.get(name)))
-    raise ValueError("there is no overdub_id in it")
+            return check_id(row[name])
+    raise ValueError("it has no overdub_id")
 
 
-def _statuses(answer: Any, id_names: tuple[str, ...] = ID_NAMES) -> Statuses:
+def _statuses(decoded: Any, id_names: tuple[str, ...] = _ID_NAMES) -> Statuses:
     rows = {}
-    for row in _data(answer, list):
+    for row in _data(decoded, list):
         with suppress(ValueError):  # one unreadable row must not hide the others
             rows[_id_of(row, id_names)] = row
-    token = answer.get("next_token")
-    token = token if isinstance(token, str) and token else None
-    # Neither member is marked as required: without a token there is no next page, whatever has_more says.
-    return Statuses(rows, token if answer.get("has_more") is not False else None)
+    token = decoded.get("next_token")
+    # HeyGen requires neither member. There is a next page only if there is a token.
+    more = isinstance(token, str) and token and decoded.get("has_more") is not False
+    return Statuses(rows, token if more else None)
 
 
-def _bulk_statuses(answer: Any) -> Statuses:
-    rows, token = _statuses(answer, ("video_id", *ID_NAMES))
+def _bulk_statuses(decoded: Any) -> Statuses:
+    rows, token = _statuses(decoded, ("video_id", *_ID_NAMES))
     for row in rows.values():
         if isinstance(row.get("status"), str):
             row["status"] = _BULK_STATUSES.get(row["status"], row["status"])
@@ -460,22 +445,21 @@ def _bulk_statuses(answer: Any) -> Statuses:
 
 
 def parse_overdub(overdub_id: str, row: Mapping[str, Any]) -> Overdub:
-    """Return the overdub of one raw row; raise ``ValueError`` if it cannot be read."""
-    return Overdub.model_validate({**row, "id": overdub_id})
+    """Return the overdub of one raw row; each unusable member is ``None``."""
+    return Overdub.model_validate({**row, "overdub_id": overdub_id})
 
 
-def _page(answer: Any) -> OverdubPage:
-    rows, token = _statuses(answer)
-    data = []
-    for overdub_id, row in rows.items():
-        with suppress(ValueError):
-            data.append(parse_overdub(overdub_id, row))
+def _page(decoded: Any) -> OverdubPage:
+    rows, token = _statuses(decoded)
+    data = [parse_overdub(overdub_id, row) for overdub_id, row in rows.items()]
     return OverdubPage(data=data, has_more=token is not None, next_token=token)
 
 
 # --- Calls --------------------------------------------------------------------------------------------
 
-_COLLECTIONS = ("/v3/overdubs", "/v3/lipsyncs")
+_OVERDUBS, _LIPSYNCS = "/v3/overdubs", "/v3/lipsyncs"
+_ASSETS = "/v3/assets"
+_DIRECT_UPLOADS = f"{_ASSETS}/direct-uploads"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -483,20 +467,18 @@ class Call(Generic[T]):
     """
     One HTTP request, and how to read its response.
 
-    :param what: the call in words, for messages.
-    :param path: path of the URL; under ``overdubs`` if the call is ``renamed``.
+    :param description: the call in words, for messages.
+    :param path: path of the URL; one under ``overdubs`` depends on HeyGen's name for the resource.
     :param read: turns the decoded JSON into the result, or raises ``ValueError``.
-    :param renamed: whether the path depends on HeyGen's name for the resource, which :meth:`under` sets.
     :param requires_body: whether a 2xx response with an empty body is an error, as one that is not JSON is.
     :param transient_status: an error status that is transient for this call only.
-    :param read_headers: adds to the result what the headers say.
+    :param read_headers: adds the content of headers to the result.
     """
 
-    what: str
+    description: str
     method: Literal["GET", "POST", "PATCH", "DELETE"]
     path: str
     read: Callable[[Any], T]
-    renamed: bool = False
     params: Mapping[str, str | int] = field(default_factory=dict)
     json: Mapping[str, Any] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -505,100 +487,97 @@ class Call(Generic[T]):
     read_headers: Callable[[T, Mapping[str, str]], T] = lambda result, _: result
 
     def under(self, resource: str) -> Call[T]:
-        """Return the call as it is sent under a name of the resource."""
-        path = self.path.replace("overdubs", resource, 1) if self.renamed else self.path
-        return replace(self, path=path, renamed=False)
+        """Return the call with the path under one name of the resource."""
+        return replace(self, path=self.path.replace(_OVERDUBS, f"/v3/{resource}", 1))
+
+    @property
+    def is_renamed(self) -> bool:
+        """Whether the path depends on HeyGen's name for the resource."""
+        return self.path.startswith(_OVERDUBS)
 
     @property
     def is_collection(self) -> bool:
         """Whether the call concerns the resource as a whole: a list or a create request."""
-        return self.path in _COLLECTIONS
+        return self.path in (_OVERDUBS, _LIPSYNCS)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the call changes something at HeyGen."""
+        return self.method != "GET"
 
     @property
     def scope(self) -> str:
         """The scope that a restricted API key needs for the call."""
         kind = {"assets": "assets", "api_keys": "account"}.get(self.path.split("/")[2], "lipsync")
-        return f"{kind}:{'read' if self.method == 'GET' else 'write'}"
+        return f"{kind}:{'write' if self.writes else 'read'}"
 
-    def answer(self, status: int, headers: Mapping[str, str], body: bytes, connection: HeyGenConnection) -> T:
+    def parse(self, status: int, headers: Mapping[str, str], body: bytes, connection: HeyGenConnection) -> T:
         """
         Turn an HTTP response into the result.
 
-        :param headers: the response's headers, looked up case-insensitively.
+        :param headers: case-insensitive mapping.
         :raises HeyGenTransientError: if a repeat may succeed (429, 5xx, 409 in progress, unreadable).
-        :raises HeyGenGatewayError: if something in between responded: what HeyGen did is not known.
-        :raises HeyGenPermanentError: if HeyGen rejected the request; the message says what to change.
+        :raises HeyGenGatewayError: if a gateway, proxy or firewall responded.
+        :raises HeyGenPermanentError: if HeyGen rejected the request; the message states what to change.
         """
         try:
             decoded = json.loads(body)
         except (ValueError, RecursionError):
             decoded = None
+        if 200 <= status < 300 and _envelope(decoded) and not decoded.get("data"):
+            # HeyGen's older endpoints report errors with status 200. The code implies the real status.
+            status = _STATUS_BY_CODE.get(str(decoded["error"].get("code")), 400)
         if not 200 <= status < 300:
             raise _error(self, status, headers, decoded, connection)
-        if _envelope(decoded) and not decoded.get("data"):
-            # HeyGen's older endpoints report errors with status 200; the code says which status is meant.
-            status = _STATUS_BY_CODE.get(decoded["error"].get("code"), 400)
-            raise _error(self, status, headers, decoded, connection)
-        in_doubt = self.method != "GET"
         if decoded is None and (self.requires_body or body):
             raise HeyGenGatewayError(
-                f"HeyGen returned {status} for {self.what} without JSON"
+                f"HeyGen returned {status} for {self.description} without JSON"
                 f" ({_content_type(headers, connection)}, {len(body)} bytes). If this"
                 f" persists, check the host of Airflow connection '{connection.conn_id}'.",
                 status_code=status,
-                outcome_unknown=in_doubt,
+                outcome_unknown=self.writes,
             )
         try:
             return self.read_headers(self.read(decoded), headers)
-        except ValueError as error:  # pydantic's ValidationError is one
-            reason = "it has no id" if isinstance(error, ValidationError) else str(error)
-            raise HeyGenTransientError(
-                f"HeyGen's response to {self.what} cannot be used: {reason}.",
-                status_code=status,
-                outcome_unknown=in_doubt,
-            ) from None
+        except ValidationError as error:
+            reason = f"it has no usable '{error.errors()[0]['loc'][0]}'"
+        except ValueError as error:
+            reason = str(error)
+        raise HeyGenTransientError(
+            f"HeyGen's response to {self.description} cannot be used: {reason}.",
+            status_code=status,
+            outcome_unknown=self.writes,
+        )
 
 
 def _envelope(decoded: Any) -> Mapping[str, Any]:
     """Return HeyGen's ``error`` envelope, or an empty mapping if the response has none."""
     envelope = decoded.get("error") if isinstance(decoded, dict) else None
     envelope = envelope if isinstance(envelope, dict) else {}
-    said = (envelope.get(name) for name in ("code", "message"))
-    return envelope if any(isinstance(text, str) and text for text in said) else {}
+    texts = (envelope.get(name) for name in ("code", "message"))
+    return envelope if any(isinstance(text, str) and text for text in texts) else {}
 
 
-_REDIRECT = (
-    "Redirects are not followed, the credential would travel along:"
-    " put the final base URL into the host of Airflow connection '{conn_id}'"
-)
-
-_NO_ROUTE = (
-    "The whole route is missing there. Remove the extra 'resource' ('{resource}') of Airflow connection"
-    " '{conn_id}', and the provider finds HeyGen's name for it, or check its host"
-)
-
-_NEXT_STEP = {
-    400: "Correct the request",
+_NEXT_STEP: dict[int | str | None, str] = {
     401: "Check the password of Airflow connection '{conn_id}' and its extra 'auth_type' ('{auth_type}')",
     402: "Top up: API keys draw on the API wallet, OAuth tokens on the web plan",
     403: "The credential of Airflow connection '{conn_id}' is valid but may not do this",
     404: "It was deleted, never existed or belongs to another account than Airflow connection '{conn_id}'",
     409: "It is in a state that does not allow this",
-    413: "HeyGen takes files up to 32 MB here",
-    422: "Correct the request",
+    413: "HeyGen accepts files up to 32 MB here",
     429: "The account's quota is used up; waiting a little does not help",
-}
-
-_DIRECT_UPLOADS = "/v3/assets/direct-uploads"
-
-_NEXT_STEP_BY_CODE = {
-    "download_failed": "HeyGen could not fetch an input: the URL must be public https straight to the file,"
-    " which may have 32 MB; or set upload_links=True, and the worker downloads the file and uploads it",
+    "download_failed": "HeyGen could not fetch an input: its URL must be public https straight to the file,"
+    " and the file at most 32 MB. With upload_links=True, the worker downloads the file and uploads it",
     "asset_not_found": "Upload the file with the same credential and pass the new asset_id",
     "insufficient_api_key_scope": "Add the scope '{scope}' to the API key of Airflow connection '{conn_id}'",
+    "redirect": "Redirects are not followed, because they could disclose the credential:"
+    " put the final base URL into the host of Airflow connection '{conn_id}'",
+    "no_resource": "The host has no resource of that name. Remove the extra 'resource' ('{resource}') of"
+    " Airflow connection '{conn_id}', so that the provider detects the name, or check the host",
+    "no_direct_uploads": "This API has no direct uploads: make the file smaller than 32 MB",
 }
 
-# Which status a code has (contract, x-error-catalog), for an error that comes with status 200.
+# The status of each code, for an error that comes with status 200 (contract, x-error-catalog).
 _STATUS_BY_CODE = {
     code: status
     for status, codes in {
@@ -620,7 +599,7 @@ _TRANSIENT_CODES = {"request_in_progress", "resource_not_ready", "asset_not_avai
 
 
 def _printable(value: Any, connection: HeyGenConnection) -> str | None:
-    """Return a text from the network as a message may show it: without secrets, and not endless."""
+    """Return a text from the network without secrets, cut to 1,000 characters."""
     return connection.redact(redact_urls(_text(value)))[:1000] if isinstance(value, str) and value else None
 
 
@@ -635,41 +614,40 @@ def _error(
     facts: dict[str, Any] = {
         name: _printable(envelope.get(name), connection) for name in ("code", "message", "param", "doc_url")
     }
-    said = facts.pop("message")
     facts["status_code"] = status
     facts["request_id"] = _printable(headers.get("X-Request-Id"), connection)
     facts["retry_after"] = _retry_after(headers.get("Retry-After"))
-    code = facts["code"]
-    message = " ".join(filter(None, ("HeyGen returned", str(status), code, "for", call.what)))
-    message += f": {said}" if said else "."
-    message = message if message.endswith((".", "!", "?")) else f"{message}."
+    quoted, code = facts.pop("message"), facts["code"]
+    message = f"HeyGen returned {status}{f' {code}' if code else ''} for {call.description}"
+    message += f": {quoted}" if quoted else ""
+    message += "" if message.endswith((".", "!", "?")) else "."
     trace = f" (request {facts['request_id']})" if facts["request_id"] else ""
-    in_doubt = call.method != "GET"
     step = _next_step(call, status, facts, connection)
     if not envelope or status < 200:
-        # A page of something in between. It may also stand for a response that HeyGen did give.
+        # HeyGen may have processed the request although something else responded.
         message += (
             f" The response ({_content_type(headers, connection)}) does not have the form of HeyGen's errors,"
             " so it came from a gateway, proxy or firewall in between. If this persists, check these and the"
             f" host of Airflow connection '{connection.conn_id}'."
         )
         message += f" {step}." if status // 100 == 3 or status == 404 else ""
-        return HeyGenGatewayError(message + trace, outcome_unknown=in_doubt, **facts)
+        return HeyGenGatewayError(message + trace, outcome_unknown=call.writes, **facts)
     if _is_transient(call, status, code):
-        # 429 and the waiting codes say that nothing was done, 408 and 5xx say nothing at all.
-        in_doubt = in_doubt and (status >= 500 or status == 408)
-        return HeyGenTransientError(message + trace, outcome_unknown=in_doubt, **facts)
+        # After 408 and 5xx, HeyGen may have done it; after 429 and the transient codes, it has not.
+        outcome_unknown = call.writes and (status >= 500 or status == 408)
+        return HeyGenTransientError(message + trace, outcome_unknown=outcome_unknown, **facts)
     kind = HeyGenNotFoundError if status == 404 else HeyGenPermanentError
     return kind(f"{message} {step}.{trace}", **facts)
 
 
 def _is_transient(call: Call[Any], status: int, code: str | None) -> bool:
-    """Return whether an error of HeyGen's own is likely to pass."""
-    # A second request under a key that is still being worked on; bodies without a code were seen.
+    """Return whether an error that HeyGen itself reports is likely to pass."""
+    if status == 429:
+        return not re.search("trial|quota", code or "")
+    # HeyGen still processes the first request under this key; its response may have no code.
     in_progress = status == 409 and code is None and "Idempotency-Key" in call.headers
-    spent = status == 429 and re.search("trial|quota", code or "")
-    waits = code in _TRANSIENT_CODES or in_progress or status in (408, 425, call.transient_status)
-    return waits or status >= 500 or (status == 429 and not spent)
+    is_listed = code in _TRANSIENT_CODES or status in (408, 425, call.transient_status)
+    return in_progress or is_listed or status >= 500
 
 
 def _next_step(
@@ -678,13 +656,13 @@ def _next_step(
     """Return what to do about an error, without a full stop."""
     code = facts["code"]
     if 300 <= status < 400:
-        step = _REDIRECT
+        step = _NEXT_STEP["redirect"]
     elif status == 404 and code != "asset_not_found" and call.is_collection and connection.resource:
-        step = _NO_ROUTE
+        step = _NEXT_STEP["no_resource"]
     elif status == 404 and call.path == _DIRECT_UPLOADS:
-        step = "This API has no direct uploads: make the file smaller than 32 MB"
+        step = _NEXT_STEP["no_direct_uploads"]
     else:
-        step = _NEXT_STEP_BY_CODE.get(code or "", _NEXT_STEP.get(status, "Correct the request"))
+        step = _NEXT_STEP.get(code) or _NEXT_STEP.get(status) or "Correct the request"
         if status == 404 and connection.resource and call.scope.startswith("lipsync"):
             step += "; or the connection's extra 'resource' ('{resource}') is the wrong name"
     step = step.format(
@@ -698,16 +676,15 @@ def _next_step(
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Read ``Retry-After``: whole seconds (HeyGen's documentation) or an HTTP date (RFC 9110)."""
+    """Return the seconds in ``Retry-After``: a whole number (HeyGen's page) or an HTTP date (RFC 9110)."""
     if value and value.isascii() and value.strip().isdigit():
-        # More digits are no wait but nonsense, which a timedelta could not hold.
-        return float(value) if len(value) < 10 else None
+        return float(value) if len(value) < 10 else None  # a timedelta cannot hold a much larger number
     moment = _http_date(value)
-    return None if moment is None else max(0.0, moment - datetime.now(UTC).timestamp())
+    return None if moment is None else max(0.0, moment - time.time())
 
 
 def _http_date(value: str | None) -> float | None:
-    """Read an HTTP date as Unix seconds."""
+    """Return an HTTP date in Unix seconds, or ``None`` if it is invalid."""
     try:
         moment = parsedate_to_datetime(value or "")
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
@@ -723,9 +700,8 @@ def check_id(value: Any, name: str = "overdub_id") -> str:
     """
     value = _text(value)
     if not isinstance(value, str) or not value.strip():
-        raise HeyGenBadInputError(f"{name} is empty or not text; pass the id that a create returned.")
-    if value == "None":
-        # What a template makes of an XCom that is not there.
+        raise HeyGenBadInputError(f"{name} is empty or not text; pass the id that the create task returned.")
+    if value == "None":  # a template renders a missing XCom to it
         raise HeyGenBadInputError(
             f"{name} is the text 'None'; the task it should come from returned nothing."
         )
@@ -738,76 +714,72 @@ def check_id(value: Any, name: str = "overdub_id") -> str:
 
 def asset_ids(value: Any) -> Iterator[str]:
     """
-    Return the ids in what may be an id, a media input, or a list of them.
+    Return the ids in a HeyGen asset id, a media input, or a list of these.
 
-    :raises HeyGenBadInputError: if one of them is no id.
+    :raises HeyGenBadInputError: if one of them is not an id.
     """
     value = value.get("asset_id") if isinstance(value, Mapping) else value
     if isinstance(value, Iterable) and not isinstance(value, str):
-        for each in value:
-            yield from asset_ids(each)
+        for item in value:
+            yield from asset_ids(item)
     else:
         yield check_id(value, "asset_id")
 
 
 def _model(kind: Callable[[Any], T], **known: str) -> Callable[[Any], T]:
-    """Read an object under ``data``; what is known, such as the id asked for, may be missing there."""
-    return lambda answer: kind({**_data(answer, dict), **known})
+    """Return a function that reads the object in ``data``; ``known`` members replace HeyGen's."""
+    return lambda decoded: kind({**_data(decoded, dict), **known})
 
 
-def _nothing(_: Any) -> None:
-    """Read no result."""
-
-
-def _on_resource(what: str, method: Any, read: Callable[[Any], T], item: str = "", **rest: Any) -> Call[T]:
-    return Call(what=what, method=method, read=read, path=_COLLECTIONS[0] + item, renamed=True, **rest)
-
-
-def _on_overdub(what: str, method: str, overdub_id: str, read: Any = None, **rest: Any) -> Call[Any]:
-    item = f"/{quote(check_id(overdub_id), safe='')}"
-    read = read or _model(Overdub.model_validate, id=overdub_id)
-    return _on_resource(f"the {what} overdub '{overdub_id}'", method, read, item, **rest)
-
-
-def _on_asset(
-    what: str, method: Any, asset_id: str, read: Any = None, step: str = "", **rest: Any
+def _on_item(
+    kind: str, action: str, method: Any, item_id: str, read: Any = None, *, step: str = "", **rest: Any
 ) -> Call[Any]:
-    path = f"/v3/assets/{quote(check_id(asset_id, 'asset_id'), safe='')}{step}"
-    read = read or _model(Asset.model_validate, asset_id=asset_id)
-    return Call(what=f"the {what} of asset '{asset_id}'", method=method, path=path, read=read, **rest)
+    path, model = (_OVERDUBS, Overdub) if kind == "overdub" else (_ASSETS, Asset)
+    return Call(
+        description=f"the {action} of {kind} '{item_id}'",
+        method=method,
+        path=f"{path}/{quote(check_id(item_id, f'{kind}_id'), safe='')}{step}",
+        read=read or _model(model.model_validate, **{f"{kind}_id": item_id}),
+        **rest,
+    )
 
 
 def create_overdub(request: CreateOverdubRequest, idempotency_key: str) -> Call[str]:
-    """Start an overdub; the result is its id. The key makes a repeat harmless for 24 hours."""
-    headers = _key_header(idempotency_key)
-    return _on_resource("the create request", "POST", _model(_id_of), json=request.body(), headers=headers)
+    """Start an overdub and return its id. A repeat under the same key starts no other one for 24 hours."""
+    return Call(
+        description="the create request",
+        method="POST",
+        path=_OVERDUBS,
+        headers=_key_header(idempotency_key),
+        json=request.body(),
+        read=_model(_id_of),
+    )
 
 
 def get_overdub(overdub_id: str) -> Call[Overdub]:
     """Read one overdub."""
-    return _on_overdub("GET of", "GET", overdub_id)
+    return _on_item("overdub", "GET", "GET", overdub_id)
 
 
 def list_overdubs(limit: int, token: str | None) -> Call[OverdubPage]:
     """List one page of overdubs; ``limit`` is 1 to 100, ``token`` the ``next_token`` of the page before."""
-    return replace(
-        _list(_page, limit, token),
-        read_headers=lambda page, headers: page.model_copy(
-            update={"server_time": _http_date(headers.get("Date"))}
-        ),
-    )
+
+    def add_time(page: OverdubPage, headers: Mapping[str, str]) -> OverdubPage:
+        return page.model_copy(update={"server_time": _http_date(headers.get("Date"))})
+
+    return replace(_list(_page, limit, token), read_headers=add_time)
 
 
 def list_raw_overdubs(limit: int, token: str | None) -> Call[Statuses]:
-    """:func:`list_overdubs`, with the rows left as they are."""
+    """List one page of overdubs as raw rows; see :func:`list_overdubs`."""
     return _list(_statuses, limit, token)
 
 
 def _list(read: Callable[[Any], T], limit: int, token: str | None) -> Call[T]:
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_PAGE_SIZE:
         raise HeyGenBadInputError(f"limit must be a whole number from 1 to {MAX_PAGE_SIZE}, not {limit!r}.")
-    params = {"limit": limit, **({"token": token} if token else {})}
-    return _on_resource("the list of overdubs", "GET", read, params=params)
+    params: dict[str, Any] = {"limit": limit, **({"token": token} if token else {})}
+    return Call(description="the list of overdubs", method="GET", path=_OVERDUBS, params=params, read=read)
 
 
 def list_statuses(overdub_ids: Iterable[str]) -> Call[Statuses]:
@@ -816,76 +788,76 @@ def list_statuses(overdub_ids: Iterable[str]) -> Call[Statuses]:
 
     An id that HeyGen does not know has the status :data:`NOT_FOUND`.
     """
-    params = {"lipsync_ids": ",".join(check_id(overdub_id) for overdub_id in overdub_ids)}
-    path = "/v3/lipsyncs/statuses"
-    return Call(what="the statuses of overdubs", method="GET", path=path, params=params, read=_bulk_statuses)
+    return Call(
+        description="the statuses of overdubs",
+        method="GET",
+        path=f"{_LIPSYNCS}/statuses",
+        params={"lipsync_ids": ",".join(map(check_id, overdub_ids))},
+        read=_bulk_statuses,
+    )
 
 
 def update_overdub(overdub_id: str, title: Any) -> Call[Overdub]:
-    """Rename an overdub: HeyGen can change nothing but the title."""
+    """Rename an overdub; HeyGen can change nothing else."""
     title = _text(title, (int, float))
-    if not isinstance(title, str) or not title.strip():
-        raise HeyGenBadInputError("title is empty; an overdub cannot be renamed to nothing.")
-    try:
-        _not_none(title)
-    except ValueError as error:
-        raise HeyGenBadInputError(f"title {error}.") from None
-    return _on_overdub("renaming of", "PATCH", overdub_id, json={"title": title})
+    if not isinstance(title, str) or not title.strip() or title == "None":
+        raise HeyGenBadInputError("title is empty or the text 'None'; pass a title.")
+    return _on_item("overdub", "renaming", "PATCH", overdub_id, json={"title": title})
 
 
 def delete_overdub(overdub_id: str) -> Call[None]:
-    """Delete an overdub and its files for good. Whether this cancels a running one is not documented."""
-    return _on_overdub("deletion of", "DELETE", overdub_id, _nothing, requires_body=False)
+    """Delete an overdub and its files. HeyGen does not document whether this cancels a running overdub."""
+    return _on_item("overdub", "deletion", "DELETE", overdub_id, lambda _: None, requires_body=False)
 
 
 def upload_asset(idempotency_key: str) -> Call[Asset]:
-    """Upload one file as ``multipart/form-data``; the transport adds the body, field name ``file``."""
+    """Upload one file as ``multipart/form-data``, field name ``file``; the transport adds the body."""
     headers, read = _key_header(idempotency_key), _model(Asset.model_validate)
-    return Call(what="the upload", method="POST", path="/v3/assets", headers=headers, read=read)
+    return Call(description="the upload", method="POST", path=_ASSETS, headers=headers, read=read)
 
 
 def get_asset(asset_id: str) -> Call[Asset]:
-    """Read what HeyGen holds of one asset."""
-    return _on_asset("GET", "GET", asset_id)
+    """Read one HeyGen asset."""
+    return _on_item("asset", "GET", "GET", asset_id)
 
 
 def delete_asset(asset_id: str) -> Call[None]:
-    """Delete one asset for good."""
-    return _on_asset("deletion", "DELETE", asset_id, _nothing, requires_body=False)
+    """Delete one HeyGen asset."""
+    return _on_item("asset", "deletion", "DELETE", asset_id, lambda _: None, requires_body=False)
 
 
 def get_api_key() -> Call[ApiKey]:
-    """Read what the API key of the connection may do, and until when; free."""
+    """Read the scopes and the expiry of the connection's API key, free of charge."""
     read = _model(ApiKey.model_validate)
-    return Call(what="the GET of the API key", method="GET", path="/v3/api_keys/self", read=read)
+    return Call(description="the GET of the API key", method="GET", path="/v3/api_keys/self", read=read)
 
 
 def create_direct_upload(idempotency_key: str, **file: str | int) -> Call[DirectUpload]:
     """
-    Ask for a URL to upload one file to, step 1 of 3; storage enforces size and checksum.
+    Request a URL to upload one file to (step 1 of 3). Storage enforces size and checksum.
 
     :param file: ``filename``, ``content_type``, ``size_bytes`` and the hexadecimal ``checksum_sha256``.
     """
     return Call(
-        what="the request for a direct upload",
+        description="the request for a direct upload",
         method="POST",
         path=_DIRECT_UPLOADS,
         headers=_key_header(idempotency_key),
         json=file,
-        read=_direct_upload,
+        read=_model(DirectUpload.model_validate),
     )
 
 
 def complete_direct_upload(asset_id: str) -> Call[Asset]:
     """
-    Make an asset of what was uploaded, step 3 of 3. May be repeated.
+    Create the HeyGen asset after the upload (step 3 of 3); it may be repeated.
 
-    HeyGen returns 409 until it finds the file, which may take a moment after the upload.
+    HeyGen returns 409 until it finds the file, which may take a moment.
     """
-    return _on_asset("completion", "POST", asset_id, step="/complete", json={}, transient_status=409)
+    return _on_item("asset", "completion", "POST", asset_id, step="/complete", json={}, transient_status=409)
 
 
 def _key_header(key: str) -> dict[str, str]:
     if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9_\-:.]{1,255}", key):
-        raise HeyGenBadInputError("idempotency_key must be 1 to 255 characters of A-Z a-z 0-9 _ - : . ")
+        raise HeyGenBadInputError("idempotency_key must be 1 to 255 characters of 'A-Za-z0-9_-:.'.")
     return {"Idempotency-Key": key}

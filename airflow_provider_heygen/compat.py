@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_asking: set[asyncio.Task[Any]] = set()
+_calls: set[asyncio.Task[Any]] = set()
 
 
-async def finish_despite_cancellation(question: Coroutine[Any, Any, T]) -> T:
+async def finish_despite_cancellation(call: Coroutine[Any, Any, T]) -> T:
     """
     Await a call to Airflow, and finish it even if the caller is cancelled.
 
@@ -22,9 +22,9 @@ async def finish_despite_cancellation(question: Coroutine[Any, Any, T]) -> T:
     reads that response and fails (observed on Airflow 3.1). If the trigger runner made the next call, all
     triggers end.
     """
-    task = asyncio.create_task(question)
-    _asking.add(task)  # an event loop itself does not keep its tasks alive
-    task.add_done_callback(_asking.discard)
+    task = asyncio.create_task(call)
+    _calls.add(task)  # the event loop itself holds only a weak reference to it
+    task.add_done_callback(_calls.discard)
     return await asyncio.shield(task)
 
 

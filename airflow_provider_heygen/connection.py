@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
-from airflow_provider_heygen.exceptions import HeyGenBadInputError
+from airflow_provider_heygen.exceptions import HeyGenBadInputError, validation_problems
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,21 +28,20 @@ _ALIASES = {"proxy": "proxies", "verify_ssl": "verify"}
 
 
 def _proxies(value: Any) -> Any:
-    # Pydantic's own message does not say which form is meant.
+    # Pydantic's own message does not describe the form.
     if isinstance(value, dict) and all(isinstance(part, str) for pair in value.items() for part in pair):
         return value
     raise ValueError('must be a JSON object of texts, such as {"https": "http://proxy.example:3128"}')
 
 
-def _bool_word(value: Any) -> Any:
-    # A form stores booleans as words; "false" must not become the name of a CA file.
-    return (
-        {"true": True, "false": False}.get(value.strip().lower(), value) if isinstance(value, str) else value
-    )
+def _parse_bool(value: Any) -> Any:
+    # A URI has "false" for False, which must not become the name of a CA file.
+    text = value.strip().lower() if isinstance(value, str) else ""
+    return {"true": True, "false": False}.get(text, value)
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host name or address is that of this machine."""
+    """Return whether a host name or IP address belongs to this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -51,14 +50,14 @@ def is_loopback(host: str) -> bool:
 
 class HeyGenConnection(BaseModel):
     """
-    The settings of one connection, resolved.
+    The settings of one connection.
 
-    ``password`` holds the API key or the OAuth access token, ``host`` the base URL. Everything else is an
-    extra; an unknown extra is ignored with a warning, and none becomes a request header. Timeouts are in
+    ``password`` holds the API key or the OAuth access token, ``host`` the base URL. All other settings are
+    extras; an unknown extra is ignored with a warning, and none becomes a request header. Timeouts are in
     seconds and limit the silence on the socket, not the length of the call. Their defaults follow HeyGen's
     own command line client (contract, ``x-timing``).
 
-    :param resource: ``overdubs`` or ``lipsyncs``; ``None`` if the hook is to find out.
+    :param resource: ``overdubs`` or ``lipsyncs``; ``None`` if the hook detects it.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
@@ -72,72 +71,55 @@ class HeyGenConnection(BaseModel):
     allow_private_hosts: bool = False
     connect_timeout: float = Field(default=10.0, gt=0, allow_inf_nan=False)
     read_timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
-    # HeyGen may take 30 s for a create request; without its response, the overdub has to be searched for.
+    # HeyGen may take 30 s for a create request. Without its response, the hook must search for the overdub.
     write_timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
     upload_timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
-    # HeyGen publishes no limit (contract, ``x-limits``). One triggerer keeps to this, for all its waits.
+    # HeyGen publishes no limit (contract, ``x-limits``). This one applies to all waits of one triggerer.
     max_requests_per_second: float = Field(default=5.0, gt=0, allow_inf_nan=False)
-    # Of the account, at a time, of all products; the triggerer's queue learns it where it is not set.
+    # Of the account, at a time. If it is not set, the triggerer's queue learns it from 429 responses.
     max_concurrent_jobs: int | None = Field(default=None, gt=0)
-    # As in Airflow's HTTP connection, by the names its users know.
+    # The next four have the names of Airflow's HTTP connection.
     proxies: Annotated[dict[str, str], BeforeValidator(_proxies)] = Field(default_factory=dict, repr=False)
-    verify: Annotated[bool | str, BeforeValidator(_bool_word)] = True
+    verify: Annotated[bool | str, BeforeValidator(_parse_bool)] = True
     cert: str | tuple[str, str] | None = None
     trust_env: bool = True
-    # In dollars, by mode; for the page *Watch*.
+    # In dollars, by mode; the page *Watch* and the result show the cost.
     price_per_second: dict[str, float] = Field(default_factory=dict)
 
     def cost(self, mode: str, duration: float | None) -> float | None:
-        """Return what an overdub of that many seconds costs in dollars, if the price is set."""
+        """Return the cost of an overdub in dollars, or ``None`` if the price is not set."""
         price = self.price_per_second.get(mode)
         return None if price is None or duration is None else round(price * duration, 4)
 
-    @staticmethod
-    def extra_of(connection: Connection) -> dict[str, Any]:
-        """
-        Return the extra of an Airflow connection; Airflow masks the secrets in it.
-
-        Use it instead of ``connection.extra_dejson``:
-        ``HeyGenConnection.from_airflow(connection, HeyGenConnection.extra_of(connection))``. On an event
-        loop, await :meth:`aextra_of` instead, because Airflow then masks secrets by another call.
-
-        :raises HeyGenBadInputError: the extra is not a JSON object.
-        """
-        _check_extra(connection)
-        return dict(connection.extra_dejson)
-
-    @staticmethod
-    async def aextra_of(connection: Connection) -> dict[str, Any]:
-        """
-        :meth:`extra_of` for an event loop.
-
-        Use it instead of ``get_async_extra_dejson``, for what ``get_async_connection`` of
-        :mod:`airflow.providers.common.compat.connection` returned.
-        """
+    @classmethod
+    async def afrom_airflow(cls, connection: Connection) -> HeyGenConnection:
+        """Return :meth:`from_airflow` on an event loop, where Airflow masks secrets by another call."""
         from airflow.providers.common.compat.connection import get_async_extra_dejson
 
         _check_extra(connection)
-        return dict(await get_async_extra_dejson(connection))
+        return cls.from_airflow(connection, await get_async_extra_dejson(connection))
 
     @classmethod
-    def from_airflow(cls, connection: Connection, extra: Mapping[str, Any]) -> HeyGenConnection:
+    def from_airflow(cls, connection: Connection, extra: Mapping[str, Any] | None = None) -> HeyGenConnection:
         """
-        Read and check an Airflow connection.
+        Read and check an Airflow connection; Airflow masks its secrets.
 
-        :param connection: the connection as Airflow resolved it.
-        :param extra: its extra, from :meth:`extra_of` or :meth:`aextra_of`.
-        :raises HeyGenBadInputError: a setting is missing or wrong; the message names it.
+        :param extra: the extra as a mapping; ``None`` reads it from the connection.
+        :raises HeyGenBadInputError: if a setting is missing or wrong; the message names it.
         """
         conn_id = str(connection.conn_id)
-        # Forms and secrets backends store "" or null for "not set".
+        if extra is None:
+            _check_extra(connection)
+            extra = connection.extra_dejson
+        # Forms and secrets backends store "" or null for a setting without a value.
         values = {name: value for name, value in extra.items() if value not in (None, "")}
         settings = cls.model_fields.keys() - {"conn_id", "base_url", "credential"}
         for unknown in values.keys() - settings - _ALIASES.keys():
-            _warn_of(unknown, conn_id, *get_close_matches(unknown, sorted(settings), 1))
+            _warn_unknown(unknown, conn_id, *get_close_matches(unknown, sorted(settings), 1))
         for alias, name in _ALIASES.items():
             if alias in values:
                 values.setdefault(name, values[alias])
-        # What was given by place wins over an extra of the same name.
+        # No extra of the same name replaces these.
         values |= {
             "conn_id": conn_id,
             "base_url": _base_url(connection),
@@ -146,11 +128,7 @@ class HeyGenConnection(BaseModel):
         try:
             resolved = cls.model_validate(values)
         except ValidationError as error:
-            problems = "; ".join(
-                f"extra '{'.'.join(map(str, problem['loc'][:1]))}':"
-                f" {problem['msg'].removeprefix('Value error, ')}"
-                for problem in error.errors(include_input=False, include_url=False)
-            )
+            problems = validation_problems(error, "extra '{}'")
             raise HeyGenBadInputError(f"Airflow connection '{conn_id}' is wrong: {problems}.") from None
         problem = _problem_of_password(resolved.credential.get_secret_value()) or resolved._problem_of_host()
         if problem:
@@ -161,7 +139,7 @@ class HeyGenConnection(BaseModel):
         try:
             url = urlsplit(self.base_url)
             host, _ = url.hostname, url.port
-            (host or "").encode("idna")  # as the look-up of its address does
+            (host or "").encode("idna")  # as the DNS query does
         except ValueError:
             return "host and port do not make a URL; leave both empty for HeyGen's own API."
         usable = self.base_url.isprintable() and " " not in self.base_url
@@ -183,7 +161,7 @@ class HeyGenConnection(BaseModel):
         return ("Authorization", f"Bearer {secret}") if self.auth_type == "oauth" else ("X-Api-Key", secret)
 
     def redact(self, text: str) -> str:
-        """Remove the credential from a text that came from the network."""
+        """Remove the credential from a text."""
         return text.replace(self.credential.get_secret_value(), "***")
 
 
@@ -191,12 +169,14 @@ def _problem_of_password(secret: str) -> str | None:
     if not secret:
         return "the password is empty; it must hold the HeyGen API key (or the OAuth access token)."
     if not (secret.isascii() and secret.isprintable() and " " not in secret):
-        return "the password has characters that no API key or token has; was it pasted whole?"
+        return (
+            "the password has characters that no API key or token has. Check that it was pasted completely."
+        )
     return None
 
 
-@cache  # a triggerer reads its connections again every minute
-def _warn_of(unknown: str, conn_id: str, nearest: str | None = None) -> None:
+@cache  # because a triggerer reads its connections again every minute
+def _warn_unknown(unknown: str, conn_id: str, nearest: str | None = None) -> None:
     hint = f" Did you mean '{nearest}'?" if nearest else ""
     log.warning(
         "Airflow connection '%s' has an unknown extra %.100r, which is ignored.%s", conn_id, unknown, hint
@@ -207,10 +187,10 @@ def _check_extra(connection: Connection) -> None:
     """
     Reject an extra that is not a JSON object, before Airflow decodes it.
 
-    Airflow returns anything else as it is, and nothing at all for what is not JSON.
+    Airflow returns any other JSON value unchanged, and an empty mapping for invalid JSON.
     """
     try:
-        # That of a connection that comes from Airflow's database is checked when it is read.
+        # Reading the extra of a connection from Airflow's database may raise ValueError, too.
         extra = connection.extra
         decoded = json.loads(extra) if extra else {}
     except (ValueError, RecursionError):
@@ -228,7 +208,7 @@ def _base_url(connection: Connection) -> str:
     schema = (connection.schema or "").strip("/ ")
     default, path = (schema.lower(), "") if schema.lower() in ("http", "https") else ("https", schema)
     host = (connection.host or "").strip() or DEFAULT_HOST
-    # Unlike in Airflow's HTTP connection, the default is https: a credential is sent.
+    # The default is https, unlike in Airflow's HTTP connection, because a credential is sent.
     scheme, _, rest = host.partition("://") if "://" in host else (default, "", host)
     authority, _, own_path = rest.partition("/")
     with suppress(ValueError):

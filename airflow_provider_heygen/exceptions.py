@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
@@ -60,8 +61,8 @@ class HeyGenGatewayError(HeyGenTransientError):
     """
     An error response without HeyGen's envelope: a gateway, proxy or firewall responded instead of HeyGen.
 
-    HeyGen documents ``error.code`` and ``error.message`` in every error response, so this one proves nothing
-    about the request, whatever its status.
+    HeyGen documents ``error.code`` and ``error.message`` in every error response. A response without them
+    proves nothing about the request, for any status.
     """
 
 
@@ -106,6 +107,14 @@ class HeyGenTaskFailedError(HeyGenError, AirflowFailException):
         failure = cls(error.message)
         failure.__dict__.update(error.__dict__)
         return failure
+
+
+def validation_problems(error: Any, place: str = "{}") -> str:
+    """Return what pydantic's ValidationError reports, without any value; ``place`` formats a field's name."""
+    return "; ".join(
+        f"{place.format(*problem['loc'][:1] or ['request'])}: {problem['msg'].removeprefix('Value error, ')}"
+        for problem in error.errors(include_input=False, include_url=False)
+    )
 
 
 def retry_delay(

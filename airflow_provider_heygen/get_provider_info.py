@@ -1,4 +1,4 @@
-"""What Airflow registers: the connection type with its form, and which modules hold what."""
+"""What Airflow registers: the connection type with its form, and the modules."""
 
 from __future__ import annotations
 
@@ -13,27 +13,17 @@ def _modules(*names: str) -> list[dict[str, Any]]:
     ]
 
 
+def _field(label: str, kind: str, description: str, **schema: Any) -> dict[str, Any]:
+    return {"label": label, "schema": {"type": [kind, "null"], **schema}, "description": description}
+
+
 def _seconds(label: str, default: int, description: str) -> dict[str, Any]:
-    return {
-        "label": label,
-        "schema": {"type": ["number", "null"], "minimum": 1},
-        "description": f"{description} Default: {default}.",
-    }
+    return _field(label, "number", f"{description} Default: {default}.", minimum=1)
 
 
-def _choice(label: str, words: dict[str, str], description: str, default: str | None) -> dict[str, Any]:
-    """
-    Describe a select.
-
-    :param words: what is stored, and how the form names it. ``None`` is not among them, although the form
-        stores it when the select is emptied: it would be a choice of its own beside the default.
-    """
-    schema = {"type": ["string", "null"], "enum": list(words), "values_display": words}
-    return {
-        "label": label,
-        "schema": schema if default is None else {**schema, "default": default},
-        "description": description,
-    }
+def _choice(label: str, names: dict[str, str], description: str, **schema: Any) -> dict[str, Any]:
+    # The form stores None for an emptied select. As a member of the enum, it would be a choice of its own.
+    return _field(label, "string", description, enum=list(names), values_display=names, **schema)
 
 
 def get_provider_info() -> dict[str, Any]:
@@ -82,16 +72,15 @@ def get_provider_info() -> dict[str, Any]:
                     "auth_type": _choice(
                         "Auth type",
                         {"api_key": "API key", "oauth": "OAuth access token"},
-                        "Which of the two is among the standard fields. An API key is billed to the API"
-                        " wallet, an OAuth access token to the web plan.",
-                        "api_key",
+                        "The kind of credential in the standard fields. HeyGen bills an API key to the API"
+                        " wallet, and an OAuth access token to the web plan.",
+                        default="api_key",
                     ),
                     "resource": _choice(
                         "Resource",
                         {"overdubs": "overdubs", "lipsyncs": "lipsyncs"},
-                        "The name of the resource in HeyGen's API: overdubs became lipsyncs"
-                        " in 2026. If empty, the provider finds out.",
-                        None,
+                        "Name of the resource in HeyGen's API: overdubs became lipsyncs"
+                        " in 2026. If empty, the provider detects it.",
                     ),
                     "connect_timeout": _seconds("Connect timeout", 10, "Seconds to reach HeyGen."),
                     "read_timeout": _seconds(
@@ -105,30 +94,33 @@ def get_provider_info() -> dict[str, Any]:
                     "upload_timeout": _seconds(
                         "Upload timeout", 600, "Longest silence during an upload, in seconds."
                     ),
-                    "max_requests_per_second": {
-                        "label": "Requests per second",
-                        # The form knows no exclusive minimum.
-                        "schema": {"type": ["number", "null"], "minimum": 0.1},
-                        "description": "Maximum number of polls per second of one triggerer, for all waiting"
-                        " overdubs. Default: 5.",
-                    },
-                    "max_concurrent_jobs": {
-                        "label": "Concurrent jobs",
-                        "schema": {"type": ["integer", "null"], "minimum": 1},
-                        "description": "How many jobs HeyGen runs at a time for the account."
-                        " Empty: learned from HeyGen's 429 responses.",
-                    },
-                    "allow_http": {
-                        "label": "Allow plain http",
-                        "schema": {"type": ["boolean", "null"], "default": False},
-                        "description": "Send the credential unencrypted to a host that is not this machine.",
-                    },
-                    "allow_private_hosts": {
-                        "label": "Allow private hosts",
-                        "schema": {"type": ["boolean", "null"], "default": False},
-                        "description": "Follow result and upload URLs into private networks,"
-                        " as with the emulator on this machine.",
-                    },
+                    "max_requests_per_second": _field(
+                        "Requests per second",
+                        "number",
+                        "Maximum number of polls per second of one triggerer, for all waiting overdubs."
+                        " Default: 5.",
+                        minimum=0.1,  # the form supports no exclusive minimum
+                    ),
+                    "max_concurrent_jobs": _field(
+                        "Concurrent jobs",
+                        "integer",
+                        "Maximum number of jobs that HeyGen runs at a time for the account. If empty, learned"
+                        " from HeyGen's 429 responses.",
+                        minimum=1,
+                    ),
+                    "allow_http": _field(
+                        "Allow plain http",
+                        "boolean",
+                        "Send the credential unencrypted to a host that is not this machine.",
+                        default=False,
+                    ),
+                    "allow_private_hosts": _field(
+                        "Allow private hosts",
+                        "boolean",
+                        "Follow result and upload URLs into private networks, as with the emulator on this"
+                        " machine.",
+                        default=False,
+                    ),
                 },
             }
         ],

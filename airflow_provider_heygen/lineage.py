@@ -1,12 +1,11 @@
 """
-Datasets that tasks report to OpenLineage, under the names that other tools use, and without secrets.
+Datasets that tasks report to OpenLineage, without secrets.
 
 HeyGen's objects are in the namespace ``heygen``: ``overdubs/<id>``, under either name of the resource, and
 ``assets/<id>``. The names of files follow OpenLineage's conventions, without Airflow connection ids and
-without the query and user of URLs.
+without the query and user of URLs. Other tasks that use a file then report the same dataset.
 
-Airflow imports this module wherever an Asset is made, so it imports nothing heavy at its top, and OpenLineage
-only in the functions that OpenLineage calls.
+Airflow imports this module when it creates an Airflow Asset. Its heavy imports are therefore in functions.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
 
 NAMESPACE = "heygen"
 
-# Several clients have different names for the same store.
-_ONE_STORE = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
+# Clients have different schemes for the same store.
+_SCHEMES = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
 
 
 def overdub_uri(overdub_id: str) -> str:
@@ -53,12 +52,7 @@ def media_uri(value: Any) -> str | None:
 
 
 def dataset(uri: str) -> Dataset:
-    """
-    Return the dataset of a URI or a local path.
-
-    Its name follows OpenLineage's conventions, as in Airflow's own providers. Other tasks that use the file
-    then report the same dataset.
-    """
+    """Return the dataset of a URI or a local path."""
     from airflow.providers.common.compat.openlineage.facet import Dataset
 
     return Dataset(*_name(uri))
@@ -78,26 +72,18 @@ def _name(uri: str) -> tuple[str, str]:
     authority = authority.rpartition("@")[2]  # an Airflow connection id, or a user
     if scheme == NAMESPACE:
         return NAMESPACE, f"{authority}/{path}"
-    return f"{_ONE_STORE.get(scheme, scheme)}://{authority}", path.strip("/") or "/"
+    return f"{_SCHEMES.get(scheme, scheme)}://{authority}", path.strip("/") or "/"
 
 
 def operator_lineage(inputs: Iterable[str | None], outputs: Iterable[Dataset]) -> OperatorLineage[Any, Any]:
-    """
-    Return a task's lineage for OpenLineage.
-
-    :param inputs: URIs; ``None`` is skipped.
-    """
+    """Return a task's lineage for OpenLineage; ``inputs`` are URIs, and ``None`` is skipped."""
     from airflow.providers.openlineage.extractors import OperatorLineage
 
     return OperatorLineage(inputs=[dataset(uri) for uri in inputs if uri], outputs=list(outputs))
 
 
 def output_dataset(uri: str, size: int) -> Dataset:
-    """
-    Return the dataset of a file that a task has written.
-
-    :param size: size in bytes.
-    """
+    """Return the dataset of a file of ``size`` bytes that a task has written."""
     from airflow.providers.common.compat.openlineage.facet import (
         OutputDataset,
         OutputStatisticsOutputDatasetFacet,
@@ -114,7 +100,7 @@ def sanitize_uri(uri: SplitResult) -> SplitResult:
     """
     Check the URI of an Airflow Asset: ``heygen://overdubs/<id>`` or ``heygen://assets/<id>``.
 
-    :raises ValueError: if it names nothing.
+    :raises ValueError: if it names no object.
     """
     if not uri.netloc or uri.path in ("", "/"):
         raise ValueError("URI format heygen:// must be heygen://overdubs/<id> or heygen://assets/<id>")

@@ -1,5 +1,5 @@
 """
-Counts for Airflow's metrics: StatsD, Datadog or OpenTelemetry.
+Metrics for Airflow's backends: StatsD, Datadog or OpenTelemetry.
 
 Each event is counted once, where it is known to have happened. A metrics error never fails a task.
 ``docs/guides/observability.md`` lists the names.
@@ -39,9 +39,8 @@ def polled(conn_id: str) -> None:
 @dataclass(frozen=True)
 class WaitMetrics:
     """
-    The wait of one task instance for its overdub.
+    Metrics of one task instance's wait.
 
-    :param ti: the task instance; its ``dag_id`` and ``task_id`` become tags.
     :param since: start of the wait in Unix seconds; ``None`` if unknown, and then the wait is not timed.
     """
 
@@ -50,19 +49,19 @@ class WaitMetrics:
 
     def completed(self) -> None:
         """Count a wait whose overdub completed."""
-        self._ended("completed")
+        self._count("completed")
 
     def failed(self) -> None:
-        """Count a wait whose overdub failed, as HeyGen reports."""
-        self._ended("failed")
+        """Count a wait whose overdub failed."""
+        self._count("failed")
 
-    def _ended(self, status: str) -> None:
+    def _count(self, status: str) -> None:
         tags = _tags(self.ti)
         _send("incr", f"heygen.overdubs.{status}", tags=tags)
         if self.since is not None:
             # The backends interpret a plain number in different units.
-            took = timedelta(seconds=max(0.0, time.time() - self.since))
-            _send("timing", "heygen.overdubs.wait", took, tags=tags | {"status": status})
+            duration = timedelta(seconds=max(0.0, time.time() - self.since))
+            _send("timing", "heygen.overdubs.wait", duration, tags=tags | {"status": status})
 
 
 def _tags(ti: Any) -> dict[str, str]:

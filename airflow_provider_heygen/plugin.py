@@ -23,7 +23,7 @@ class WatchLink(BaseOperatorLink):
 
     @property
     def operators(self) -> list[Any]:  # type: ignore[override]
-        """The classes whose link the API server computes; it is there before the task ends."""
+        """The operators with this link; the API server computes it, so it appears before the task ends."""
         from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
         from airflow_provider_heygen.sensors.overdub import HeyGenOverdubSensor
         from airflow_provider_heygen.transfers import heygen_to_object_storage as transfers
@@ -40,13 +40,13 @@ class WatchLink(BaseOperatorLink):
 
 
 async def _app(scope: Any, receive: Any, send: Any) -> None:
-    # At the first request and in a thread: the page loads FastAPI and the hook.
+    # The page imports FastAPI and the hook, so it is imported at the first request, and in a thread.
     watch = await asyncio.to_thread(importlib.import_module, "airflow_provider_heygen.watch")
     await watch.app(scope, receive, send)
 
 
 class HeyGenPlugin(AirflowPlugin):
-    """What the entry point group ``airflow.plugins`` names."""
+    """The plugin of entry point group ``airflow.plugins``."""
 
     name = "heygen"
     fastapi_apps = [{"app": _app, "url_prefix": "/heygen", "name": "HeyGen"}]

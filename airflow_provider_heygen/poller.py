@@ -51,6 +51,10 @@ _AT_ONCE = -math.inf  # when a GET is due that no page can replace
 _Pages = AsyncGenerator[api.Statuses, None]
 
 
+def _unfinished(page: api.Statuses) -> set[str]:
+    return {name for name, row in page.rows.items() if row.get("status") not in _FINAL}
+
+
 class _Waiter(NamedTuple):
     """One trigger: its rules, its context (where its log goes) and its end."""
 
@@ -288,55 +292,72 @@ class _Poller:
     async def _read_pages(self, hook: HeyGenHook, patience: float) -> None:
         """Read pages while they cost less than GETs, the queue counts jobs, or overdubs may be gone."""
         wanted = {job.overdub_id for job in self._due() if job.due > _AT_ONCE}
-        count, span = len(wanted), max(patience, len(wanted) * self._spacing)  # GETs would take as long
-        if hook.resource == "lipsyncs" and count > PAGE_COST:
+        span = max(patience, len(wanted) * self._spacing)  # GETs would take as long
+        if hook.resource == "lipsyncs" and len(wanted) > PAGE_COST:
             pages = self._bulk_pages(hook, list(filter(None, [self._known_final, *wanted])))
             if await self._read(self._bulk, pages, lambda page: self._take(page) is not None, span):
                 wanted = set()
         jobs = self.jobs.values()
         doubtful = {job.overdub_id for job in jobs if any(waiter.watch.may_be_gone for waiter in job.waiters)}
-        survey = self.survey_at <= self._tick_at and bool(doubtful or self.slots.places)
-        search = self._search_at <= self._tick_at or count > 2 * self._missed
-        search = search and len(wanted) > PAGE_COST and not (survey and doubtful)
-        listed, running = set[str](), set[str]()
-        gain = best = 0
+        if self.survey_at > self._tick_at or not (doubtful or self.slots.places):
+            await self._search(hook, wanted, span)
+        elif doubtful:
+            self._release(await self._find_gone(hook, doubtful))
+        else:
+            self._release(await self._search(hook, wanted, None, count=True))
+
+    async def _search(
+        self, hook: HeyGenHook, wanted: set[str], span: float | None, *, count: bool = False
+    ) -> set[str] | None:
+        """
+        Read the list while that costs less than GETs, or to count the running jobs.
+
+        :returns: the ids of running jobs in the pages, or ``None`` if the list was not read.
+        """
+        number, gain, best, running = len(wanted), 0, 0, set[str]()
+        worth = number > PAGE_COST and (self._search_at <= self._tick_at or number > 2 * self._missed)
 
         def more(page: api.Statuses) -> bool:
             nonlocal gain, best
-            unfinished = {name for name, row in page.rows.items() if row.get("status") not in _FINAL}
+            unfinished = _unfinished(page)
             running.update(unfinished)
-            listed.update(page.rows)
-            if survey and doubtful:  # to the end of the list, even if it lags
-                for job in [self.jobs[name] for name in doubtful & self.jobs.keys() if not page.next_token]:
-                    self._dispatch(job, lambda watch: watch.absent(watch.overdub_id in listed))
-                return True
             found = wanted & self._take(page)
             wanted.difference_update(found)
             gain += len(found) - PAGE_COST
             best = max(best, gain)
             # The search for the rest may cost an eighth of GETs for the rest.
-            pays = search and len(wanted) > PAGE_COST and best - gain < len(wanted) / 8
-            return pays or (survey and bool(unfinished))
+            pays = worth and len(wanted) > PAGE_COST and best - gain < len(wanted) / 8
+            return pays or (count and bool(unfinished))
 
-        if search or survey:
-            was_read = await self._read(self._list, self._list_pages(hook), more, None if survey else span)
-            if search and was_read:
-                self._searches, self._missed = (0, 0) if gain > 0 else (self._searches + 1, count)
-                delay = SEARCH_SECONDS * 2**self._searches
-                self._search_at = self._tick_at + (delay if self._searches else 0)
-            if survey:
-                self._release(running, was_read=was_read)
+        if not (worth or count) or not await self._read(self._list, self._list_pages(hook), more, span):
+            return None
+        if worth:
+            self._searches, self._missed = (0, 0) if gain > 0 else (self._searches + 1, number)
+            delay = SEARCH_SECONDS * 2**self._searches
+            self._search_at = self._tick_at + (delay if self._searches else 0)
+        return running
 
-    def _release(self, running: set[str], *, was_read: bool) -> None:
+    async def _find_gone(self, hook: HeyGenHook, doubtful: set[str]) -> set[str] | None:
+        """Read the list to its end, even if it lags: overdubs may be gone. Return as :meth:`_search`."""
+        listed, running = set[str](), set[str]()
+
+        def more(page: api.Statuses) -> bool:
+            listed.update(page.rows)
+            running.update(_unfinished(page))
+            for job in [self.jobs[name] for name in doubtful & self.jobs.keys() if not page.next_token]:
+                self._dispatch(job, lambda watch: watch.absent(watch.overdub_id in listed))
+            return True
+
+        return running if await self._read(self._list, self._list_pages(hook), more, None) else None
+
+    def _release(self, running: set[str] | None) -> None:
         """Release the create tasks for which there are slots."""
         now = self.now()
         self.survey_at = now + COUNT_SECONDS
-        if self.slots.places and (was_read or self._list.usable_from > now + BLIND_SECONDS):
+        if self.slots.places and (running is not None or self._list.usable_from > now + BLIND_SECONDS):
             # An awaited overdub runs, even if the list lacks it.
-            running |= {
-                name for name, job in self.jobs.items() if not all(one.ended.done() for one in job.waiters)
-            }
-            for place in self.slots.count(running, now):
+            awaited = {n for n, job in self.jobs.items() if not all(one.ended.done() for one in job.waiters)}
+            for place in self.slots.count((running or set()) | awaited, now):
                 if not place.task.done():
                     place.task.set_result(None)
             self.survey_at = min(self.survey_at, self.slots.go_at)
@@ -362,10 +383,10 @@ class _Poller:
             log.info("Doing without %s for %.0f s: %s", endpoint.name, delay, api.redact_urls(reason))
             return False
         endpoint.failures = 0
-        told = [job for job in self.jobs.values() if job.status and self._tick_at < job.due < math.inf]
-        if told and self._verify_at <= self._tick_at:
+        polled = [job for job in self.jobs.values() if job.status and self._tick_at < job.due < math.inf]
+        if polled and self._verify_at <= self._tick_at:
             self._verify_at = self._tick_at + TICK_SECONDS
-            random.choice(told).due = _AT_ONCE  # noqa: S311 - no secret
+            random.choice(polled).due = _AT_ONCE  # noqa: S311 - no secret
         return True
 
     async def _bulk_pages(self, hook: HeyGenHook, ids: list[str]) -> _Pages:

@@ -1,9 +1,9 @@
 """
 The two transports over :mod:`.api`: requests on the worker, aiohttp in the triggerer.
 
-Both send the same calls under the same network settings, send the credential to the connection's own origin
+Both send the same calls with the same network settings, send the credential to the connection's own origin
 only, and raise the same exceptions. The class of a library's exception does not prove whether the request
-may have reached HeyGen. Each attempt therefore records whether it had a connection.
+reached HeyGen. Each attempt therefore records whether it had a connection.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# By default, urllib3 sends 16 kB at a time, which is slow. Each piece must be sent within the connection's
-# upload_timeout, so a large piece would fail on a slow network.
+# urllib3's 16 kB are slow. A much larger piece could exceed upload_timeout on a slow network.
 _PIECE_BYTES = 256 << 10
 
 # HeyGen's gateway rejects the default agents of HTTP libraries (third-party report).
@@ -59,10 +58,10 @@ USER_AGENT = f"airflow-provider-heygen/{__version__}"
 
 class ChunkedBody:
     """
-    A body in pieces of a size that is fast to send.
+    A body that is sent in pieces of 256 KiB.
 
     :param body: object with ``len``, the number of remaining bytes, and ``read``.
-    :param write_timeout: seconds within which each piece must be sent; the connection applies it.
+    :param write_timeout: longest time to send one piece, in seconds; the connection applies it.
     """
 
     def __init__(self, body: Any, write_timeout: float | None = None) -> None:
@@ -92,14 +91,16 @@ def send(
     Send a call once, from a worker.
 
     :param session: session of :func:`new_session`, with the credential.
-    :param form: body, if it is a file.
+    :param form: body of an upload.
     :raises HeyGenUnreachableError: if the call was never sent.
-    :raises HeyGenTransientError: if the connection broke after sending; or see :meth:`.Call.answer`.
+    :raises HeyGenTransientError: if the connection broke after sending; or see :meth:`.Call.parse`.
     :raises HeyGenBadInputError: if a setting of the connection cannot work. Nothing was sent.
     """
     data, headers = None, dict(call.headers)
+    timeout = settings.write_timeout if call.writes else settings.read_timeout
     if form is not None:
-        data, headers["Content-Type"] = ChunkedBody(form, settings.upload_timeout), form.content_type
+        timeout = settings.upload_timeout
+        data, headers["Content-Type"] = ChunkedBody(form, timeout), form.content_type
     attempt = _Attempt()
     _attempt.set(attempt)
     try:
@@ -110,10 +111,10 @@ def send(
             json=call.json,
             data=data,
             headers=headers,
-            timeout=(settings.connect_timeout, _read_timeout(settings, call, upload=form is not None)),
+            timeout=(settings.connect_timeout, timeout),
         )
     except HeyGenError:
-        raise  # the file cannot be read; some of these errors are a ValueError
+        raise  # the file cannot be read; HeyGenBadInputError is a ValueError
     except (OSError, ValueError, HTTPError) as error:  # a RequestException is an OSError
         # Raises HeyGenBadInputError if a setting is the reason.
         proxy = None if attempt.connected else _options(settings)["proxy"]
@@ -121,13 +122,13 @@ def send(
     if response.status_code < 200:
         # http.client returns a 1xx as the response. The next request must not read the real one as its own.
         session.close()
-    return call.answer(response.status_code, response.headers, response.content, settings)
+    return call.parse(response.status_code, response.headers, response.content, settings)
 
 
 async def asend(call: Call[T], settings: HeyGenConnection) -> T:
     """Send a call once, as :func:`send` does, on an event loop with :func:`shared_session`."""
     name, value = settings.auth_header
-    read_timeout = _read_timeout(settings, call)
+    read_timeout = settings.write_timeout if call.writes else settings.read_timeout
     timeout = aiohttp.ClientTimeout(
         # A slow response must not last beyond the deadline of a wait.
         total=settings.connect_timeout + read_timeout,
@@ -155,33 +156,25 @@ async def asend(call: Call[T], settings: HeyGenConnection) -> T:
                 body = await response.read()
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise _fault(error, attempt, call, settings, options["proxy"]) from None
-        return call.answer(response.status, response.headers, body, settings)
-
-
-def _read_timeout(settings: HeyGenConnection, call: Call[Any], *, upload: bool = False) -> float:
-    if upload:
-        return settings.upload_timeout
-    return settings.read_timeout if call.method == "GET" else settings.write_timeout
+        return call.parse(response.status, response.headers, body, settings)
 
 
 def _fault(
     error: Exception, attempt: _Attempt, call: Call[Any], settings: HeyGenConnection, proxy: str | None
 ) -> HeyGenError:
-    """Return the HeyGenError that an exception of either library proves: no connection, nothing sent."""
+    """Return the HeyGenError for an exception of either library: without a connection, nothing was sent."""
     # Wrappers may quote the proxy's password. __context__ may belong to an earlier attempt.
     while inner := next((e for e in (error.__cause__, *error.args) if isinstance(e, Exception)), None):
         error = inner
-    what = f"{type(error).__name__} during {call.what} at {settings.base_url}"
+    event = f"{type(error).__name__} during {call.description} at {settings.base_url}"
     connection = f"of Airflow connection '{settings.conn_id}'"
     if attempt.connected:
-        if str(error).startswith("\x15\x03") or r"b'\x15\x03" in str(error):  # an alert of TLS
+        if str(error).startswith("\x15\x03") or r"b'\x15\x03" in str(error):  # a TLS alert
             return HeyGenUnreachableError(
-                f"{what}, nothing was sent that could be read. The port speaks TLS. Use https in the host"
+                f"{event}, nothing was sent that could be read. The port speaks TLS. Use https in the host"
                 f" {connection}."
             )
-        return HeyGenTransientError(
-            f"{what}, no readable response arrived.", outcome_unknown=call.method != "GET"
-        )
+        return HeyGenTransientError(f"{event}, no readable response arrived.", outcome_unknown=call.writes)
     why = getattr(error, "strerror", None) or "no connection"
     if isinstance(error, socket.gaierror):
         why = f"host name not resolved ({why})"
@@ -196,7 +189,7 @@ def _fault(
     suspects += ["'verify'", "'cert'"] if isinstance(error, ssl.SSLError) else []
     suspects += ["the host"]
     return HeyGenUnreachableError(
-        f"{what}, nothing was sent{via}: {why}. Check {' or '.join(suspects)} {connection}."
+        f"{event}, nothing was sent{via}: {why}. Check {' or '.join(suspects)} {connection}."
     )
 
 
@@ -207,7 +200,7 @@ def new_session(settings: HeyGenConnection, *, credential: bool) -> requests.Ses
     """
     Return a session with the connection's proxies and TLS settings, which override the environment's.
 
-    It never uses ``~/.netrc`` and never follows a redirect.
+    It never reads ``~/.netrc`` and never follows a redirect.
 
     :param credential: whether to send the credential, to the connection's own scheme, host and port only.
     """
@@ -221,7 +214,7 @@ def new_session(settings: HeyGenConnection, *, credential: bool) -> requests.Ses
 
     session = _Session()
     for scheme in ("http://", "https://"):
-        session.mount(scheme, _Adapter(idle=120, interval=30, count=20))  # as Airflow's HTTP connection
+        session.mount(scheme, _Adapter(idle=120, interval=30, count=20))  # as in Airflow's HTTP hook
     session.auth = authorize  # without an auth, requests would read ~/.netrc
     session.headers["User-Agent"] = USER_AGENT
     session.proxies = dict(settings.proxies)
@@ -298,9 +291,9 @@ async def shared_session(
     settings: HeyGenConnection,
 ) -> AsyncIterator[tuple[aiohttp.ClientSession, dict[str, Any]]]:
     """
-    Share one aiohttp session among all users of the same settings on this event loop.
+    Share one aiohttp session among all users with the same settings on this event loop.
 
-    :returns: the session, without the credential, and the options that each of its requests needs.
+    :returns: session without the credential, and the options that each request needs.
     :raises HeyGenBadInputError: if the proxies or certificate files cannot be used.
     """
     of_loop = _sessions.setdefault(asyncio.get_running_loop(), {})
@@ -346,9 +339,9 @@ def _new_aiohttp_session() -> aiohttp.ClientSession:
 
 def _options(settings: HeyGenConnection) -> dict[str, Any]:
     """
-    Return for aiohttp the proxy and TLS settings that requests would use, from connection and environment.
+    Return the proxy and TLS settings that requests would use, as options for aiohttp.
 
-    aiohttp's own ``trust_env`` stays off: it would read ``~/.netrc`` and add a second credential.
+    aiohttp's own ``trust_env`` stays off, because it would read ``~/.netrc`` and add a second credential.
 
     :raises HeyGenBadInputError: if a setting cannot be used.
     """

@@ -158,7 +158,7 @@ class Source:
         return str(self.path.name.encode(errors="replace").decode())
 
     @classmethod
-    def from_path(
+    def of(
         cls,
         path: Source | str | PathLike[str] | ObjectStoragePath,
         settings: HeyGenConnection,
@@ -205,9 +205,9 @@ class Source:
             self.known_digest = file.sha256.hexdigest()
         return self.known_digest
 
-    def open(self) -> FixedLengthReader:
+    def open(self) -> Announced:
         """Open the file for reading exactly ``size`` bytes."""
-        return FixedLengthReader(self)
+        return Announced(self)
 
     def open_file(self) -> Any:
         """Open the file in its storage."""
@@ -246,8 +246,8 @@ class UrlSource(Source):
         A URL may be signed again for each try, so the ``ETag`` identifies the version of the file. If the URL
         has expired since an earlier try, the file that this try uploaded is used.
 
-        :param known: see :meth:`Source.from_path`.
-        :raises HeyGenError: see :meth:`Source.from_path` and :func:`.download.save`.
+        :param known: see :meth:`Source.of`.
+        :raises HeyGenError: see :meth:`Source.of` and :func:`.download.save`.
         """
         redacted = redact_urls(url)
         place = _digest(artifact, redacted)
@@ -307,7 +307,7 @@ def _check_size(name: str, size: int, settings: HeyGenConnection) -> None:
         )
 
 
-class FixedLengthReader:
+class Announced:
     """
     The content of a file whose length, and perhaps digest, was announced to the server.
 
@@ -322,7 +322,7 @@ class FixedLengthReader:
         self.len = source.size
         self.sha256 = hashlib.sha256()
 
-    def __enter__(self) -> FixedLengthReader:
+    def __enter__(self) -> Announced:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -434,8 +434,8 @@ def check_inputs(
     Check the files for an overdub, all of them before the first is uploaded.
 
     :param uris: the result of :func:`storage_uris`.
-    :param known: see :meth:`Source.from_path`.
-    :raises HeyGenBadInputError: see :meth:`Source.from_path`; or if ``video`` is no video, or ``audio``
+    :param known: see :meth:`Source.of`.
+    :raises HeyGenBadInputError: see :meth:`Source.of`; or if ``video`` is no video, or ``audio``
         is an image.
     """
     sources: dict[str, Source] = {}
@@ -444,7 +444,7 @@ def check_inputs(
             if isinstance(uri, str) and re.match(r"(?i)https?://", uri):
                 sources[name] = UrlSource.from_url(uri, f"source {name}", hook, known)
             else:
-                sources[name] = Source.from_path(uri, hook.settings, known)
+                sources[name] = Source.of(uri, hook.settings, known)
         except HeyGenBadInputError as error:
             raise HeyGenBadInputError(f"{name}: {error}") from None
         source = sources[name]

@@ -30,8 +30,7 @@ from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.media import check_url
 from airflow_provider_heygen.plugin import watch_path
 
-LIMIT_SECONDS = 15.0
-"""How long a request waits for HeyGen."""
+LIMIT_SECONDS = 15.0  # how long a request waits for HeyGen
 
 STYLE = (
     "body{font:16px system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}"
@@ -43,7 +42,7 @@ STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 
 
 class Dub(NamedTuple):
-    """What Airflow knows of a task instance's overdub."""
+    """A task instance's overdub, as stored in Airflow."""
 
     overdub_id: str
     hook: HeyGenHook
@@ -51,9 +50,9 @@ class Dub(NamedTuple):
 
 
 def find(dag_id: str, run_id: str, task_id: str, map_index: int) -> Dub:
-    """Read Airflow's database and the connection; FastAPI calls this in a thread."""
+    """Find the overdub in Airflow's database, and read the connection; FastAPI calls this in a thread."""
     with create_session() as session:
-        # Airflow keeps the rendered fields of a task's latest runs only; a later run knows the connection.
+        # Airflow keeps rendered fields for a task's latest DAG runs only; any of them has the connection id.
         rendered = session.execute(
             select(Rendered.run_id, Rendered.rendered_fields)
             .join(DagRun, and_(DagRun.dag_id == Rendered.dag_id, DagRun.run_id == Rendered.run_id))
@@ -63,7 +62,7 @@ def find(dag_id: str, run_id: str, task_id: str, map_index: int) -> Dub:
         query = XComModel.get_many(run_id=run_id, dag_ids=dag_id, task_ids=task_id, map_indexes=map_index)
         rows: Any = session.scalars(query.where(XComModel.key.in_(("overdub_id", "return_value"))))
         xcoms = {
-            # Only a text can stand for a value that is kept elsewhere; no object is deserialized here.
+            # Only a text may refer to an XCom backend's storage. No object is deserialized here.
             row.key: XCom.deserialize_value(row) if isinstance(row.value, str) else row.value
             for row in rows
         }
@@ -72,17 +71,17 @@ def find(dag_id: str, run_id: str, task_id: str, map_index: int) -> Dub:
     result = xcoms.get("return_value")
     of_sensor = result.get("overdub_id") if isinstance(result, dict) else None
     overdub_id = fields.get("overdub_id") or xcoms.get("overdub_id") or of_sensor
-    # Never from an XCom: a user who may edit those must not choose the account.
+    # Never from an XCom, because a user who may edit XComs must not choose the account.
     conn_id = rendered.rendered_fields.get("heygen_conn_id") if rendered else None
     if not overdub_id or not conn_id:
         raise HTTPException(404, "Airflow has no overdub of this task instance (yet).")
     try:
-        # Before Airflow 3.2, no connection belongs to a team.
+        # Before Airflow 3.2, a connection cannot belong to a team.
         connection = Connection.get_connection_from_secrets(conn_id, **({"team_name": team} if team else {}))
         if connection.conn_type != HeyGenHook.conn_type:
             raise HTTPException(404, f"Airflow connection '{conn_id}' is not of type heygen.")
         hook = HeyGenHook(conn_id, max_attempts=2, longest_pause=2.0)
-        hook._resolved = HeyGenConnection.from_airflow(connection, HeyGenConnection.extra_of(connection))
+        hook._resolved = HeyGenConnection.from_airflow(connection)
     except AirflowNotFoundException:
         raise HTTPException(502, f"The API server has no Airflow connection '{conn_id}'.") from None
     except HeyGenError as error:
@@ -94,14 +93,15 @@ Found = Annotated[Dub, Depends(find)]
 
 
 async def fetch(dub: Found) -> Overdub:
-    """Read the overdub at HeyGen, with a new URL of its video, which is checked."""
+    """Read the overdub from HeyGen; the new URL of its video is checked."""
     try:
         async with asyncio.timeout(LIMIT_SECONDS):
             overdub = await dub.hook.aget_overdub(dub.overdub_id)
             if not overdub.is_completed or not overdub.video_url:
                 return overdub.model_copy(update={"video_url": None})
-            checked = (overdub.video_url, dub.hook.settings, "The link to the video")
-            url, _ = await asyncio.to_thread(check_url, "", *checked)
+            url, _ = await asyncio.to_thread(
+                check_url, "", overdub.video_url, dub.hook.settings, "The URL of the video"
+            )
             return overdub.model_copy(update={"video_url": url})
     except TimeoutError:
         raise HTTPException(504, f"HeyGen has not responded within {LIMIT_SECONDS:.0f} s.") from None
@@ -112,7 +112,7 @@ async def fetch(dub: Found) -> Overdub:
 
 Fetched = Annotated[Overdub, Depends(fetch)]
 
-# These dependencies come before all others: nothing is read for a user who may not see it.
+# FastAPI resolves these dependencies first, so nothing is read for a user without access.
 MAY_READ = [
     Depends(requires_access_dag("GET", entity))
     for entity in (DagAccessEntity.TASK_INSTANCE, DagAccessEntity.XCOM)
@@ -123,7 +123,7 @@ app = FastAPI(openapi_url=None, dependencies=MAY_READ)
 
 @app.api_route(f"{PATH}/video", methods=["GET", "HEAD"])
 async def video(overdub: Fetched) -> Response:
-    """Redirect to the video by a new URL."""
+    """Redirect to a new URL of the video."""
     if not overdub.video_url:
         raise HTTPException(404, f"The overdub is {overdub.status}; HeyGen has no video of it.")
     return RedirectResponse(overdub.video_url, 302, _headers())
@@ -149,12 +149,12 @@ async def page(dub: Found, overdub: Fetched, map_index: int) -> Response:
         title,
         f"<h1>{escape(title)}</h1><main>{figures}</main>{download}<dl>{details}</dl>",
         head="" if overdub.is_final else '<meta http-equiv="refresh" content="30">',
-        headers=_headers(overdub.video_url or ""),
+        video_url=overdub.video_url or "",
     )
 
 
 def _source(given: Any) -> dict[str, str]:
-    """Return the source if it is a public URL; Airflow stores ``***`` for what is secret in one."""
+    """Return the source if it is a public URL. Airflow stores ``***`` for a secret in a URL."""
     url = given.get("url") if isinstance(given, dict) else given
     if isinstance(url, str) and url.startswith("https://") and "***" not in url:
         return {"Source": url}
@@ -164,7 +164,7 @@ def _source(given: Any) -> dict[str, str]:
 def _details(dub: Dub, overdub: Overdub) -> dict[str, str]:
     shown = {"Status": overdub.status, "Overdub": overdub.overdub_id}
     mode = ""
-    if "video" in dub.fields:  # of the create task, which alone knows the mode
+    if "video" in dub.fields:  # only the create task has the mode
         mode = shown["Mode"] = str(dub.fields.get("mode") or "speed")
     if overdub.duration is not None:
         shown["Length"] = f"{overdub.duration:.1f} s"
@@ -177,9 +177,9 @@ def _details(dub: Dub, overdub: Overdub) -> dict[str, str]:
 
 @app.exception_handler(HTTPException)
 async def explain(request: Request, error: HTTPException) -> Response:
-    """Show the error; lead a browser without a login to the login, and from there to the page."""
+    """Show the error; redirect a browser without a login to the login page, which returns to this page."""
     if error.status_code == 401 and "text/html" in request.headers.get("accept", ""):
-        # Quoted twice in all: Airflow 3.1 decodes it once too often.
+        # Quoted twice, because Airflow 3.1 decodes it once too often.
         page = quote(API_ROOT_PATH + watch_path(**request.path_params), safe="")
         return RedirectResponse(f"{API_ROOT_PATH}api/v2/auth/login?next={page}", 307, _headers())
     text = escape(str(error.detail))
@@ -198,12 +198,10 @@ def _headers(video_url: str = "") -> dict[str, str]:
     }
 
 
-def _html(
-    title: str, body: str, *, head: str = "", status: int = 200, headers: dict[str, str] | None = None
-) -> Response:
+def _html(title: str, body: str, *, head: str = "", status: int = 200, video_url: str = "") -> Response:
     return HTMLResponse(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>{head}'
         f"<style>{STYLE}</style></head><body>{body}</body></html>",
         status,
-        headers or _headers(),
+        _headers(video_url),
     )

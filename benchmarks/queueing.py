@@ -174,7 +174,7 @@ def simulate(case: Case, seed: int = 1) -> dict[str, float]:
             await asyncio.sleep(0.1)
             call = call.under(self.resource)
             body = json.dumps(account.answer(call.path, call.params)).encode()
-            return call.answer(200, {}, body, self.settings)
+            return call.parse(200, {}, body, self.settings)
 
     class Store:
         def __init__(self) -> None:

@@ -133,7 +133,7 @@ def heygen(
 @pytest.fixture
 def connect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Give ``heygen_default`` another host, password and extra: ``connect(url, "key", verify=False)``."""
-    monkeypatch.setattr(heygen_hook, "_found", {})  # as in a new process
+    monkeypatch.setattr(heygen_hook, "_detected", {})  # as in a new process
     for name in _NETWORK:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)

@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
@@ -360,8 +361,17 @@ def check_pip(words, heygen, monkeypatch):
     assert words[0] == "install"
     for wanted in map(Requirement, [word for word in words[1:] if word not in ("--no-cache-dir", ".")]):
         ours = "airflow-provider-heygen"
-        assert wanted.name in (ours, "apache-airflow", "pre-commit", "pytest") or version(wanted.name)
+        assert wanted.name in (ours, "apache-airflow", "mutmut", "pre-commit", "pytest") or version(
+            wanted.name
+        )
         assert wanted.extras <= ({"emulator"} if wanted.name == ours else {"statsd"})
+
+
+def check_mutmut(words, heygen, monkeypatch):
+    assert words in (["run"], ["results"])
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutmut"]
+    files = settings["only_mutate"] + settings["pytest_add_cli_args_test_selection"]
+    assert [file for file in files if not (ROOT / file).exists()] == []
 
 
 def check_python(words, heygen, monkeypatch):
@@ -395,6 +405,7 @@ COMMANDS = {
     "export": check_export,
     "make": check_make,
     "mkdir": lambda *_: None,
+    "mutmut": check_mutmut,
     "pip": check_pip,
     "pre-commit": lambda *_: None,
     "python": check_python,

@@ -24,7 +24,7 @@ import pytest
 from airflow.sdk import Asset, ObjectStoragePath
 from airflow.sdk.execution_time.context import OutletEventAccessors
 from airflow_task import StateStore, Task
-from conftest import AIRFLOW
+from conftest import AIRFLOW, each_value
 from packaging.version import Version
 from test_hook import REQUEST, both_resources, completed
 
@@ -43,6 +43,15 @@ from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.transfers.heygen_to_object_storage import HeyGenOverdubToObjectStorageOperator
 
 MB = 1 << 20
+
+
+def on_either_storage(names, values, ids=None):
+    """Parametrize a test over values, on a file system and on S3 in turn."""
+    cases = [value if "," in names else (value,) for value in values]
+    cases = [(*case, kind) for case, kind in each_value(cases, ["file", "s3"])]
+    return pytest.mark.parametrize(f"{names},storage", cases, ids=ids, indirect=["storage"])
+
+
 LIPSYNCS = pytest.mark.parametrize("resource", ["lipsyncs"])
 
 
@@ -78,7 +87,7 @@ def sha256(content):
 # --- Breaks -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@on_either_storage("seed", [1, 2])
 def test_five_drops_at_random_places(heygen, pauses, storage, overdub_id, video, seed):
     for _ in range(5):
         # What has been sent is sent again, so that all five strike.
@@ -194,7 +203,7 @@ RESUMES = {
 }
 
 
-@pytest.mark.parametrize(("headers", "version"), RESUMES.values(), ids=RESUMES)
+@on_either_storage("headers,version", RESUMES.values(), ids=RESUMES)
 def test_resume(cdn, pauses, storage, headers, version):
     cdn.headers = headers
     cdn.faults = [{"cut": 2 * MB}]
@@ -263,7 +272,7 @@ RESTARTS = {
 }
 
 
-@pytest.mark.parametrize("faults", RESTARTS.values(), ids=RESTARTS)
+@on_either_storage("faults", RESTARTS.values(), ids=RESTARTS)
 def test_start_over(cdn, pauses, storage, faults):
     cdn.faults = [{"cut": 2 * MB}, *faults]
     assert HeyGenHook().download_overdub("od_1", storage.uri("v.mp4")) == 3 * MB
@@ -297,7 +306,7 @@ LENGTHS = {
 }
 
 
-@pytest.mark.parametrize("fault", LENGTHS.values(), ids=LENGTHS)
+@on_either_storage("fault", LENGTHS.values(), ids=LENGTHS)
 def test_what_is_not_the_video_is_never_there(cdn, pauses, storage, fault):
     cdn.faults = [{"ranges": False, **fault}] * 3
     with pytest.raises(
@@ -391,6 +400,19 @@ import sys
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
 HeyGenHook().download_overdub("od_1", sys.argv[1])
 """
+
+
+def test_a_server_that_falls_silent(heygen, connect, pauses, tmp_path, video, slow):
+    server = slow(video)
+    connection = heygen.connection()
+    connect(heygen.url, connection["password"], **connection["extra"] | {"read_timeout": 0.3})
+    leads_to(heygen, server.url)
+    resumes = threading.Timer(20, server.go_on.set)  # a download without a timeout would wait for it
+    resumes.start()
+    with pytest.raises(HeyGenTransientError, match="while downloading the video"):
+        HeyGenHook(max_attempts=1).download_overdub("od_1", tmp_path / "v.mp4")
+    resumes.cancel()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_killed_and_retried(heygen, storage, video, slow):
@@ -524,7 +546,7 @@ def test_what_is_there(heygen, pauses, storage, overdub_id, video):
     assert storage.names() == ["v.mp4"]
 
 
-@pytest.mark.parametrize(
+@on_either_storage(
     "fault",
     [
         {"always": {"Content-Length": 0}, "body": b""},
@@ -602,7 +624,12 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "storage"),
+    # What a URI gives another meaning to has one on each storage.
+    [*each_value(NAMES, ["file", "s3"]), *each_value(NAMES[:5], ["s3", "file"])],
+    indirect=["storage"],
+)
 def test_names(heygen, lineage, storage, overdub_id, name):
     heygen.jobs[0].output.write_bytes(mp4(2000))
     returned, _ = transfer(overdub_id, storage.uri(name))
@@ -612,7 +639,7 @@ def test_names(heygen, lineage, storage, overdub_id, name):
     assert ObjectStoragePath(returned).read_bytes() == mp4(2000)
     assert transfer(overdub_id, returned)[0] == returned, "kept"
     assert {found.asset.uri.startswith(plain) for found in lineage.collected_assets.outputs} == {True}
-    assert upload.Source.from_path(returned, HeyGenHook().settings).digest == sha256(mp4(2000))
+    assert upload.Source.of(returned, HeyGenHook().settings).digest == sha256(mp4(2000))
 
 
 FORMS = {
@@ -630,15 +657,19 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("kind", [str, pathlib.Path])
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        *((str, form) for form in FORMS.values()),
+        *((pathlib.Path, FORMS[form]) for form in ("path", "~", "two colons")),
+    ],
+    ids=[*FORMS, *(f"pathlib {form}" for form in ("path", "~", "two colons"))],
+)
 def test_forms_of_a_local_file(heygen, tmp_path, monkeypatch, overdub_id, form, kind):
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     text = form.format(home=home)
-    if kind is pathlib.Path and text.lower().startswith("file:"):
-        kind = str  # pathlib knows no URIs
     monkeypatch.chdir(tmp_path)
     heygen.jobs[0].output.write_bytes(mp4(2000))
     returned, _ = transfer(overdub_id, kind(text))
@@ -648,32 +679,26 @@ def test_forms_of_a_local_file(heygen, tmp_path, monkeypatch, overdub_id, form, 
     assert ObjectStoragePath(returned).read_bytes() == saved.read_bytes() == mp4(2000)
     assert pathlib.Path(returned.removeprefix("file://")).samefile(saved)
     settings = HeyGenHook().settings
-    assert {upload.Source.from_path(source, settings).digest for source in (kind(text), returned)} == {
+    assert {upload.Source.of(source, settings).digest for source in (kind(text), returned)} == {
         sha256(mp4(2000))
     }
 
 
 WRONG = {
     "": "is empty",
-    " ": "is empty",
     "None": "the text 'None'",
     "\n/data/v.mp4": "white space",
     "/data/v.mp4\n": "white space",
-    " file:///data/v.mp4": "white space",
     "s3://bucket/v.mp4 ": "white space",
     "/data/v\n.mp4": "line break",
-    "s3://bucket/v\t.mp4": "line break",
     "s3://bucket/a::b.mp4": "'::'",
     "/data/v.mp4?": "another file, 'file:///data/v.mp4'",
     "s3://bucket/v.mp4#": "another file",
     "v.mp4": "neither absolute",
-    "./v.mp4": "neither absolute",
     "~nobody-here/v.mp4": "neither absolute",
     "file://host/data/v.mp4": "neither absolute",
-    "file:v.mp4": "neither absolute",
     "s3:/bucket/v.mp4": "neither absolute",
     "C:\\talks\\v.mp4": "neither absolute",
-    "C:/talks/v.mp4": "neither absolute",
     "\\\\server\\v.mp4": "neither absolute",
     "warehouse://b/v.mp4?x=pw": "provider of that storage",
 }
@@ -732,7 +757,7 @@ def test_a_clear_replaces_what_the_task_has_written(heygen, storage, overdub_id,
     assert "v.mp4" not in json.dumps(task.store)
 
 
-@pytest.mark.parametrize("by", ["another", "another instance", "no store", "no clear"])
+@on_either_storage("by", ["another", "another instance", "no store", "no clear"])
 def test_what_the_task_has_not_written_is_not_replaced(heygen, storage, overdub_id, by):
     task = saving(overdub_id, storage.uri("v.mp4"), None if by == "no store" else StateStore())
     heygen.jobs[0].output.write_bytes(mp4(MB))
@@ -801,7 +826,7 @@ def test_captions(heygen, storage, overdub_id, video):
 
 
 def test_no_captions(heygen, pauses, storage, overdub_id, video):
-    with pytest.raises(HeyGenTransientError, match=r"no link to the captions yet.*'lipsyncs' only"):
+    with pytest.raises(HeyGenTransientError, match=r"no URL of the captions yet.*'lipsyncs' only"):
         transfer(overdub_id, storage.uri("v.mp4"), captions=True)
     assert storage.names() == ["v.mp4"], "the video is kept all the same"
 
@@ -843,7 +868,9 @@ def lineage(monkeypatch):
     return collector
 
 
-@both_resources
+@pytest.mark.parametrize(
+    ("resource", "storage"), [("overdubs", "s3"), ("lipsyncs", "file")], indirect=["storage"]
+)
 def test_lineage(heygen, lineage, storage, overdub_id, resource):
     returned, _ = transfer(overdub_id, storage.uri("v.mp4"))
     collected = lineage.collected_assets
@@ -852,7 +879,7 @@ def test_lineage(heygen, lineage, storage, overdub_id, resource):
 
 
 @LIPSYNCS
-@pytest.mark.parametrize("fault", [{"drop_after_bytes": 2 * MB}, {"status": 403}, {"html": True}], ids=str)
+@on_either_storage("fault", [{"drop_after_bytes": 2 * MB}, {"status": 403}, {"html": True}], ids=str)
 def test_no_link_is_told(heygen, lineage, pauses, storage, overdub_id, caplog, fault):
     heygen.fail_next(path="/files/", **fault)
     with caplog.at_level(logging.DEBUG):
@@ -956,8 +983,7 @@ VIDEO_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", VIDEO_FAULTS.values(), ids=VIDEO_FAULTS)
-@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize(("fault", "overwrite"), each_value(VIDEO_FAULTS.values(), [True, False]), ids=str)
 def test_download_survives(heygen, wire, pauses, tmp_path, fault, overwrite):
     overdub_id = completed(heygen)
     heygen.fail_next(path="/files/", **fault)
@@ -970,10 +996,10 @@ def test_download_survives(heygen, wire, pauses, tmp_path, fault, overwrite):
     assert len(pauses) == 1
 
 
-@pytest.mark.parametrize("fault", VIDEO_FAULTS.values(), ids=VIDEO_FAULTS)
-def test_download_gives_up(heygen, wire, pauses, tmp_path, fault):
+@pytest.mark.parametrize("name", ["expired", "HTML", "dropped midway", "partial"])
+def test_download_gives_up(heygen, wire, pauses, tmp_path, name):
     overdub_id = completed(heygen)
-    heygen.fail_next(path="/files/", count=100, **fault)
+    heygen.fail_next(path="/files/", count=100, **VIDEO_FAULTS[name])
     (tmp_path / "old.mp4").write_bytes(b"old")
     for name in ("new.mp4", "old.mp4"):
         with pytest.raises(HeyGenTransientError) as raised:
@@ -1004,7 +1030,7 @@ def test_link_that_is_not_there_yet(heygen, pauses, tmp_path):
     assert HeyGenHook().download_overdub(completed(heygen), tmp_path / "v.mp4") > 1000
     assert len(pauses) == 2
     heygen.behaviour.null_video_url = 100
-    with pytest.raises(HeyGenTransientError, match="has no link to the video yet"):
+    with pytest.raises(HeyGenTransientError, match="has no URL of the video yet"):
         HeyGenHook().download_overdub(completed(heygen), tmp_path / "v2.mp4")
 
 
@@ -1037,10 +1063,10 @@ def test_links_are_not_logged_while_another_download_ends(caplog):
     assert "/v.mp4?***" in caplog.text
 
 
-@pytest.mark.parametrize("link", ["", None, 5, [], {}])
+@pytest.mark.parametrize("link", ["", None, 5])
 def test_useless_link(heygen, pauses, tmp_path, link):
     leads_to(heygen, link)
-    with pytest.raises(HeyGenTransientError, match="no link to the video yet"):
+    with pytest.raises(HeyGenTransientError, match="no URL of the video yet"):
         HeyGenHook(max_attempts=2).download_overdub("od_1", tmp_path / "v.mp4")
 
 
@@ -1084,7 +1110,7 @@ CUT = {
 }
 
 
-@pytest.mark.parametrize("video", WHOLE.values(), ids=WHOLE)
+@on_either_storage("video", WHOLE.values(), ids=WHOLE)
 def test_length_unknown(cdn, storage, video):
     cdn.faults = [{"video": video, "always": {"Content-Length": None}}]
     assert HeyGenHook().download_overdub("od_1", storage.uri("v.mp4")) == len(video)
@@ -1094,7 +1120,7 @@ def test_length_unknown(cdn, storage, video):
         HeyGenHook().download_overdub("od_1", storage.uri("v.mp4"))
 
 
-@pytest.mark.parametrize("video", CUT.values(), ids=CUT)
+@on_either_storage("video", CUT.values(), ids=CUT)
 def test_a_video_of_unknown_length_that_is_cut_off(cdn, pauses, storage, video):
     fault = {"video": video, "headers": {"ETag": None}, "always": {"Content-Length": None}, "ranges": False}
     cdn.faults = [fault] * 2
@@ -1106,14 +1132,14 @@ def test_a_video_of_unknown_length_that_is_cut_off(cdn, pauses, storage, video):
     assert storage.read("v.mp4") == cdn.video
 
 
-@pytest.mark.parametrize("coding", ["", "identity", "Identity", "aws-chunked", "aws-chunked,", "binary"])
+@pytest.mark.parametrize("coding", ["", "Identity", "aws-chunked,", "binary"])
 def test_what_encodes_nothing(cdn, tmp_path, coding):
     cdn.headers["Content-Encoding"] = coding
     HeyGenHook(max_attempts=1).download_overdub("od_1", tmp_path / "v.mp4")
     assert (tmp_path / "v.mp4").read_bytes() == cdn.video
 
 
-@pytest.mark.parametrize("coding", ["gzip", "GZIP", "aws-chunked, gzip", "x-gzip", "br", "zstd"])
+@pytest.mark.parametrize("coding", ["GZIP", "aws-chunked, gzip", "x-gzip", "zstd"])
 def test_what_is_encoded(cdn, pauses, tmp_path, coding):
     cdn.headers["Content-Encoding"] = coding
     with pytest.raises(HeyGenTransientError, match=r"returned 200 \(video/mp4, (x-)?(gzip|br|zstd)\)"):
@@ -1283,7 +1309,11 @@ def test_redirects_of_a_link(heygen, listen, tmp_path):
         assert seen.headers.get_all("Authorization") is None
 
 
-@pytest.mark.parametrize("link", BAD_LINKS.values(), ids=BAD_LINKS)
+HOPS = ("private", "IPv6 loopback", "metadata by https", "as a number", "behind a user", "http", "file")
+HOPS += ("no scheme", "broken", "half a character")
+
+
+@pytest.mark.parametrize("link", [BAD_LINKS[name] for name in HOPS], ids=HOPS)
 def test_each_hop_is_checked(heygen, listen, connect, pauses, tmp_path, link):
     """The first host is public as far as anybody can tell; its proxy is on this machine."""
     proxy = listen(lambda _: (302, {"Location": link.encode("utf-8", "replace").decode("latin-1")}, b""))
@@ -1292,7 +1322,7 @@ def test_each_hop_is_checked(heygen, listen, connect, pauses, tmp_path, link):
     with pytest.raises(HeyGenError) as raised:
         HeyGenHook(max_attempts=2).download_overdub("od_1", tmp_path / "v.mp4")
     # With http allowed, and a relative link led back to the first host, these are not refused.
-    if link not in (BAD_LINKS["http"], BAD_LINKS["no scheme"], BAD_LINKS["no link"]):
+    if link not in (BAD_LINKS["http"], BAD_LINKS["no scheme"]):
         assert isinstance(raised.value, HeyGenPermanentError)
         assert len(proxy.seen) == 1
 

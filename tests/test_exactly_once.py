@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -172,30 +173,36 @@ def test_triggerer_and_worker_know_the_name_that_the_create_request_found(heygen
     before = len(heygen.requests)
     _, arguments = deferred.trigger.serialize()
     assert arguments["resource"] == "lipsyncs"
-    heygen_hook._found.clear()  # as in another process
+    heygen_hook._detected.clear()  # as in another process
     event = asyncio.run(anext(HeyGenOverdubTrigger(**arguments).run()))
-    heygen_hook._found.clear()
+    heygen_hook._detected.clear()
     task.resume(deferred, event.payload)
     assert not [request.path for request in heygen.requests[before:] if "/overdubs" in request.path]
 
 
-@SERVERS
-@RESOURCES
+LOST_RESPONSES = [
+    {"drop": "before"},
+    {"drop": "after"},
+    {"status": 500},
+    {"status": 502, "html": True},
+    {"status": 503, "headers": {"Retry-After": "1"}},
+    {"truncate": True},
+    {"status": 409, "code": "request_in_progress"},
+]
+
+
 @pytest.mark.parametrize(
-    "fault",
+    ("fault", "idempotency", "resource"),
     [
-        {"drop": "before"},
-        {"drop": "after"},
-        {"status": 500},
-        {"status": 502, "html": True},
-        {"status": 503, "headers": {"Retry-After": "1"}},
-        {"status": 504},
-        {"truncate": True},
-        {"status": 409, "code": "request_in_progress"},
+        (*case, resource)
+        for case, resource in each_value(
+            itertools.product(LOST_RESPONSES, [True, False]), ["overdubs", "lipsyncs", "lipsyncs", "overdubs"]
+        )
     ],
     ids=str,
 )
 def test_a_lost_answer(heygen, pauses, idempotency, fault):
+    """The same try finds the overdub, or sends the request again, whether HeyGen honours the key or not."""
     heygen.behaviour.idempotency = idempotency
     heygen.fail_next(method="POST", count=2, **fault)
     task = Task(dub(), store=StateStore())
@@ -223,17 +230,17 @@ def test_all_answers_of_a_try_are_lost(heygen, pauses, idempotency):
     ("resources", "store", "idempotency"),
     [("overdubs", True, False), ("lipsyncs", True, True), ("lipsyncs", False, False), ("both", True, False)],
 )
-def test_200_retries_while_answers_are_lost(heygen, pauses, monkeypatch, resources, store, idempotency):
-    """40 tasks of 5 retries each, one job each, while the provider does not know the resource's name."""
+def test_100_retries_while_responses_are_lost(heygen, pauses, monkeypatch, resources, store, idempotency):
+    """20 tasks with 5 retries each start one overdub each, while the resource's name is not known."""
     heygen.behaviour.resources, heygen.behaviour.idempotency = resources, idempotency
     monkeypatch.setattr(heygen_hook, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(waiting, "GONE_SECONDS", 0.01)
     dice = random.Random(13)
-    for number in range(1, 41):
+    for number in range(1, 21):
         task = Task(dub(wait_for_completion=False), store=StateStore() if store else None)
         task.ti.run_id = f"run {number}"
         for _ in range(5):
-            monkeypatch.setattr(heygen_hook, "_found", {})  # as in a new process
+            monkeypatch.setattr(heygen_hook, "_detected", {})  # as in a new process
             for method in dice.sample(["GET", "POST"], dice.choice([1, 2])):
                 losses = [{"drop": "after"}, {"drop": "before"}, {"status": 500}, {"truncate": True}]
                 heygen.fail_next(method=method, count=dice.choice([1, 2, 1000]), **dice.choice(losses))
@@ -343,14 +350,14 @@ def test_a_changed_request_is_a_new_overdub(heygen, change):
     assert len(heygen.jobs) == 2
 
 
-@MODES
 @pytest.mark.parametrize(
-    ("field", "first", "second"),
+    ("field", "first", "second", "deferrable"),
     [
-        ("title", "talk, try 1", "talk, try 2"),
-        ("callback_id", "of try 1", "of try 2"),
-        ("callback_url", "https://x.y/1", "https://x.y/2?token=SECRET1"),
-        ("folder_id", "f1", "f2"),
+        ("title", "talk, try 1", "talk, try 2", True),
+        ("title", "talk, try 1", "talk, try 2", False),
+        ("callback_id", "of try 1", "of try 2", True),
+        ("callback_url", "https://x.y/1", "https://x.y/2?token=SECRET1", False),
+        ("folder_id", "f1", "f2", True),
     ],
 )
 def test_a_changed_label_is_not_another_overdub(heygen, caplog, deferrable, field, first, second):
@@ -447,7 +454,7 @@ def test_a_create_that_outlives_our_patience_is_waited_for(heygen, connect, monk
     connection = heygen.connection()
     connect(heygen.url, connection["password"], **connection["extra"], write_timeout=0.5)
     with monkeypatch.context() as patch:
-        patch.setattr(HeyGenHook, "_log_pause", killed)
+        patch.setattr(HeyGenHook, "_log_retry", killed)
         with pytest.raises(Killed):
             task.start()
     due = time.monotonic() + 3
@@ -869,11 +876,24 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("how", ["retry", "clear"])
-@pytest.mark.parametrize("answer", ANSWERS)
-@pytest.mark.parametrize("record", ["nothing", "not sent", "sent unknown id", "answered", "delivered"])
+HOW = ["retry", "clear"]
+NOT_STARTED, STARTED = ["nothing", "not sent"], ["sent unknown id", "answered", "delivered"]
+TRIES = [
+    # The same request meets each state of its overdub. A changed request meets each state only once: a state
+    # does not matter to a changed billed part, nor a changed label to a state.
+    *itertools.product(STARTED, ANSWERS, HOW, ["same"]),
+    *zip(itertools.cycle(STARTED), ANSWERS, itertools.cycle(HOW), itertools.repeat("label changed")),
+    *zip(itertools.cycle(STARTED), ANSWERS, itertools.cycle(HOW), itertools.repeat("billed part changed")),
+    *(
+        (record, answer, how, change)
+        for (record, how, change), answer in each_value(itertools.product(NOT_STARTED, HOW, CHANGES), ANSWERS)
+    ),
+]
+
+
+@pytest.mark.parametrize(("record", "answer", "how", "change"), TRIES)
 def test_how_many_overdubs_are_started(heygen, pauses, monkeypatch, record, answer, how, change):
+    """A second overdub needs a changed request, or HeyGen's word that the first has failed or is gone."""
     monkeypatch.setattr(waiting, "NOT_FOUND_GRACE_SECONDS", 0)
     monkeypatch.setattr(waiting, "GONE_SECONDS", 0.001)
     heygen.behaviour.idempotency = False  # nothing but our own record saves us
@@ -961,7 +981,7 @@ def test_gone_needs_the_list_and_a_second_404(heygen, monkeypatch, pauses, fault
     monkeypatch.setattr(waiting, "GONE_SECONDS", 30.0)
     with monkeypatch.context() as patch:
         patch.setattr("airflow_provider_heygen.submitter.time.sleep", pause)
-        patch.setattr(HeyGenHook, "_log_pause", lambda *_: None)
+        patch.setattr(HeyGenHook, "_log_retry", lambda *_: None)
         assert task.start() == first
     assert slept[0] == 30.0
     heygen.clear_faults()
@@ -1215,18 +1235,18 @@ def test_a_run_uses_what_another_run_has_started(heygen, files, deferrable, stor
 
 
 @pytest.mark.parametrize(
-    ("first", "second"),
+    ("first", "second", "store"),
     [
-        ({}, {"mode": "precision"}),
-        ({}, {"end_time": 1}),
-        ({"audio": "https://x.y/a.mp3"}, {"audio": "https://x.y/b.mp3"}),
-        ({"audio": "https://x.y/a?id=1"}, {"audio": "https://x.y/a?id=2"}),
-        ({"audio": "https://x.y/a?id=1"}, {"audio": "https://x.y/a"}),
-        ({"callback_id": "mine"}, {}),
+        ({}, {"mode": "precision"}, True),
+        ({}, {"end_time": 1}, False),
+        ({"audio": "https://x.y/a.mp3"}, {"audio": "https://x.y/b.mp3"}, True),
+        ({"audio": "https://x.y/a?id=1"}, {"audio": "https://x.y/a?id=2"}, True),
+        ({"audio": "https://x.y/a?id=1"}, {"audio": "https://x.y/a?id=2"}, False),
+        ({"audio": "https://x.y/a?id=1"}, {"audio": "https://x.y/a"}, False),
+        ({"callback_id": "mine"}, {}, True),
     ],
     ids=str,
 )
-@STORES
 def test_what_differs_or_has_no_mark_is_not_used(heygen, first, second, store):
     finish(task := night(store, **first), task.start())
     finish(task := night(store, reuse="content", **second), task.start())

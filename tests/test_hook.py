@@ -469,7 +469,7 @@ def test_a_create_still_in_progress(heygen, connect, monkeypatch):
     """Here the pauses are real: the key is refused, and the list empty, until HeyGen is done."""
     connect(heygen.url, write_timeout=0.1)
     heygen.behaviour.create_latency = 0.5
-    monkeypatch.setattr(module, "_pause", lambda _: 0.1)
+    monkeypatch.setattr(module, "_retry_delay", lambda _: 0.1)
     overdub_id = HeyGenHook(max_attempts=20).create_overdub(REQUEST)
     assert [job.id for job in heygen.jobs] == [overdub_id]
     assert {record.status for record in heygen.requests if record.method == "POST"} >= {409}
@@ -480,7 +480,7 @@ def test_a_create_that_is_late(heygen, connect, monkeypatch):
     connect(heygen.url, write_timeout=0.1)
     heygen.behaviour.idempotency = False
     heygen.behaviour.create_latency = 0.4
-    monkeypatch.setattr(module, "_pause", lambda _: 0.1)
+    monkeypatch.setattr(module, "_retry_delay", lambda _: 0.1)
     monkeypatch.setattr(module, "SETTLE_SECONDS", 1.0)
     overdub_id = HeyGenHook().create_overdub(REQUEST)
     assert [job.id for job in heygen.jobs] == [overdub_id]
@@ -609,6 +609,23 @@ def test_a_lost_answer_costs_few_requests(heygen, pauses, monkeypatch, drop, cal
         assert heygen.jobs[-1].id == overdub_id
         assert len(heygen.jobs) == 151
     assert len(heygen.requests) - before <= most
+
+
+@pytest.mark.parametrize(("list_order", "drop", "pages"), [("desc", "before", 1), ("asc", "after", 3)])
+def test_old_overdubs_end_the_search_where_the_newest_come_first(
+    heygen, wire, pauses, monkeypatch, list_order, drop, pages
+):
+    monkeypatch.setattr(module, "SETTLE_SECONDS", 0.0)
+    heygen.behaviour.idempotency = False
+    heygen.behaviour.list_order = list_order
+    fill(heygen, 250)
+    for number, job in enumerate(heygen.jobs):
+        job.created_at = time.time() - 86400 + number
+    wire.seen.clear()
+    heygen.fail_next(method="POST", drop=drop)
+    assert HeyGenHook().create_overdub(REQUEST) == heygen.jobs[-1].id
+    assert len(heygen.jobs) == 251
+    assert sum(seen.path.startswith("/v3/overdubs?") for seen in wire.seen) == pages
 
 
 @pytest.mark.parametrize("old", [0, 3])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
+from inspect import signature
 from types import SimpleNamespace
 
 import jinja2
@@ -32,8 +33,10 @@ from airflow_provider_heygen.operators.overdub import (
     HeyGenDeleteOverdubOperator,
     HeyGenUpdateOverdubOperator,
 )
+from airflow_provider_heygen.sensors.overdub import HeyGenOverdubSensor
 from airflow_provider_heygen.submission import STATE_KEY, digest
 from airflow_provider_heygen.transfers.heygen_to_object_storage import HeyGenOverdubToObjectStorageOperator
+from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger, HeyGenSlotTrigger
 
 RESOURCES = pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
 MEDIA = {"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"}
@@ -405,3 +408,25 @@ def test_constructors_only_assign():
     odd = SimpleNamespace()
     operator = HeyGenCreateOverdubOperator(task_id="c", video=odd, audio=odd, mode=odd, timeout=odd)
     assert (operator.video, operator.mode, operator.timeout) == (odd, odd, odd)
+
+
+def test_what_airflow_stores_during_a_deferral_keeps_its_names():
+    """Frozen: a task that was deferred by an older release is resumed by this one."""
+    methods = {
+        HeyGenCreateOverdubOperator.execute_complete: ["event", "since"],
+        HeyGenCreateOverdubOperator.execute_again: ["event", "since", "until", "kept"],
+        HeyGenOverdubSensor.execute_complete: ["event", "since"],
+    }
+    for method, names in methods.items():
+        assert list(signature(method).parameters) == ["self", "context", *names]
+    shared = {"heygen_conn_id": "c", "deadline": None}
+    triggers = [
+        HeyGenOverdubTrigger(
+            **shared, overdub_id="od", poke_interval=1.0, not_found_until=0.0, resource=None
+        ),
+        HeyGenSlotTrigger(**shared, since=1.0, not_before=2.0, resumed=True),
+    ]
+    assert [trigger.serialize()[0].rpartition(".")[2] for trigger in triggers] == [
+        "HeyGenOverdubTrigger",
+        "HeyGenSlotTrigger",
+    ]

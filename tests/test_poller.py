@@ -214,7 +214,7 @@ class Hook:
         await asyncio.sleep(latency / 2)
         status, headers, body = server.answer(call, self.settings.credential.get_secret_value())
         await asyncio.sleep(latency / 2)
-        return call.answer(status, headers, json.dumps(body).encode(), self.settings)
+        return call.parse(status, headers, json.dumps(body).encode(), self.settings)
 
 
 class Log:
@@ -318,7 +318,7 @@ LEAN = ("callback_id", "failure_message")  # as in the vendor's sample of the li
 
 @st.composite
 def worlds(draw):
-    count = draw(st.integers(1, 40) | st.sampled_from([150, 260]))
+    count = draw(st.integers(1, 40) | st.just(110))  # more than a page
     seed = draw(st.integers(0, 2**16))
     dice = random.Random(seed)
     longest = draw(st.sampled_from([10, 60, 300]))
@@ -361,9 +361,10 @@ def draw_share(dice, share):
     return dice.random() < share
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(worlds())
 def test_every_wait_ends_with_what_the_server_says(world):
+    """On any server, a wait ends as its overdub did, and not before it."""
     server, watches, joins, leaves = world
     ends = run(server, watches, joins, leaves)
     for number, end in enumerate(ends):
@@ -444,9 +445,11 @@ def test_few_waits_get_a_look_each(waits):
     assert late(server, ends)[-1] < 6
 
 
-@pytest.mark.parametrize("foreign", [1, 9, 99])
-@pytest.mark.parametrize("order", ["desc", "asc", "shuffle"])
+@pytest.mark.parametrize(
+    ("foreign", "order"), [(1, "desc"), (9, "desc"), (9, "asc"), (9, "shuffle"), (99, "shuffle")]
+)
 def test_foreign_jobs_never_cost_more_than_a_get_each(foreign, order):
+    """The poller reads the list among other overdubs only as far as that is cheaper than GETs."""
     waits = 200
     server = Server(mixed(jobs(waits, first_end=200, spread=1), foreign), order=order, rate=100.0)
     run(server, [watch(f"od_{n}") for n in range(waits)])
@@ -914,6 +917,14 @@ def test_a_success_ends_the_patience_with_the_list():
     assert any(222 < moment < 240 for moment in lists)
 
 
+def test_a_get_that_succeeds_ends_the_backoff():
+    faults = [(60.0 * minute, 60.0 * minute + 4, "503", 1.0) for minute in range(1, 12)]
+    server = Server({"od_0": (700.0, "completed")}, faults=faults)
+    run(server, [watch("od_0")])
+    gaps = [later - before for (before, _), (later, _) in itertools.pairwise(server.requests)]
+    assert max(gaps) < 8
+
+
 def test_a_storm_of_429_fails_nobody():
     server = Server(jobs(1000, first_end=100, spread=200), faults=[(10, 400, "429/1", 0.5)])
     ends = run(server, [watch(name) for name in server.ends])
@@ -948,10 +959,10 @@ def test_an_overdub_that_cannot_be_read_hurts_nobody_else():
 PAGES = ["403", "404", "502", "429/999999999", "429/999", "429/7", "301", "200"]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32 - 1))
 def test_an_hour_of_trouble(seed):
-    """A proxy answers pages of its own to half of all requests; each wait ends as its overdub did."""
+    """A proxy responds to half of all requests with pages of its own; each wait ends as its overdub did."""
     note(f"seed {seed}")
     dice = random.Random(seed)
     ends = {f"od_{n}": (dice.random() * 3600, dice.choice(["completed", "failed"])) for n in range(200)}
@@ -1052,8 +1063,8 @@ def test_an_interval_beyond_reason_hurts_nobody_else(poke_interval, phase, monke
 
 @pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
 def test_all_may_leave_at_any_moment(resource):
-    """In a look-up, a page, a GET, a pause: run() sees that nothing is left."""
-    for step in range(150):
+    """While the connection is read, during a page, a GET or a delay: ``run`` checks that nothing is left."""
+    for step in range(75):
         server = Server(
             mixed(jobs(12, first_end=3, spread=6), 9),
             resource=resource,
@@ -1065,7 +1076,7 @@ def test_all_may_leave_at_any_moment(resource):
             seed=step,
         )
         watches = [watch(f"od_{n}", 1.0) for n in range(12)]
-        run(server, watches, leaves=dict.fromkeys(range(12), 0.1 * step + 0.01))
+        run(server, watches, leaves=dict.fromkeys(range(12), 0.2 * step + 0.01))
 
 
 def test_pollers_of_closed_loops_are_forgotten():
@@ -1180,8 +1191,10 @@ def test_a_key_rotated_while_the_connection_cannot_be_read():
     assert late(server, ends)[-1] < 60 + 120
 
 
-@pytest.mark.parametrize("look_up_seconds", [0.5, 2.0, 4.5, 6.0, 11.0])
-@pytest.mark.parametrize("latency", [0.02, 3.0, 8.0])
+@pytest.mark.parametrize(
+    ("look_up_seconds", "latency"),
+    [(0.5, 0.02), (11.0, 0.02), (0.5, 3.0), (4.5, 3.0), (2.0, 8.0), (6.0, 8.0), (11.0, 8.0)],
+)
 def test_a_key_rotated_while_requests_are_under_way(look_up_seconds, latency):
     server = Server(jobs(30, first_end=100), list_status=404)
     server.look_up_seconds, server.latency = look_up_seconds, latency
@@ -1465,12 +1478,12 @@ def test_a_rotated_key_is_picked_up_in_a_running_triggerer(heygen, connect, no_l
 
 
 def test_a_restarted_triggerer_goes_on(heygen, connect, no_leak):
-    """1,000 waits, of which each but the first hundred is cut off twice: one event each."""
+    """Of 300 waits, each but the first 30 is cut off twice: one event each."""
     connect(heygen.url, max_requests_per_second=100, allow_private_hosts=True)
     heygen.behaviour.job_seconds = 0.0
-    ids = create(100)
+    ids = create(30)
     heygen.behaviour.job_seconds = 600.0
-    ids += create(900)
+    ids += create(270)
     events = Counter()
 
     async def one(overdub_id):
@@ -1489,9 +1502,9 @@ def test_a_restarted_triggerer_goes_on(heygen, connect, no_leak):
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(main(end=False))
-    assert 100 <= len(events) < 1000
+    assert 30 <= len(events) < 300
     asyncio.run(main(end=False))
-    for overdub_id in ids[100:]:
+    for overdub_id in ids[30:]:
         heygen.force(overdub_id, "completed")
     asyncio.run(main(end=True))
     assert events == {(overdub_id, "completed"): 1 for overdub_id in ids}

@@ -322,3 +322,22 @@ def test_no_probe_goes_beyond_the_ceiling():
     queue.join(Place(1.0, 0.0, "task"), rejected_now=True, resumed=False)
     assert [queue.count(jobs(3), now) for now in (0.0, 100.0, 1000.0)] == [[], [], []]
     assert queue.limit == 3
+
+
+def test_the_first_rejection_shows_the_limit_and_later_first_ones_do_not():
+    queue = Slots()
+    for number, (count, limit) in enumerate([(4, 4), (2, 4), (2, 4)]):
+        queue.join(Place(number, 0.0, number), rejected_now=True, resumed=False)
+        queue.count(jobs(count), number * 1.0)
+        assert queue.limit == limit
+    queue.join(Place(9, 0.0, 9), rejected_now=True, resumed=True)
+    queue.count(jobs(2), 9.0)
+    assert queue.limit == 2, "a released task that is rejected does show it"
+
+
+def test_a_task_that_joins_after_a_restart_takes_back_no_release(queue):
+    queue.ended = 2
+    assert released(queue, jobs(8), 10.0) == [0, 1]
+    queue.join(Place(40, 0.0, 40), rejected_now=False, resumed=True)
+    assert released(queue, jobs(8), 20.0) == []
+    assert queue.go_at == math.inf

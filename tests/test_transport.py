@@ -545,22 +545,22 @@ def test_a_session_without_credential(listen, netrc):
 # --- The extra of the connection ------------------------------------------------------------------------
 
 
-def extra_of(connection):
-    return HeyGenConnection.extra_of(connection)
+def read(connection):
+    return HeyGenConnection.from_airflow(connection)
 
 
-def aextra_of(connection):
-    return asyncio.run(HeyGenConnection.aextra_of(connection))
+def aread(connection):
+    return asyncio.run(HeyGenConnection.afrom_airflow(connection))
 
 
-both_extras = pytest.mark.parametrize("read", [extra_of, aextra_of], ids=["sync", "async"])
+both_extras = pytest.mark.parametrize("read", [read, aread], ids=["sync", "async"])
 
 
 @both_extras
 @pytest.mark.parametrize("extra", [None, "", "{}", '{"read_timeout": 5}'])
 def test_extra(read, extra):
-    connection = Connection(conn_id="mine", conn_type="heygen", extra=extra)
-    assert read(connection) == json.loads(extra or "{}")
+    connection = Connection(conn_id="mine", conn_type="heygen", password="key", extra=extra)
+    assert read(connection).read_timeout == json.loads(extra or "{}").get("read_timeout", 30)
 
 
 @both_extras
@@ -578,7 +578,7 @@ def test_extra(read, extra):
     ],
 )
 def test_extra_that_is_no_object(caplog, capsys, read, extra):
-    connection = Connection(conn_id="mine", conn_type="heygen", extra=extra)
+    connection = Connection(conn_id="mine", conn_type="heygen", password="key", extra=extra)
     with pytest.raises(HeyGenBadInputError) as raised:
         read(connection)
     assert str(raised.value).startswith("Airflow connection 'mine' is wrong: 'extra' must be a JSON object")
@@ -593,7 +593,7 @@ def test_secrets_of_the_extra_are_masked(read):
 
     secret = f"a-very-long-secret-{read.__name__}"
     extra = json.dumps({"unknown": {"api_key": secret}})
-    read(Connection(conn_id="mine", conn_type="heygen", extra=extra))
+    read(Connection(conn_id="mine", conn_type="heygen", password="key", extra=extra))
     assert secret not in str(redact(f"it is {secret}."))
 
 

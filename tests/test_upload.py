@@ -155,7 +155,7 @@ def test_a_type_that_is_taken(heygen, tmp_path, name):
     path = make(tmp_path / name, *arguments).rename(tmp_path / "file.mov")
     assert HeyGenHook().upload_asset(path).mime_type == mime_type
     # The emulator has looked, too; the form says what we think it is.
-    assert upload.Source.from_path(path, HeyGenHook().settings).mime_type == mime_type
+    assert upload.Source.of(path, HeyGenHook().settings).mime_type == mime_type
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -262,7 +262,7 @@ def test_an_object_that_is_replaced_on_the_way(heygen, pauses, s3):
     """By another of the same size: what is sent would be half of each."""
     first, second = (b"\0\0\0\x14ftypisom" + bytes([fill]) * 20 * MB for fill in (1, 2))
     s3.write("v.mp4", first)
-    source = upload.Source.from_path(s3.uri("v.mp4"), HeyGenHook().settings)
+    source = upload.Source.of(s3.uri("v.mp4"), HeyGenHook().settings)
     with source.open() as file:
         assert file.read(MB) == first[:MB]
         s3.write("v.mp4", second)
@@ -296,7 +296,7 @@ def test_from_memory_storage(heygen):
 @pytest.mark.parametrize("new_size", [1, 2000, 40 * MB], ids=["shorter", "much shorter", "longer"])
 def test_a_file_that_changes_its_length_on_the_way(heygen, pauses, tmp_path, size, new_size):
     path = mp4(tmp_path / "v.mp4", size)
-    source = upload.Source.from_path(path, HeyGenHook().settings)
+    source = upload.Source.of(path, HeyGenHook().settings)
     assert source.digest
     mp4(path, new_size)
     with pytest.raises(HeyGenError, match="has changed while it was read") as caught:
@@ -311,7 +311,7 @@ def test_a_file_that_changes_its_length_on_the_way(heygen, pauses, tmp_path, siz
 @pytest.mark.parametrize("size", [1 * MB, 33 * MB], ids=["form", "direct"])
 def test_a_file_that_changes_its_bytes_on_the_way(heygen, pauses, tmp_path, size):
     path = mp4(tmp_path / "v.mp4", size)
-    source = upload.Source.from_path(path, HeyGenHook().settings)
+    source = upload.Source.of(path, HeyGenHook().settings)
     assert source.digest == sha256(path)
     with path.open("r+b") as file:
         file.seek(1000)
@@ -380,15 +380,15 @@ def test_an_upload_does_not_bear_more_silence_than_it_was_told_to(connect, pause
 
 def test_a_file_that_cannot_be_read_is_no_fault_of_the_network(heygen, pauses, tmp_path, monkeypatch):
     path = mp4(tmp_path / "v.mp4", MB)
-    source = upload.Source.from_path(path, HeyGenHook().settings)
-    read = upload.FixedLengthReader.read
+    source = upload.Source.of(path, HeyGenHook().settings)
+    read = upload.Announced.read
 
     def broken(self, size=-1):
         self._file.close()
         self._file = open("/proc/self/mem", "rb")  # noqa: SIM115 - its first bytes give an input/output error
         return read(self, size)
 
-    monkeypatch.setattr(upload.FixedLengthReader, "read", broken)
+    monkeypatch.setattr(upload.Announced, "read", broken)
     with pytest.raises(HeyGenTransientError, match=r"v\.mp4 cannot be read: .*Input/output"):
         HeyGenHook(max_attempts=1).upload_asset(source)
     has_arrived(heygen, "POST /v3/assets")
@@ -630,7 +630,7 @@ def test_an_upload_url_that_leads_where_it_must_not(heygen, connect, pauses, lar
 def test_what_heygen_says_of_the_size(heygen, pauses, large, listen):
     storage = listen()
     upload_to(heygen, storage.url, max_bytes=20 * MB)
-    with pytest.raises(HeyGenPermanentError, match=r"has 32\.0 MiB, HeyGen takes 20\.0 MiB"):
+    with pytest.raises(HeyGenPermanentError, match=r"has 32\.0 MiB, HeyGen accepts 20\.0 MiB"):
         HeyGenHook().upload_asset(large)
     assert storage.seen == []
     heygen.behaviour.max_upload_bytes = 20 * MB
@@ -844,7 +844,7 @@ def test_no_secret_is_in_the_record_or_the_log(heygen, clips, caplog):
 
 def test_the_form_is_sent_in_large_pieces(heygen, tmp_path):
     """Not in the 16 kB of urllib3, nor so large that a slow line would not do."""
-    with upload.Source.from_path(mp4(tmp_path / "v.mp4", 3 * MB), HeyGenHook().settings).open() as file:
+    with upload.Source.of(mp4(tmp_path / "v.mp4", 3 * MB), HeyGenHook().settings).open() as file:
         assert [len(chunk) for chunk in upload.ChunkedBody(file)] == [MB // 4] * 12
 
 

@@ -251,7 +251,7 @@ def test_no_browser_is_led_to_a_place_that_heygen_must_not_name(heygen, run, use
     for path in (address(run), f"{address(run)}/video"):
         answer = user.get(path)
         assert answer.status_code == 502
-        assert "The link to the video leads to" in answer.text or "is not a URL" in answer.text
+        assert "The URL of the video leads to" in answer.text or "is not a URL" in answer.text
 
 
 # --- Who may see it -----------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import tenacity
 from airflow.providers.common.compat.sdk import BaseHook, get_hook_lineage_collector
@@ -34,44 +35,45 @@ if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
 T = TypeVar("T")
+_Send: TypeAlias = "Callable[[api.Call[Any]], Awaitable[Any]]"
 
-NAMES = ("overdubs", "lipsyncs")  # HeyGen's names for the resource, in the order in which they are tried
-# How long after a create request was sent its overdub may still appear; HeyGen's p99 is near 31 s
+RESOURCES = ("overdubs", "lipsyncs")  # HeyGen's names for the resource, in the order in which they are tried
+# An overdub may appear this long after its create request was sent. HeyGen's p99 is near 31 s
 # (contract, x-timing of createOverdub).
 SETTLE_SECONDS = 45.0
-# How far from the time of sending an overdub may have been created to be a candidate, by HeyGen's clock.
+# A candidate was created within this time of the create request, by HeyGen's clock.
 SEARCH_SECONDS = 300.0
-# How exact such times are: all are whole seconds, and a server under load may send an old Date.
+# The error of such times: all are whole seconds, and a server under load may send an old Date.
 CLOCK_NOISE_SECONDS = 5.0
-MAX_SEARCH_PAGES = 18  # of the list, for one search for a lost create request, over all its passes
-MAX_CANDIDATE_GETS = 40  # of overdubs that have no callback_id there, nearest to the time of sending first
-MAX_LISTED_PAGES = 100  # of the list, to see whether an overdub is there
-KEY_SECONDS = 23 * 60 * 60  # how long an idempotency key is relied on: HeyGen keeps it for 24 hours
-MAX_UPLOAD_URLS = 3  # for one file, when they expire or are refused
+MAX_SEARCH_PAGES = 18  # for one lost create request, over all passes of the search
+MAX_CANDIDATE_GETS = 40  # for one lost create request
+MAX_LISTED_PAGES = 100  # to find out whether one overdub is in the list
+KEY_SECONDS = 23 * 60 * 60  # HeyGen keeps an idempotency key for 24 hours
+MAX_UPLOAD_URLS = 3  # for one file, if they expire or are rejected
 
-# HeyGen's name for the resource, as it was found, by base URL and credential.
-_found: dict[Any, str] = {}
+# HeyGen's name for the resource, as detected, by base URL and credential.
+_detected: dict[Any, str] = {}
 
 
-def _pause(state: tenacity.RetryCallState) -> float:
+def _retry_delay(state: tenacity.RetryCallState) -> float:
     return retry_delay(state.attempt_number, state.outcome.exception() if state.outcome else None)
 
 
 class HeyGenHook(BaseHook):
     """
-    Talk to HeyGen with the credential of an Airflow connection of type ``heygen``.
+    Send requests to HeyGen with the credential of an Airflow connection of type ``heygen``.
 
-    Use it as a context manager to close its HTTP session early, or ``async with`` in a triggerer to share
-    one session with every other hook of the same settings on that event loop.
+    ``with`` closes its HTTP session early. In a triggerer, ``async with`` shares one session among all hooks
+    with the same settings on the event loop.
 
-    Every method raises :class:`~airflow_provider_heygen.exceptions.HeyGenError`: bad input and wrong settings
-    before anything is sent, permanent answers at once, transient ones after ``max_attempts``.
+    Each method raises :class:`~airflow_provider_heygen.exceptions.HeyGenError`: for bad input and wrong
+    settings before a request, for a permanent error at once, for a transient one after ``max_attempts``.
 
-    :param heygen_conn_id: the Airflow connection.
-    :param max_attempts: how often a call is tried while the failure is transient. Pauses double from 1 to
-        30 s, or last as long as HeyGen's ``Retry-After`` says.
-    :param longest_pause: seconds; if HeyGen asks to wait longer, the error is raised at once, for the caller
-        to defer. A 429 counts as a wait of one second at least.
+    :param heygen_conn_id: Airflow connection id.
+    :param max_attempts: maximum number of attempts per call. The delay between them doubles from 1 to 30 s,
+        or is HeyGen's ``Retry-After``.
+    :param longest_pause: longest ``Retry-After`` in seconds after which the hook tries again. Above it, the
+        error is raised at once, so that the caller can defer. A 429 counts as at least one second.
     """
 
     conn_name_attr = "heygen_conn_id"
@@ -87,9 +89,8 @@ class HeyGenHook(BaseHook):
         self.max_attempts = max_attempts
         self.longest_pause = longest_pause
         self.created_under: str | None = None
-        """The name of the resource under which the overdub was created that this hook is for, if known."""
+        """The name of the resource under which the hook's overdub was created, if known."""
         self._resolved: HeyGenConnection | None = None
-        self._closing = ExitStack()
         self._aclosing: list[AsyncExitStack] = []
 
     # --- The calls ------------------------------------------------------------------------------------
@@ -104,14 +105,13 @@ class HeyGenHook(BaseHook):
         """
         Start an overdub and return its id. It costs money when it completes.
 
-        However often the response is lost, one overdub is started: each attempt has the same key, and an
-        attempt after a lost response first searches the list for the ``callback_id``, because a server may
-        not know the key.
+        All attempts together start one overdub, because they have the same key. A server may not know the
+        key, so after a lost response, the next attempt first searches the list for the ``callback_id``.
 
         :param request: a :class:`~airflow_provider_heygen.api.CreateOverdubRequest` or a mapping of its
             fields.
-        :param idempotency_key: 1 to 255 of ``A-Z a-z 0-9 _ - : .``; the same key gets the same overdub for
-            24 hours, even for another request. Random by default. Also sent as ``callback_id`` unless the
+        :param idempotency_key: 1 to 255 characters of ``A-Za-z0-9_-:.``, random by default. For 24 hours, the
+            same key returns the same overdub, even for another request. Also the ``callback_id``, unless the
             request has one.
         :param before_sending: called before each attempt, for callers that record what may have been sent,
             and when.
@@ -123,7 +123,7 @@ class HeyGenHook(BaseHook):
         call = api.create_overdub(request, idempotency_key)
         started_at = sent_at = attempted_at = time.time()
         sent_under = self.resource
-        answer_lost = False
+        response_lost = False
 
         def before() -> None:
             nonlocal attempted_at, sent_under
@@ -134,7 +134,7 @@ class HeyGenHook(BaseHook):
         for attempt in self._retrying():
             with attempt:
                 try:
-                    if answer_lost:
+                    if response_lost:
                         found = self.find_created(
                             request, idempotency_key, since=started_at, sent_at=sent_at, sent_under=sent_under
                         )
@@ -148,61 +148,47 @@ class HeyGenHook(BaseHook):
                     return self._send(call, before=before)
                 except HeyGenError as error:
                     if error.outcome_unknown and error.code is None:
-                        # No word from HeyGen itself: the create request may still be processed.
-                        sent_at = attempted_at
-                    # Once a response was lost, no later error makes that undone.
-                    answer_lost = error.outcome_unknown = answer_lost or error.outcome_unknown
+                        sent_at = attempted_at  # HeyGen may still process the create request
+                    # A later error does not change that a response was lost.
+                    response_lost = error.outcome_unknown = response_lost or error.outcome_unknown
                     raise
-        raise AssertionError  # tenacity returns or raises; this tells mypy
+        raise AssertionError  # for mypy: tenacity returns or raises
 
     def get_overdub(self, overdub_id: str) -> api.Overdub:
         """Read one overdub. Each response has a new ``video_url``."""
         return self._call(api.get_overdub(overdub_id))
 
     def list_overdubs(self, limit: int = 10, token: str | None = None) -> api.OverdubPage:
-        """
-        List one page of overdubs.
-
-        :param limit: how many, 1 to 100.
-        :param token: ``next_token`` of the page before.
-        """
+        """List one page of 1 to 100 overdubs; ``token`` is the ``next_token`` of the page before."""
         return self._call(api.list_overdubs(limit, token))
 
     def iter_overdubs(self, page_size: int = api.MAX_PAGE_SIZE) -> Iterator[api.Overdub]:
-        """
-        List all overdubs, each once, page after page as they are consumed.
-
-        :param page_size: how many per request, 1 to 100.
-        """
+        """Yield all overdubs, each once; each page of 1 to 100 overdubs is read when it is needed."""
         ids = set()
         for page in self._pages(page_size):
             for overdub in page.data:
-                # Pages shift while being read when new jobs arrive; the same row may come again.
+                # A new overdub shifts the pages, so a row may appear on two of them.
                 if overdub.overdub_id not in ids:
                     ids.add(overdub.overdub_id)
                     yield overdub
 
     def _pages(self, page_size: int = api.MAX_PAGE_SIZE) -> Iterator[api.OverdubPage]:
         token: str | None = None
-        tokens = set()
-        while True:
+        tokens: set[str | None] = set()
+        while token not in tokens:  # None after the last page; a repeated token would never end
+            tokens.add(token)
             page = self.list_overdubs(page_size, token)
             yield page
             token = page.next_token
-            if token is None or token in tokens:
-                return
-            tokens.add(token)
 
     def is_listed(self, overdub_id: str) -> bool | None:
         """Return whether the list has an overdub; ``None`` if that cannot be determined."""
         try:
-            for number, page in enumerate(self._pages(), start=1):
+            for page in islice(self._pages(), MAX_LISTED_PAGES):
                 if any(overdub.overdub_id == overdub_id for overdub in page.data):
                     return True
                 if page.next_token is None:
                     return False
-                if number == MAX_LISTED_PAGES:
-                    break
         except HeyGenError as error:
             self.log.warning("%s", error)
         return None
@@ -220,57 +206,54 @@ class HeyGenHook(BaseHook):
         Find the overdub that a create request with a lost response has started.
 
         HeyGen's list has no filter, so pages are read until their rows are too old. Rows without a
-        ``callback_id`` are fetched one by one. Only a certain match is returned. If other candidates remain,
-        the result is ``None`` on ``lipsyncs`` as long as HeyGen knows the key: a repeat under it is
-        documented to be safe there. Otherwise a repeat might start a second overdub, so this method raises.
+        ``callback_id`` are read one by one. Only a certain match is returned. If other candidates remain, the
+        result is ``None`` on ``lipsyncs`` while HeyGen knows the key, because HeyGen documents that a repeat
+        is safe there. Otherwise a repeat could start a second overdub, so this method raises.
 
-        :param request: the create request as it was sent. An author's own ``callback_id`` may be on several
-            overdubs and proves nothing.
+        :param request: the create request. An author's own ``callback_id`` may be on several overdubs.
         :param idempotency_key: its key; also its ``callback_id`` unless the author set one.
         :param since: time of the first attempt, in Unix seconds.
-        :param sent_at: time of the last attempt without any response, in Unix seconds. The overdub may
-            appear for some time after it, so where the key is not relied on, the search is repeated until
-            then.
-        :param sent_under: the name of the resource under which that attempt was made.
+        :param sent_at: time of the last attempt without any response, in Unix seconds. The overdub may appear
+            late, so the search repeats for some time after it, unless HeyGen knows the key.
+        :param sent_under: the name of the resource in that attempt.
         :returns: the overdub, or ``None`` if the request may be sent again.
-        :raises HeyGenOutcomeUnknownError: if it cannot be determined. Nothing more was sent; a retry
-            searches again.
+        :raises HeyGenOutcomeUnknownError: if there are candidates. Nothing more was sent; a retry searches
+            again.
         :raises HeyGenTransientError: if HeyGen cannot be searched now. A retry may succeed.
         """
-        sent_under = sent_under or self._fixed_resource or NAMES[0]
+        sent_under = sent_under or self._fixed_resource or RESOURCES[0]
         search = _Search(self, request, idempotency_key, since, max(sent_at, since))
         settled_at = sent_at + SETTLE_SECONDS
         delay = 5.0
         while True:
-            search.read()
-            if search.found is not None:
-                return search.found
-            # A key is known under the name with which it was sent.
+            found = search.run()
+            if found is not None:
+                return found
+            # HeyGen knows a key only under the name of the resource that the request had.
             key_is_known = self.resource == sent_under == "lipsyncs" and time.time() - since < KEY_SECONDS
             left = settled_at - time.time()
-            if search.doubts or left <= 0 or key_is_known:
+            if search.candidates or left <= 0 or key_is_known:
                 break
-            # The last pass has to come when nothing can appear any more, so the pages are kept for it.
-            pause = left if search.pages_left < 2 * search.pages else min(left, delay)
-            time.sleep(pause)
+            # The last pass must come after the overdub can appear, so enough pages are left for it.
+            time.sleep(left if search.pages_left < 2 * search.pages else min(left, delay))
             delay *= 2
-        if search.doubts and not key_is_known:
+        if search.candidates and not key_is_known:
             raise HeyGenOutcomeUnknownError(
                 "A create request was sent, its response was lost, and it cannot be determined whether it"
-                f" started an overdub (candidates: {', '.join(search.doubts[:5])}). Nothing more was sent."
-                " Check the candidates in HeyGen. If none belongs to this task, clear the task to send the"
-                " request again (before Airflow 3.3: run it with durable=False). Leave callback_id unset, so"
-                " that the provider sends a unique one by which it can find an overdub.",
+                f" started an overdub (candidates: {', '.join(search.candidates[:5])}). Nothing more was"
+                " sent. Check the candidates in HeyGen. If none belongs to this task, clear the task to send"
+                " the request again (before Airflow 3.3: run it with durable=False). Leave callback_id unset,"
+                " so that the provider sends a unique one by which it can find an overdub.",
                 outcome_unknown=True,
             )
-        if sent_under == self.resource or not self._answers_now(sent_under):
+        if sent_under == self.resource or not self._is_back(sent_under):
             return None
         return self.find_created(request, idempotency_key, since=since, sent_under=sent_under)
 
-    def _answers_now(self, name: str) -> bool:
-        """Return whether HeyGen has the resource under a name that returned 404 before, and keep it then."""
+    def _is_back(self, name: str) -> bool:
+        """Return whether HeyGen has the resource under a name that returned 404 before."""
         try:
-            return _run(self._answers(name, self._once))
+            return _run(self._has_collection(name, self._send_attempt))
         except HeyGenPermanentError as error:
             raise HeyGenTransientError(str(error), outcome_unknown=True) from None
 
@@ -279,15 +262,15 @@ class HeyGenHook(BaseHook):
         return self._call(api.update_overdub(overdub_id, title))
 
     def delete_overdub(self, overdub_id: str) -> None:
-        """Delete an overdub and its files for good."""
+        """Delete an overdub and its files."""
         self._delete(api.delete_overdub(overdub_id))
 
     def get_asset(self, asset_id: str) -> api.Asset:
-        """Read what HeyGen holds of an uploaded file."""
+        """Read a HeyGen asset."""
         return self._call(api.get_asset(asset_id))
 
     def delete_asset(self, asset_id: str) -> None:
-        """Delete an uploaded file for good. What this does to an overdub that still reads it is unknown."""
+        """Delete a HeyGen asset. The effect on an overdub that still reads it is not documented."""
         self._delete(api.delete_asset(asset_id))
 
     def _delete(self, call: api.Call[None]) -> None:
@@ -303,23 +286,23 @@ class HeyGenHook(BaseHook):
         idempotency_key: str | None = None,
     ) -> api.Asset:
         """
-        Upload one file for use as ``video`` or ``audio``, streamed from where it is.
+        Upload one file for use as ``video`` or ``audio``, streamed.
 
-        Up to 32 MB it goes to HeyGen itself, above that (``lipsyncs`` only) to HeyGen's storage.
+        HeyGen's API accepts up to 32 MB; a larger file is sent to HeyGen's storage (``lipsyncs`` only).
 
-        :param path: a local path or any URI that Airflow's ObjectStoragePath understands (``file://``,
+        :param path: local path, or any URI that Airflow's ObjectStoragePath supports (``file://``,
             ``s3://conn_id@bucket/key``, ``gs://`` ...): mp4, webm, mp3, wav, png or jpeg.
-        :param idempotency_key: 1 to 255 of ``A-Z a-z 0-9 _ - : .``; the same key gets the same asset for
-            24 hours, even for another file. Made up when not given.
+        :param idempotency_key: 1 to 255 characters of ``A-Za-z0-9_-:.``, random by default. For 24 hours, the
+            same key returns the same HeyGen asset, even for another file.
         """
-        source = upload.Source.from_path(path, self.settings)
+        source = upload.Source.of(path, self.settings)
         idempotency_key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
         if source.size > api.MAX_MULTIPART_BYTES:
             return self._upload_directly(source, idempotency_key)
         call = api.upload_asset(idempotency_key)
         for attempt in self._retrying():
             with attempt, source.open() as file:
-                # The encoder reads the file while the socket takes it: never all of it in memory.
+                # Streams the file: the encoder reads it as it is sent.
                 form = MultipartEncoder({"file": (source.name, file, source.mime_type)})
                 return self._send(call, form=form)
         raise AssertionError
@@ -327,7 +310,7 @@ class HeyGenHook(BaseHook):
     def _upload_directly(self, source: upload.Source, idempotency_key: str) -> api.Asset:
         key = idempotency_key
         for number in range(1, MAX_UPLOAD_URLS + 1):
-            slot = self._call(
+            destination = self._call(
                 api.create_direct_upload(
                     key,
                     filename=source.name,
@@ -336,37 +319,41 @@ class HeyGenHook(BaseHook):
                     checksum_sha256=source.digest,
                 )
             )
-            if slot.max_bytes is not None and source.size > slot.max_bytes:
+            if destination.max_bytes is not None and source.size > destination.max_bytes:
                 raise HeyGenPermanentError(
-                    f"{source} has {source.size / 2**20:.1f} MiB, HeyGen takes"
-                    f" {slot.max_bytes / 2**20:.1f} MiB. Make it smaller; nothing was uploaded."
+                    f"{source} has {source.size / 2**20:.1f} MiB, HeyGen accepts"
+                    f" {destination.max_bytes / 2**20:.1f} MiB. Make it smaller; nothing was uploaded."
                 )
-            refusal = self._put(source, slot, time.monotonic())
-            completion = api.complete_direct_upload(slot.asset_id)
+            rejection = self._put(source, destination, time.monotonic())
+            completion = api.complete_direct_upload(destination.asset_id)
             try:
-                # A URL is also refused when an earlier run has used it, and then there is an asset.
-                return self._send(completion) if refusal else self._call(completion)
+                # Storage also rejects a URL that an earlier try has used. Then the asset can be completed.
+                return self._send(completion) if rejection else self._call(completion)
             except HeyGenGatewayError:
                 raise
             except HeyGenError as error:
-                if not refusal or error.status_code not in (404, 409):
+                if not rejection or error.status_code not in (404, 409):
                     raise
-            self.log.info("The upload URL of asset %s is no longer good (%s).", slot.asset_id, refusal)
-            # The same key would get the same URL again.
+            self.log.info(
+                "The upload URL of asset '%s' cannot be used any more (%s). Requesting another one.",
+                destination.asset_id,
+                rejection,
+            )
+            # The same key would return the same URL.
             key = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{idempotency_key}/{number}"))
         raise HeyGenTransientError(
-            f"HeyGen's storage refused {MAX_UPLOAD_URLS} upload URLs in a row for {source}: {refusal}."
+            f"HeyGen's storage rejected {MAX_UPLOAD_URLS} upload URLs in a row for {source}: {rejection}."
         )
 
-    def _put(self, source: upload.Source, slot: api.DirectUpload, began: float) -> str | None:
-        """Send a file to an upload URL; gives what is wrong with the URL, if that is why it did not go."""
+    def _put(self, source: upload.Source, destination: api.DirectUpload, received_at: float) -> str | None:
+        """Send a file to an upload URL; return why the URL cannot be used, or ``None``."""
+        lifetime = math.inf if destination.expires_in_seconds is None else destination.expires_in_seconds
         for attempt in self._retrying():
             with attempt:
-                life = math.inf if slot.expires_in_seconds is None else slot.expires_in_seconds
-                if time.monotonic() - began >= life:
+                if time.monotonic() - received_at >= lifetime:
                     return "it has expired"
                 with transport.new_session(self.settings, credential=False) as session:
-                    return upload.put_file(source, slot, session=session, settings=self.settings)
+                    return upload.put_file(source, destination, session=session, settings=self.settings)
         raise AssertionError
 
     def download_overdub(
@@ -377,12 +364,12 @@ class HeyGenHook(BaseHook):
         overwrite: bool = False,
     ) -> int:
         """
-        Stream the video of a completed overdub to storage, over as many links and connections as it takes.
+        Stream the video of a completed overdub to storage, with as many URLs and connections as necessary.
 
-        :param destination: a local path or any URI that Airflow's ObjectStoragePath understands.
-        :param overwrite: replace what is there; otherwise a file of the same size and with the same first MiB
-            is kept as it is.
-        :returns: its size in bytes.
+        :param destination: local path, or any URI that Airflow's ObjectStoragePath supports.
+        :param overwrite: whether to replace an existing file. By default, a file of the same size and with
+            the same first MiB is kept, and any other file is an error.
+        :returns: size in bytes.
         """
         path = media.storage_path(destination, "the destination")
         return self._download("video", overdub_id, path, overwrite)
@@ -395,49 +382,48 @@ class HeyGenHook(BaseHook):
         overwrite: bool = False,
     ) -> int:
         """
-        Stream the captions of a completed overdub to storage: :meth:`download_overdub` for its SRT file.
+        Stream the captions of a completed overdub to storage as an SRT file; see :meth:`download_overdub`.
 
-        HeyGen has them under ``lipsyncs`` only (contract, ``caption_url``).
+        HeyGen makes them under ``lipsyncs`` only (contract, ``caption_url``).
         """
         path = media.storage_path(destination, "the destination of the captions")
         return self._download("captions", overdub_id, path, overwrite)
 
-    def _download(self, what: str, overdub_id: str, path: ObjectStoragePath, overwrite: bool) -> int:
+    def _download(self, artifact: str, overdub_id: str, path: ObjectStoragePath, overwrite: bool) -> int:
         call = api.get_overdub(overdub_id)
 
-        def fresh_link() -> str:
+        def new_url() -> str:
             overdub = self._send(call).raise_for_failure()
             if not overdub.is_completed:
                 raise HeyGenError(
                     f"Overdub {overdub_id} is {overdub.status}, there is no video yet."
                     " Wait for it first, with HeyGenOverdubSensor or wait_for_completion."
                 )
-            link = overdub.video_url if what == "video" else overdub.caption_url
-            if not link:
-                # For a short time after completion (third-party report).
-                hint = "" if what == "video" else ". HeyGen makes captions under resource 'lipsyncs' only"
+            url = overdub.video_url if artifact == "video" else overdub.caption_url
+            if not url:  # for a short time after completion (third-party report)
+                hint = "" if artifact == "video" else ". HeyGen makes captions under resource 'lipsyncs' only"
                 raise HeyGenTransientError(
-                    f"Overdub {overdub_id} is completed but has no link to the {what} yet{hint}."
+                    f"Overdub {overdub_id} is completed but has no URL of the {artifact} yet{hint}."
                 )
-            return link
+            return url
 
-        size = self._save(fresh_link, path, what, overwrite)
+        size = self._save(new_url, path, artifact, overwrite)
         self._report_lineage(lineage.overdub_uri(overdub_id), media.plain_uri(path))
         return size
 
     def _save(
         self,
-        fresh_link: Callable[[], str],
+        new_url: Callable[[], str],
         path: ObjectStoragePath,
-        what: str,
+        artifact: str,
         overwrite: bool,
         max_bytes: int | None = None,
     ) -> int:
         with transport.new_session(self.settings, credential=False) as session:
             return download.save(
-                fresh_link,
+                new_url,
                 path,
-                artifact=what,
+                artifact=artifact,
                 overwrite=overwrite,
                 max_bytes=max_bytes,
                 attempts=self._retrying(),
@@ -446,15 +432,15 @@ class HeyGenHook(BaseHook):
                 log_info=self.log.info,
             )
 
-    def fetch(self, link: str, path: ObjectStoragePath, what: str, max_bytes: int) -> int:
-        """Stream the file behind a URL to storage, without the credential; see :func:`.download.save`."""
-        return self._save(lambda: link, path, what, True, max_bytes)
+    def fetch(self, url: str, path: ObjectStoragePath, artifact: str, max_bytes: int) -> int:
+        """Stream the file of a URL to storage, without the credential; see :func:`.download.save`."""
+        return self._save(lambda: url, path, artifact, True, max_bytes)
 
-    def peek(self, link: str, what: str) -> tuple[bytes, int | None, tuple[str, str] | None]:
-        """Read the beginning of the file behind a URL, without the credential; see :func:`.download.peek`."""
+    def peek(self, url: str, artifact: str) -> tuple[bytes, int | None, tuple[str, str] | None]:
+        """Read the beginning of the file of a URL, without the credential; see :func:`.download.peek`."""
         with transport.new_session(self.settings, credential=False) as session:
             return download.peek(
-                link, what, attempts=self._retrying(), session=session, settings=self.settings
+                url, artifact, attempts=self._retrying(), session=session, settings=self.settings
             )
 
     def _report_lineage(self, source: str, destination: str) -> None:
@@ -462,34 +448,36 @@ class HeyGenHook(BaseHook):
             collector = get_hook_lineage_collector()
             collector.add_input_asset(context=self, uri=source)
             collector.add_output_asset(context=self, uri=destination)
-        except Exception as error:  # an Asset may have no name of over 1,500 characters, say
-            self.log.warning("Airflow's lineage does not take %s: %s", destination, error)
+        except Exception as error:  # for example, Airflow rejects a name of over 1,500 characters
+            self.log.warning(
+                "Could not report %s to Airflow's hook lineage: %s. The file was saved.", destination, error
+            )
 
     def test_connection(self) -> tuple[bool, str]:
-        """List one overdub, which is free, and read what the API key may do: Airflow's "Test" button."""
+        """List one overdub and read the API key, free of charge, for Airflow's *Test* button."""
         try:
             page = self._send(api.list_overdubs(1, None))
         except Exception as error:
-            # The web UI tests it under a random id.
-            named = f"Airflow connection '{self.heygen_conn_id}'"
-            return False, str(error).replace(named, "this connection")
+            # The web UI tests a connection under a random id.
+            name = f"Airflow connection '{self.heygen_conn_id}'"
+            return False, str(error).replace(name, "this connection")
         credential = "OAuth token" if self.settings.auth_type == "oauth" else "API key"
-        said = [f"HeyGen accepts the {credential}.", f"There are {'' if page.data else 'no '}{self.resource}"]
-        said[-1] += "." if page.data else " yet."
-        with suppress(HeyGenError):  # an older server, an OAuth token, a key that may not read it
-            said += self._send(api.get_api_key()).limits()
-        return True, " ".join(said)
+        count = f"{self.resource}." if page.data else f"no {self.resource} yet."
+        sentences = [f"HeyGen accepts the {credential}.", f"There are {count}"]
+        with suppress(HeyGenError):  # an older server, an OAuth token, or a key without that scope
+            sentences += self._send(api.get_api_key()).limits()
+        return True, " ".join(sentences)
 
     async def aget_overdub(self, overdub_id: str) -> api.Overdub:
-        """:meth:`get_overdub` for an event loop."""
+        """Read one overdub; see :meth:`get_overdub`."""
         return await self._acall(api.get_overdub(overdub_id))
 
     async def alist_overdubs(self, limit: int = 10, token: str | None = None) -> api.OverdubPage:
-        """:meth:`list_overdubs` for an event loop."""
+        """List one page of overdubs; see :meth:`list_overdubs`."""
         return await self._acall(api.list_overdubs(limit, token))
 
     async def adelete_overdub(self, overdub_id: str) -> None:
-        """:meth:`delete_overdub` for an event loop."""
+        """Delete an overdub and its files."""
         call, lost = api.delete_overdub(overdub_id), list[bool]()
         async for attempt in self._retrying(tenacity.AsyncRetrying):
             with attempt, _unless_done(lost):
@@ -499,14 +487,13 @@ class HeyGenHook(BaseHook):
 
     @property
     def settings(self) -> HeyGenConnection:
-        """The connection, resolved once per hook."""
+        """The connection's settings, read once per hook."""
         if self._resolved is None:
-            connection = self.get_connection(self.heygen_conn_id)
-            self._resolved = HeyGenConnection.from_airflow(connection, HeyGenConnection.extra_of(connection))
+            self._resolved = HeyGenConnection.from_airflow(self.get_connection(self.heygen_conn_id))
         return self._resolved
 
     async def asettings(self) -> HeyGenConnection:
-        """:attr:`settings` for an event loop."""
+        """Return :attr:`settings` without blocking the event loop."""
         if self._resolved is None:
             self._resolved = await finish_despite_cancellation(self._resolve_connection())
         return self._resolved
@@ -514,13 +501,14 @@ class HeyGenHook(BaseHook):
     async def _resolve_connection(self) -> HeyGenConnection:
         from airflow.providers.common.compat.connection import get_async_connection
 
-        connection = await get_async_connection(self.heygen_conn_id, hook=self)
-        return HeyGenConnection.from_airflow(connection, await HeyGenConnection.aextra_of(connection))
+        return await HeyGenConnection.afrom_airflow(
+            await get_async_connection(self.heygen_conn_id, hook=self)
+        )
 
     @property
     def known_resource(self) -> str | None:
-        """HeyGen's name for the resource: of a past create request, as set, or as found."""
-        return self._fixed_resource or _found.get(self._account)
+        """HeyGen's name for the resource: of the create request, of the connection, or as detected."""
+        return self._fixed_resource or _detected.get(self._account)
 
     @property
     def _fixed_resource(self) -> str | None:
@@ -528,13 +516,13 @@ class HeyGenHook(BaseHook):
 
     @property
     def resource(self) -> str:
-        """HeyGen's name for the resource, ``overdubs`` unless another is known. Sends no request."""
-        return self.known_resource or NAMES[0]
+        """HeyGen's name for the resource, ``overdubs`` unless another one is known. Sends no request."""
+        return self.known_resource or RESOURCES[0]
 
     def assume_resource(self, name: str | None) -> None:
-        """Use this name for the resource, found by another process, unless a name is known here."""
+        """Use a name for the resource that another process has detected, unless one is known."""
         if name and self.known_resource is None:
-            _found[self._account] = name
+            _detected[self._account] = name
 
     @property
     def _account(self) -> tuple[object, ...]:
@@ -547,9 +535,10 @@ class HeyGenHook(BaseHook):
         self.close()
 
     def close(self) -> None:
-        """Close the HTTP session; the next call opens another."""
-        self.__dict__.pop("_session", None)
-        self._closing.close()
+        """Close the HTTP session; the next call opens another one."""
+        session = self.__dict__.pop("_session", None)
+        if session is not None:
+            session.close()
 
     async def __aenter__(self) -> HeyGenHook:
         stack = AsyncExitStack()
@@ -562,7 +551,7 @@ class HeyGenHook(BaseHook):
 
     def get_conn(self) -> requests.Session:
         """
-        Return a session with the proxies and TLS settings of the connection, for HeyGen's other endpoints.
+        Return a session with the connection's proxies and TLS settings, for HeyGen's other endpoints.
 
         It sends the credential to the connection's own scheme, host and port only.
         """
@@ -570,14 +559,14 @@ class HeyGenHook(BaseHook):
 
     @cached_property
     def _session(self) -> requests.Session:
-        return self._closing.enter_context(self.get_conn())
+        return self.get_conn()
 
     def _retrying(self, kind: Callable[..., Any] | None = None) -> Any:
         return (kind or tenacity.Retrying)(
             retry=tenacity.retry_if_exception(self._is_retryable),
-            wait=_pause,
+            wait=_retry_delay,
             stop=tenacity.stop_after_attempt(self.max_attempts),
-            before_sleep=self._log_pause,
+            before_sleep=self._log_retry,
             reraise=True,
         )
 
@@ -587,14 +576,11 @@ class HeyGenHook(BaseHook):
         asked = max(error.retry_after or 0.0, 1.0 if error.status_code == 429 else 0.0)
         return asked <= self.longest_pause
 
-    def _log_pause(self, state: tenacity.RetryCallState) -> None:
+    def _log_retry(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
+        delay, attempt = state.upcoming_sleep, state.attempt_number + 1
         self.log.warning(
-            "%s Trying again in %.0f s (attempt %d of %d).",
-            error,
-            state.upcoming_sleep,
-            state.attempt_number + 1,
-            self.max_attempts,
+            "%s Trying again in %.0f s (attempt %d of %d).", error, delay, attempt, self.max_attempts
         )
 
     def _call(self, call: api.Call[T]) -> T:
@@ -610,14 +596,14 @@ class HeyGenHook(BaseHook):
     ) -> T:
         """Send one call once; ``before`` is called before each request that is not a GET."""
 
-        async def send(named: api.Call[Any]) -> Any:
-            if named.method != "GET":
+        async def send(call: api.Call[Any]) -> Any:
+            if call.writes:
                 before()
-            return await self._once(named, form)
+            return await self._send_attempt(call, form)
 
-        return _run(self._under_its_name(call, send))
+        return _run(self._send_under_name(call, send))
 
-    async def _once(self, call: api.Call[Any], form: MultipartEncoder | None = None) -> Any:
+    async def _send_attempt(self, call: api.Call[Any], form: MultipartEncoder | None = None) -> Any:
         return transport.send(self._session, call, self.settings, form)
 
     async def _acall(self, call: api.Call[T]) -> T:
@@ -627,38 +613,34 @@ class HeyGenHook(BaseHook):
     async def asend(self, call: api.Call[T]) -> T:
         """Send one call once, for callers that repeat it themselves."""
         settings = await self.asettings()
-        return await self._under_its_name(call, lambda named: transport.asend(named, settings))
+        return await self._send_under_name(call, lambda call: transport.asend(call, settings))
 
     # --- HeyGen's name for the resource ---------------------------------------------------------------
 
-    async def _under_its_name(self, call: api.Call[T], send: Callable[[api.Call[Any]], Awaitable[Any]]) -> T:
-        """Send a call under the name that the resource has; find out which one, if a 404 asks for it."""
+    async def _send_under_name(self, call: api.Call[T], send: _Send) -> T:
+        """Send a call under the name of the resource; after a 404, detect the name."""
         name = self.resource
         try:
             result: T = await send(call.under(name))
         except HeyGenError as error:
-            if not call.renamed or error.status_code != 404:
+            if not call.is_renamed or error.status_code != 404:
                 raise
-            # Another call may have found it out meanwhile.
-            if self.resource == name and not await self._has_other_name(call, name, error, send):
+            # Another call may have detected it in the meantime.
+            if self.resource == name and not await self._detects_other_name(call, name, error, send):
                 raise
             return await send(call.under(self.resource))  # type: ignore[no-any-return]
-        if call.renamed and self.known_resource is None:
-            _found[self._account] = name
+        if call.is_renamed and self.known_resource is None:
+            _detected[self._account] = name
         return result
 
-    async def _has_other_name(
-        self,
-        call: api.Call[Any],
-        name: str,
-        error: HeyGenError,
-        send: Callable[[api.Call[Any]], Awaitable[Any]],
+    async def _detects_other_name(
+        self, call: api.Call[Any], name: str, error: HeyGenError, send: _Send
     ) -> bool:
         """
-        Return whether the resource turns out to have the other name, which is then kept.
+        Return whether HeyGen has the resource under the other name, and remember that name.
 
-        A 404 page of a gateway proves nothing. So it does not tell whether a create request took effect, and
-        for any other call only a second one counts.
+        A gateway's 404 proves nothing: a create request may have taken effect, and for any other call, the
+        list endpoint must return 404, too.
         """
         is_heygens = isinstance(error, HeyGenNotFoundError)
         of_collection = is_heygens and call.is_collection
@@ -668,9 +650,9 @@ class HeyGenHook(BaseHook):
             of_content = error.param or error.code == "asset_not_found"
             if self.known_resource or of_content or not is_heygens:
                 return False
-        elif not of_collection and await self._answers(name, send):
+        elif not of_collection and await self._has_collection(name, send):
             return False
-        if await self._answers(NAMES[1 - NAMES.index(name)], send):
+        if await self._has_collection(RESOURCES[1 - RESOURCES.index(name)], send):
             return True
         error.message += (
             " Neither 'overdubs' nor 'lipsyncs', HeyGen's names for the resource, is known at"
@@ -679,31 +661,30 @@ class HeyGenHook(BaseHook):
         error.args = (error.message,)
         return False
 
-    async def _answers(self, name: str, send: Callable[[api.Call[Any]], Awaitable[Any]]) -> bool:
-        """Return whether HeyGen has a collection of that name, which is then kept."""
+    async def _has_collection(self, name: str, send: _Send) -> bool:
+        """Return whether HeyGen has a collection of that name, and remember the name."""
         try:
             await send(api.list_overdubs(1, None).under(name))
         except HeyGenError as error:
             if error.status_code != 404:
                 raise
             return False
-        _found[self._account] = name
+        _detected[self._account] = name
         return True
 
 
-def _run(steps: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that awaits nothing but coroutines like it: code for worker and event loop alike."""
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never waits for an event loop, so that worker and triggerer share its code."""
     try:
-        steps.send(None)
+        coroutine.send(None)
     except StopIteration as end:
-        result: T = end.value
-        return result
+        return end.value  # type: ignore[no-any-return]
     raise AssertionError
 
 
 @contextmanager
 def _unless_done(lost: list[bool]) -> Iterator[None]:
-    """Make one attempt at a deletion: once a response was lost, a 404 says that it was done."""
+    """Make one attempt to delete; after a lost response, a 404 means that an attempt succeeded."""
     try:
         yield
     except HeyGenError as error:
@@ -714,104 +695,95 @@ def _unless_done(lost: list[bool]) -> Iterator[None]:
 
 class _Search:
     """
-    The search for the overdub of a create request whose response was lost, over several passes.
+    The search for the overdub of a create request whose response was lost, in several passes.
 
-    :ivar found: the overdub, once it is certain.
-    :ivar doubts: ids of overdubs that may be it, or why that cannot be determined.
-    :ivar pages: pages that the last pass has read.
-    :ivar pages_left: pages that further passes may read.
+    :ivar candidates: ids of overdubs that it may be, or why that cannot be determined.
+    :ivar pages: number of pages that the last pass has read.
+    :ivar pages_left: number of pages that further passes may read.
     """
 
     def __init__(
         self, hook: HeyGenHook, request: api.CreateOverdubRequest, key: str, first: float, last: float
     ) -> None:
         self.hook, self.title, self.first, self.last = hook, request.title, first, last
-        self.marker = request.callback_id or key
-        self.unique = self.marker == key
-        self.found: api.Overdub | None = None
-        self.doubts: list[str] = []
+        self.callback_id = request.callback_id or key
+        self.is_unique = self.callback_id == key
+        self.candidates: list[str] = []
         self.pages, self.pages_left, self.gets_left = 0, MAX_SEARCH_PAGES, MAX_CANDIDATE_GETS
-        self._known: dict[str, api.Overdub] = {}
-        self._candidates: dict[str, tuple[float, float, api.Overdub]] = {}
+        self._overdubs: dict[str, api.Overdub] = {}
 
-    def read(self) -> None:
-        """Read the list once, and fetch those that could be the overdub and have no ``callback_id`` there."""
+    def run(self) -> api.Overdub | None:
+        """Read the list, and each possible overdub without a ``callback_id``; return a certain match."""
+        self.candidates, self.pages = [], 0
         try:
-            self._read()
+            return self._run()
         except HeyGenPermanentError as error:
-            self.doubts = [f"the list cannot be read: {error}"]
+            self.candidates = [f"the list cannot be read: {error}"]
+            return None
 
-    def _read(self) -> None:
-        self.doubts, self.pages, whole = [], 0, False
-        self._candidates, self._newest_first, self._created_last = {}, True, math.inf
+    def _run(self) -> api.Overdub | None:
+        unnamed = {}
+        for row, created_at, distance in self._rows():
+            if self._is_match(row):
+                return row
+            if row.callback_id is None and distance is not None:
+                unnamed[row.overdub_id] = (distance, -created_at, row.overdub_id)
+        # The nearest to the time of sending comes first. If several are equally near, it is the newest.
+        for *_, overdub_id in sorted(unnamed.values(), key=lambda candidate: candidate[:2]):
+            overdub = self._get(overdub_id)
+            if overdub is not None and self._is_match(overdub):
+                return overdub
+            # HeyGen may choose the title of an overdub whose request has none.
+            if overdub is None or (overdub.callback_id is None and self.title in (None, overdub.title)):
+                self.candidates.append(overdub_id)
+        return None
+
+    def _rows(self) -> Iterator[tuple[api.Overdub, float, float | None]]:
+        """
+        Yield the rows of the list until all further ones are too old.
+
+        :returns: row, time of creation, and distance from the last attempt in seconds (``None``: too old).
+        """
+        newest_first, previous = True, math.inf
         for page in self.hook._pages():
             self.pages, self.pages_left = self.pages + 1, self.pages_left - 1
-            if self._match(page):
+            # HeyGen's clock may differ widely from this machine's.
+            offset = 0.0 if page.server_time is None else page.server_time - time.time()
+            any_old = False
+            for row in page.data:
+                created_at = math.inf if row.created_at is None else row.created_at
+                newest_first = newest_first and created_at <= previous and created_at < math.inf
+                previous = created_at
+                is_old = created_at < self.first + offset - SEARCH_SECONDS
+                any_old = any_old or is_old
+                distance = max(0.0, abs(created_at - self.last - offset) - CLOCK_NOISE_SECONDS)
+                yield row, created_at, None if is_old else distance
+            # HeyGen does not document the order. A full page of falling times is sufficient evidence.
+            if page.next_token is None or (newest_first and any_old and len(page.data) >= api.MAX_PAGE_SIZE):
                 return
-            old = self._collect(page)
-            # The order of the list is not documented; a whole page of falling times is proof enough.
-            whole = page.next_token is None or (
-                self._newest_first and old and len(page.data) >= api.MAX_PAGE_SIZE
-            )
-            if whole or self.pages_left <= 0:
+            if self.pages_left <= 0:
                 break
             self._keep_to_rate()
-        if not whole:  # too long, or its cursors go in circles
-            self.doubts.append("further overdubs, the list is too long to be read to its end")
-        for *_, row in sorted(self._candidates.values(), key=lambda candidate: candidate[:2]):
-            if self._is_it(row):
-                return
+        self.candidates.append("further overdubs, the list is too long to be read to its end")
 
-    def _collect(self, page: api.OverdubPage) -> bool:
-        """Note the rows that could be the overdub; return whether some are too old."""
-        # HeyGen's clock may be far off ours; how long ago the request was sent depends on neither.
-        offset = 0.0 if page.server_time is None else page.server_time - time.time()
-        old = False
-        for row in page.data:
-            created_at = math.inf if row.created_at is None else row.created_at
-            self._newest_first = (
-                self._newest_first and created_at <= self._created_last and created_at < math.inf
-            )
-            self._created_last = created_at
-            if created_at < self.first + offset - SEARCH_SECONDS:
-                old = True
-            elif row.callback_id is None:
-                # Of those that are equally near as far as the clocks can tell, the newest comes first.
-                distance = max(0.0, abs(created_at - self.last - offset) - CLOCK_NOISE_SECONDS)
-                self._candidates[row.overdub_id] = (distance, -created_at, row)
-        return old
+    def _is_match(self, overdub: api.Overdub) -> bool:
+        """Return whether this is certainly the overdub; if its ``callback_id`` is not unique, note it."""
+        if overdub.callback_id != self.callback_id:
+            return False
+        if not self.is_unique:
+            self.candidates.append(overdub.overdub_id)
+        return self.is_unique
 
-    def _match(self, page: api.OverdubPage) -> bool:
-        """Look for the ``callback_id`` in a page, whatever its rows' age; return whether that is certain."""
-        found = [row for row in page.data if row.callback_id == self.marker]
-        if found and self.unique:
-            self.found = found[0]
-            return True
-        self.doubts += [row.overdub_id for row in found]
-        return False
-
-    def _is_it(self, row: api.Overdub) -> bool:
-        """Fetch a row without ``callback_id``; return whether it is certainly the overdub."""
-        overdub = self._known.get(row.overdub_id)
-        if overdub is None and self.gets_left > 0:
+    def _get(self, overdub_id: str) -> api.Overdub | None:
+        if overdub_id not in self._overdubs and self.gets_left > 0:
             self.gets_left -= 1
             self._keep_to_rate()
             try:
-                overdub = self._known[row.overdub_id] = self.hook.get_overdub(row.overdub_id)
+                self._overdubs[overdub_id] = self.hook.get_overdub(overdub_id)
             except HeyGenNotFoundError as error:
-                # Just listed and not readable: too fresh, or deleted. The next attempt will know.
+                # The overdub is too new, or was deleted after the list was read.
                 raise HeyGenTransientError(str(error), outcome_unknown=True) from None
-        if overdub is None:
-            self.doubts.append(row.overdub_id)
-        elif overdub.callback_id == self.marker:
-            if self.unique:
-                self.found = overdub
-                return True
-            self.doubts.append(row.overdub_id)
-        elif overdub.callback_id is None and self.title in (None, overdub.title):
-            # HeyGen may give a title of its own to an overdub that has none.
-            self.doubts.append(row.overdub_id)
-        return False
+        return self._overdubs.get(overdub_id)
 
     def _keep_to_rate(self) -> None:
         time.sleep(1 / self.hook.settings.max_requests_per_second)

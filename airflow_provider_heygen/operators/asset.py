@@ -71,7 +71,7 @@ class HeyGenUploadAssetOperator(UrlsMaskedOperator):
 
         with fails_task(), HeyGenHook(self.heygen_conn_id) as hook:
             store = SubmissionStore(context, durable=True)
-            source = Source.from_path(self.source, hook.settings, store.files)
+            source = Source.of(self.source, hook.settings, store.files)
             self._asset_id = upload_once(source, hook, store)
         context["ti"].xcom_push(key="asset_id", value=self._asset_id)
         return {"type": "asset_id", "asset_id": self._asset_id}
