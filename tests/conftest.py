@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import atexit
+import fcntl
 import http.client
 import itertools
 import json
@@ -86,10 +87,26 @@ def _emulator() -> Iterator[Emulator]:
 
 
 @pytest.fixture(scope="session")
-def airflow_db() -> None:
-    """The tests' Airflow has its database, and the pool that examples use."""
-    for command in (["db", "migrate"], ["pools", "set", "heygen", "10", "jobs", "--include-deferred"]):
-        subprocess.run([sys.executable, "-m", "airflow", *command], check=True, capture_output=True)
+def migrated_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Airflow's database as ``airflow db migrate`` makes it, once for all processes of a test run."""
+    base = tmp_path_factory.getbasetemp()  # with xdist, each process has a folder of its own in it
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "migrated"
+    home.mkdir(exist_ok=True)
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (home / "done").exists():
+            command = [sys.executable, "-m", "airflow", "db", "migrate"]
+            subprocess.run(
+                command, check=True, capture_output=True, env={**os.environ, "AIRFLOW_HOME": str(home)}
+            )
+            (home / "done").touch()
+    return home / "airflow.db"
+
+
+@pytest.fixture(scope="session")
+def airflow_db(migrated_db: Path) -> None:
+    """The tests' Airflow has its database."""
+    shutil.copy(migrated_db, _AIRFLOW_HOME)
 
 
 @pytest.fixture

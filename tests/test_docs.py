@@ -275,16 +275,21 @@ def test_python(block, heygen, airflow_db, here, tmp_path, monkeypatch):
         monkeypatch.setenv(f"AIRFLOW_CONN_{conn_id.upper()}", json.dumps(heygen.connection(resource)))
     snippet = tmp_path / "test_snippet.py"
     snippet.write_text(code)
-    if "def test_" in code:
-        if "from dub import dag" in code:
-            (tmp_path / "dub.py").write_text(here(quickstart_dag()))
-            monkeypatch.setenv("AIRFLOW__CORE__DAGS_FOLDER", str(tmp_path))
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_snippet.py"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return
     # Where Airflow looks for the DAG that it is to run.
     monkeypatch.setattr("airflow.settings.DAGS_FOLDER", str(tmp_path))
+    if "def test_" in code:
+        (tmp_path / "dub.py").write_text(here(quickstart_dag()))
+        monkeypatch.syspath_prepend(tmp_path)
+        # A process of its own would load Airflow again.
+        assert (
+            pytest.main(
+                ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={tmp_path}", str(snippet)]
+            )
+            == 0
+        )
+        for name in ("dub", "test_snippet"):
+            sys.modules.pop(name, None)
+        return
     spec = importlib.util.spec_from_file_location(f"snippet_{abs(hash(block.place))}", snippet)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)

@@ -7,10 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from airflow_provider_heygen.get_provider_info import get_provider_info
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,37 +30,55 @@ EXAMPLES = sorted((ROOT / "example_dags").rglob("*.py"))
 HEAVY_PACKAGES = {"requests", "aiohttp", "tenacity"}
 HEAVY_MODULES = {"airflow_provider_heygen.api", "airflow_provider_heygen.hooks.heygen"}
 
-CHILD = """
-import json, sys
+PARSER = """
+import json, os, sys, traceback
 from airflow.sdk import DAG, BaseOperator, BaseSensorOperator
 
 BaseOperator(task_id="any")  # loads what Airflow itself takes for any operator
 before = set(sys.modules)
-sockets = []
-sys.addaudithook(
-    lambda event, args: sockets.append(f"{event} {args[1:]}")
-    if event.startswith("socket.") and event != "socket.gethostname"
-    else None
-)
-exec(sys.argv[1])
-print(json.dumps({"new": sorted(set(sys.modules) - before), "sockets": sockets}))
+out = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+for line in sys.stdin:
+    if pid := os.fork():
+        os.waitpid(pid, 0)
+        continue
+    sockets = []
+    sys.addaudithook(
+        lambda event, args: sockets.append(f"{event} {args[1:]}")
+        if event.startswith("socket.") and event != "socket.gethostname"
+        else None
+    )
+    try:
+        exec(json.loads(line))
+        found = {"new": sorted(set(sys.modules) - before), "sockets": sockets}
+    except BaseException:
+        found = {"error": traceback.format_exc()}
+    print(json.dumps(found), file=out, flush=True)
+    os._exit(0)
 """
 
 
-def run(code: str, airflow_home: Path) -> dict[str, list[str]]:
-    """Run code after Airflow's own imports; give the modules it loads and what it does with sockets."""
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], dict[str, list[str]]]]:
+    """Run code in a fork of a process with Airflow's own imports; return what it loads, and its sockets."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW__")}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, code],
+    with subprocess.Popen(
+        [sys.executable, "-c", PARSER],
         cwd=ROOT,
-        env={**env, "AIRFLOW_HOME": str(airflow_home)},
-        capture_output=True,
+        env={**env, "AIRFLOW_HOME": str(tmp_path_factory.mktemp("airflow"))},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    ) as parser:
+
+        def run(code: str) -> dict[str, list[str]]:
+            print(json.dumps(code), file=parser.stdin, flush=True)
+            found = json.loads(parser.stdout.readline())
+            assert "error" not in found, found["error"]
+            return found
+
+        yield run
+        parser.stdin.close()
 
 
 def assert_light(found: dict[str, list[str]]) -> None:
@@ -67,30 +89,28 @@ def assert_light(found: dict[str, list[str]]) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_importing_what_a_dag_imports_is_light(module, tmp_path):
-    found = run(f"import {module}", tmp_path)
+def test_importing_what_a_dag_imports_is_light(module, run):
+    found = run(f"import {module}")
     assert module in found["new"]  # else Airflow had it already and nothing was looked at
     assert_light(found)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_parsing_an_example_dag_is_light(path, tmp_path):
+def test_parsing_an_example_dag_is_light(path, run):
     # As Airflow's DagBag does it: the file is a module of a made-up name, found by its path.
     found = run(
         "from importlib import util\n"
         f"spec = util.spec_from_file_location('parsed_dag', {str(path)!r})\n"
         "sys.modules['parsed_dag'] = util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(sys.modules['parsed_dag'])",
-        tmp_path,
+        "spec.loader.exec_module(sys.modules['parsed_dag'])"
     )
     assert_light(found)
 
 
-def test_the_look_sees_what_it_looks_for(tmp_path):
+def test_the_look_sees_what_it_looks_for(run):
     found = run(
         "import airflow_provider_heygen.hooks.heygen, socket\n"
-        "s = socket.socket(); s.settimeout(1); s.connect_ex(('127.0.0.1', 9))",
-        tmp_path,
+        "s = socket.socket(); s.settimeout(1); s.connect_ex(('127.0.0.1', 9))"
     )
     assert set(found["new"]) >= HEAVY_MODULES | {"requests", "aiohttp"}
     assert any("socket.connect" in event for event in found["sockets"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
 import re
 import socket
@@ -13,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import pytest
 import requests
 from airflow.sdk import Connection
+from conftest import each_value
 from test_connection import Authority, unused_port
 
 from airflow_provider_heygen import api, transport
@@ -270,12 +272,29 @@ def test_certificate_behind_a_proxy(monkeypatch, listen, authority, send):
     assert gateway.seen == []
 
 
+HALF = b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"
+
+
 @both_transports
-@pytest.mark.parametrize("call", [create_call(), POLL], ids=["create", "poll"])
-@pytest.mark.parametrize("by_proxy", [False, True], ids=["direct", "proxy"])
-@pytest.mark.parametrize("scheme", ["https", "http"])
 @pytest.mark.parametrize(
-    "answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"], ids=["none", "half"]
+    ("call", "by_proxy", "scheme", "answer"),
+    # Each two of these in all combinations.
+    [
+        (create_call(), False, "https", b""),
+        (create_call(), True, "https", HALF),
+        (create_call(), True, "http", b""),
+        (POLL, False, "http", HALF),
+        (POLL, True, "https", b""),
+        (create_call(), False, "http", HALF),
+    ],
+    ids=[
+        "create-https-none",
+        "create-proxy-https-half",
+        "create-proxy-http-none",
+        "poll-http-half",
+        "poll-proxy-https-none",
+        "create-http-half",
+    ],
 )
 def test_broken_after_sending(listen, authority, send, call, by_proxy, scheme, answer):
     gateway = listen(lambda _: answer, tls=authority.server() if scheme == "https" else None)
@@ -388,11 +407,16 @@ def test_useless_file(listen, authority, tmp_path, send, name, content):
 
 
 @both_transports
-@pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize(
-    ("given", "sent"),
-    [("p%E2%82%ACw", "p€w".encode()), ("p%C3%A9w", b"p\xe9w"), ("p%3A%40%2Fw", b"p:@/w"), ("", b"")],
-    ids=["euro", "latin-1", "reserved", "empty"],
+    ("given", "sent", "scheme"),
+    [
+        ("p%E2%82%ACw", "p€w".encode(), "http"),
+        ("p%C3%A9w", b"p\xe9w", "https"),
+        ("p%3A%40%2Fw", b"p:@/w", "http"),
+        ("p%3A%40%2Fw", b"p:@/w", "https"),
+        ("", b"", "https"),
+    ],
+    ids=["euro", "latin-1", "reserved", "reserved by https", "empty"],
 )
 def test_password_of_the_proxy(send, scheme, given, sent):
     got = []
@@ -556,25 +580,20 @@ def aread(connection):
 both_extras = pytest.mark.parametrize("read", [read, aread], ids=["sync", "async"])
 
 
-@both_extras
-@pytest.mark.parametrize("extra", [None, "", "{}", '{"read_timeout": 5}'])
+@pytest.mark.parametrize(
+    ("extra", "read"),
+    each_value([None, "", '{"read_timeout": 5}', '{"read_timeout": 5}'], [extra_of, aextra_of]),
+)
 def test_extra(read, extra):
     connection = Connection(conn_id="mine", conn_type="heygen", password="key", extra=extra)
     assert read(connection).read_timeout == json.loads(extra or "{}").get("read_timeout", 30)
 
 
-@both_extras
 @pytest.mark.parametrize(
-    "extra",
+    ("extra", "read"),
     [
-        "[1]",
-        '["pw-a"]',
-        json.dumps('{"resource": "pw-a"}'),
-        "5",
-        "true",
-        "null",
-        "pw-a",
-        "{'resource': 'pw-a'}",
+        *each_value(['["pw-a"]', "5", "null", "{'resource': 'pw-a'}"], [extra_of, aextra_of]),
+        *itertools.product([json.dumps('{"resource": "pw-a"}'), "pw-a"], [extra_of, aextra_of]),
     ],
 )
 def test_extra_that_is_no_object(caplog, capsys, read, extra):

@@ -59,6 +59,13 @@ def large(tmp_path):
     return mp4(tmp_path / "large.mp4", 32 * MB + 1, b"x")
 
 
+@pytest.fixture
+def direct(tmp_path, monkeypatch):
+    """A small file for a direct upload, because a form may have less than a MiB here."""
+    monkeypatch.setattr(api, "MAX_MULTIPART_BYTES", MB - 1)
+    return mp4(tmp_path / "direct.mp4", MB, b"x")
+
+
 def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -217,14 +224,15 @@ def test_what_is_no_plain_file(heygen, tmp_path):
 
 
 @LIPSYNCS
-@pytest.mark.parametrize("size", [1000, 32 * MB + 1], ids=["form", "direct"])
 @pytest.mark.parametrize(
-    ("name", "sent"),
+    ("size", "name", "sent"),
     [
-        ("ü 日本.mp4", "ü 日本.mp4"),
-        (b"\xff.mp4", "?.mp4"),
-        ('a"; name="b.mp4', "a%22; name=%22b.mp4"),
-        ("100%25 #1?.mp4", "100%25 #1?.mp4"),
+        (1000, "ü 日本.mp4", "ü 日本.mp4"),
+        (1000, b"\xff.mp4", "?.mp4"),
+        (1000, 'a"; name="b.mp4', "a%22; name=%22b.mp4"),
+        (1000, "100%25 #1?.mp4", "100%25 #1?.mp4"),
+        (32 * MB + 1, b"\xff.mp4", "?.mp4"),
+        (32 * MB + 1, 'ü "; name="b.mp4', "ü %22; name=%22b.mp4"),
     ],
     ids=str,
 )
@@ -292,8 +300,11 @@ def test_from_memory_storage(heygen):
 
 
 @LIPSYNCS
-@pytest.mark.parametrize("size", [1 * MB, 33 * MB], ids=["form", "direct"])
-@pytest.mark.parametrize("new_size", [1, 2000, 40 * MB], ids=["shorter", "much shorter", "longer"])
+@pytest.mark.parametrize(
+    ("size", "new_size"),
+    [(1 * MB, 1), (1 * MB, 40 * MB), (33 * MB, 2000), (33 * MB, 40 * MB)],
+    ids=["form, shorter", "form, longer", "direct, shorter", "direct, longer"],
+)
 def test_a_file_that_changes_its_length_on_the_way(heygen, pauses, tmp_path, size, new_size):
     path = mp4(tmp_path / "v.mp4", size)
     source = upload.Source.of(path, HeyGenHook().settings)
@@ -446,7 +457,6 @@ def test_up_to_32_mb_it_is_a_form_under_either_name(heygen, tmp_path):
         {"method": "POST", "path": DIRECT_PATH, "status": 503},
         {"method": "POST", "path": DIRECT_PATH, "drop": "after"},
         {"method": "PUT", "status": 500},
-        {"method": "PUT", "status": 503},
         {"method": "PUT", "status": 429},
         {"method": "PUT", "drop": "before"},
         {"method": "PUT", "drop": "after"},
@@ -457,31 +467,31 @@ def test_up_to_32_mb_it_is_a_form_under_either_name(heygen, tmp_path):
     ],
     ids=str,
 )
-def test_direct_upload_survives(heygen, pauses, large, fault):
+def test_direct_upload_survives(heygen, pauses, direct, fault):
     heygen.fail_next(**fault, count=2)
-    asset = HeyGenHook().upload_asset(large)
-    assert [(kept.id, kept.sha256) for kept in heygen.assets] == [(asset.asset_id, sha256(large))]
+    asset = HeyGenHook().upload_asset(direct)
+    assert [(kept.id, kept.sha256) for kept in heygen.assets] == [(asset.asset_id, sha256(direct))]
     assert len(pauses) == 2
     # One request for an upload, however often: its key is the same.
     assert len({request.idempotency_key for request in heygen.requests if request.route == DIRECT_PATH}) == 1
 
 
 @LIPSYNCS
-def test_storage_that_never_shows_the_file(heygen, pauses, large):
+def test_storage_that_never_shows_the_file(heygen, pauses, direct):
     heygen.fail_next(
         path=".*/complete", status=409, code="conflict", message="Uploaded object not found yet.", count=99
     )
     with pytest.raises(HeyGenTransientError, match=r"409 conflict for the completion.*not found yet"):
-        HeyGenHook(max_attempts=4).upload_asset(large)
+        HeyGenHook(max_attempts=4).upload_asset(direct)
     assert len(pauses) == 3
     assert routes(heygen).count(DIRECT[1]) == 1
 
 
 @LIPSYNCS
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
-def test_a_refused_upload_url_is_replaced(heygen, pauses, large, status):
+def test_a_refused_upload_url_is_replaced(heygen, pauses, direct, status):
     heygen.fail_next(method="PUT", status=status)
-    asset = HeyGenHook().upload_asset(large, idempotency_key="k")
+    asset = HeyGenHook().upload_asset(direct, idempotency_key="k")
     assert [kept.id for kept in heygen.assets] == [asset.asset_id]
     keys = [request.idempotency_key for request in heygen.requests if request.route == DIRECT_PATH]
     assert len(keys) == len(set(keys)) == 2  # the same would bring the same URL
@@ -490,11 +500,11 @@ def test_a_refused_upload_url_is_replaced(heygen, pauses, large, status):
 
 @LIPSYNCS
 @pytest.mark.parametrize("status", [404, 409])
-def test_an_asset_that_is_gone_with_its_upload_url(heygen, pauses, large, listen, status):
+def test_an_asset_that_is_gone_with_its_upload_url(heygen, pauses, direct, listen, status):
     storage = listen(lambda _: (403, {}, b""))
     upload_to(heygen, storage.url)
     heygen.fail_next(path=".*/complete", status=status)
-    asset = HeyGenHook().upload_asset(large)
+    asset = HeyGenHook().upload_asset(direct)
     assert [kept.id for kept in heygen.assets] == [asset.asset_id]
 
 
@@ -520,28 +530,28 @@ def test_an_upload_url_that_has_expired(heygen, pauses, large):
 
 
 @LIPSYNCS
-def test_upload_urls_that_are_dead_on_arrival(heygen, pauses, large):
+def test_upload_urls_that_are_dead_on_arrival(heygen, pauses, direct):
     heygen.behaviour.upload_seconds = 0
     with pytest.raises(HeyGenTransientError, match=r"3 upload URLs in a row.*it has expired"):
-        HeyGenHook().upload_asset(large)
+        HeyGenHook().upload_asset(direct)
     assert routes(heygen).count(DIRECT[0]) == MAX_UPLOAD_URLS
     assert DIRECT[1] not in routes(heygen)
 
 
 @LIPSYNCS
-def test_storage_that_refuses_every_url_is_quoted(heygen, pauses, large, listen):
+def test_storage_that_refuses_every_url_is_quoted(heygen, pauses, direct, listen):
     storage = listen(lambda _: (403, {}, b"<Error><Code>SignatureDoesNotMatch</Code></Error>"))
     upload_to(heygen, storage.url, count=3)
     heygen.fail_next(path=".*/complete", status=409, code="conflict", count=3)
     with pytest.raises(HeyGenTransientError, match="403 SignatureDoesNotMatch") as caught:
-        HeyGenHook().upload_asset(large)
+        HeyGenHook().upload_asset(direct)
     assert "SECRET" not in str(caught.value)
 
 
 @LIPSYNCS
-def test_the_same_key_brings_the_same_asset_without_the_bytes(heygen, large):
-    first = HeyGenHook().upload_asset(large, idempotency_key="k")
-    again = HeyGenHook().upload_asset(large, idempotency_key="k")
+def test_the_same_key_brings_the_same_asset_without_the_bytes(heygen, direct):
+    first = HeyGenHook().upload_asset(direct, idempotency_key="k")
+    again = HeyGenHook().upload_asset(direct, idempotency_key="k")
     assert again.asset_id == first.asset_id
     assert len(heygen.assets) == 1
 
@@ -561,44 +571,44 @@ def upload_to(heygen, url, count=1, **changes):
 
 
 @LIPSYNCS
-@pytest.mark.parametrize("status", [301, 302, 307, 308])
-def test_a_put_follows_no_redirect(heygen, pauses, large, listen, status):
+@pytest.mark.parametrize("status", [302, 307])
+def test_a_put_follows_no_redirect(heygen, pauses, direct, listen, status):
     other = listen()
     storage = listen(lambda _: (status, {"Location": f"{other.url}/elsewhere"}, b""))
     upload_to(heygen, storage.url)
     with pytest.raises(HeyGenPermanentError, match=f"returned {status}.*does not follow redirects") as caught:
-        HeyGenHook().upload_asset(large)
+        HeyGenHook().upload_asset(direct)
     assert other.seen == []
     assert len(storage.seen) == 1
     assert "SECRET" not in str(caught.value)
 
 
 @LIPSYNCS
-@pytest.mark.parametrize("status", [400, 411, 413, 501])
-def test_what_storage_refuses(heygen, pauses, large, listen, status):
+@pytest.mark.parametrize("status", [400, 501])
+def test_what_storage_refuses(heygen, pauses, direct, listen, status):
     storage = listen(
         lambda _: (status, {}, b"<Error><Code>Strange</Code><Message>?sig=SECRET</Message></Error>")
     )
     upload_to(heygen, storage.url)
     with pytest.raises(HeyGenError, match=f"127.0.0.1 returned {status} Strange for the upload") as caught:
-        HeyGenHook(max_attempts=2).upload_asset(large)
+        HeyGenHook(max_attempts=2).upload_asset(direct)
     assert isinstance(caught.value, HeyGenPermanentError) is (status < 500)
     assert "SECRET" not in str(caught.value)
 
 
 @LIPSYNCS
-def test_an_error_page_that_breaks_off(heygen, pauses, large, listen):
+def test_an_error_page_that_breaks_off(heygen, pauses, direct, listen):
     storage = listen(lambda _: b"HTTP/1.1 507 Full\r\nContent-Length: 999\r\n\r\n<Error>")
     upload_to(heygen, storage.url)
     with pytest.raises(HeyGenTransientError, match=r"127\.0\.0\.1 returned 507 for the upload"):
-        HeyGenHook(max_attempts=1).upload_asset(large)
+        HeyGenHook(max_attempts=1).upload_asset(direct)
 
 
 @LIPSYNCS
-def test_storage_that_cannot_be_reached(heygen, pauses, large):
+def test_storage_that_cannot_be_reached(heygen, pauses, direct):
     upload_to(heygen, "http://127.0.0.1:9")
     with pytest.raises(HeyGenTransientError, match=r"ConnectionError while uploading to 127\.0\.0\.1"):
-        HeyGenHook(max_attempts=2).upload_asset(large)
+        HeyGenHook(max_attempts=2).upload_asset(direct)
 
 
 @LIPSYNCS
@@ -606,22 +616,18 @@ def test_storage_that_cannot_be_reached(heygen, pauses, large):
     ("url", "error"),
     [
         ("https://169.254.169.254", "private or loopback"),
-        ("https://10.0.0.1", "private or loopback"),
-        ("https://[::1]:1", "private or loopback"),
         ("http://storage.example", "not https"),
-        ("ftp://storage.example", "not https"),
         ("//storage.example", "not a URL"),
-        ("https://", "not a URL"),
         ("https://[", "not a URL"),
         ("https://storage.example:99999", "not a URL"),
         ("https://10.0.0.1\\@8.8.8.8", "private or loopback"),
     ],
 )
-def test_an_upload_url_that_leads_where_it_must_not(heygen, connect, pauses, large, url, error):
+def test_an_upload_url_that_leads_where_it_must_not(heygen, connect, pauses, direct, url, error):
     connect(heygen.url, resource="lipsyncs")
     upload_to(heygen, url)
     with pytest.raises(HeyGenPermanentError, match=error) as caught:
-        HeyGenHook().upload_asset(large)
+        HeyGenHook().upload_asset(direct)
     assert "The upload URL" in str(caught.value)
     assert "SECRET" not in str(caught.value)
 
@@ -639,10 +645,10 @@ def test_what_heygen_says_of_the_size(heygen, pauses, large, listen):
 
 
 @LIPSYNCS
-def test_an_api_without_direct_uploads(heygen, pauses, large):
+def test_an_api_without_direct_uploads(heygen, pauses, direct):
     heygen.fail_next(path=DIRECT_PATH, status=404)
     with pytest.raises(HeyGenNotFoundError, match="no direct uploads: make the file smaller"):
-        HeyGenHook().upload_asset(large)
+        HeyGenHook().upload_asset(direct)
 
 
 @LIPSYNCS
@@ -658,22 +664,22 @@ def test_an_api_without_direct_uploads(heygen, pauses, large):
     ],
     ids=str,
 )
-def test_an_answer_that_cannot_be_used(heygen, pauses, large, changes, error):
+def test_an_answer_that_cannot_be_used(heygen, pauses, direct, changes, error):
     upload_to(heygen, heygen.url, **changes)
     with pytest.raises(HeyGenTransientError, match=error) as caught:
-        HeyGenHook(max_attempts=1).upload_asset(large)
+        HeyGenHook(max_attempts=1).upload_asset(direct)
     assert "SECRET" not in str(caught.value)
 
 
 @LIPSYNCS
-def test_an_answer_that_says_little_is_enough(heygen, large, listen):
+def test_an_answer_that_says_little_is_enough(heygen, direct, listen):
     storage = listen()
     changes = {"upload_headers": None, "expires_in_seconds": "soon", "max_bytes": None, "status": 7}
     upload_to(heygen, storage.url, **changes)
     heygen.fail_next(path=".*/complete", body='{"data": {}}')
-    assert HeyGenHook().upload_asset(large).asset_id == "asset_1"
+    assert HeyGenHook().upload_asset(direct).asset_id == "asset_1"
     (seen,) = storage.seen
-    assert hashlib.sha256(seen.body).hexdigest() == sha256(large)
+    assert hashlib.sha256(seen.body).hexdigest() == sha256(direct)
     assert "Content-Type" not in seen.headers
 
 
@@ -699,7 +705,7 @@ with HeyGenHook() as hook:
 
 
 @LIPSYNCS
-@pytest.mark.parametrize(("size", "limit"), [(32, 16), (200, 32)], ids=["form", "direct"])
+@pytest.mark.parametrize(("size", "limit"), [(32, 16), (100, 32)], ids=["form", "direct"])
 def test_memory_does_not_grow_with_the_file(heygen, tmp_path, size, limit):
     files = [mp4(tmp_path / "small.mp4", MB), mp4(tmp_path / "large.mp4", size * MB)]
     done = subprocess.run(
