@@ -582,7 +582,7 @@ both_extras = pytest.mark.parametrize("read", [read, aread], ids=["sync", "async
 
 @pytest.mark.parametrize(
     ("extra", "read"),
-    each_value([None, "", '{"read_timeout": 5}', '{"read_timeout": 5}'], [extra_of, aextra_of]),
+    each_value([None, "", '{"read_timeout": 5}', '{"read_timeout": 5}'], [read, aread]),
 )
 def test_extra(read, extra):
     connection = Connection(conn_id="mine", conn_type="heygen", password="key", extra=extra)
@@ -592,8 +592,8 @@ def test_extra(read, extra):
 @pytest.mark.parametrize(
     ("extra", "read"),
     [
-        *each_value(['["pw-a"]', "5", "null", "{'resource': 'pw-a'}"], [extra_of, aextra_of]),
-        *itertools.product([json.dumps('{"resource": "pw-a"}'), "pw-a"], [extra_of, aextra_of]),
+        *each_value(['["pw-a"]', "5", "null", "{'resource': 'pw-a'}"], [read, aread]),
+        *itertools.product([json.dumps('{"resource": "pw-a"}'), "pw-a"], [read, aread]),
     ],
 )
 def test_extra_that_is_no_object(caplog, capsys, read, extra):
