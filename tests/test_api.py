@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import traceback
 from datetime import UTC, datetime, timedelta
@@ -54,26 +55,21 @@ BAD_MEDIA = {
     "neither, null": {"type": "asset_id", "asset_id": None},
     "both": {"type": "url", "url": VIDEO, "asset_id": "a"},
     "the other": {"type": "asset_id", "url": VIDEO},
-    "the other way round": {"type": "url", "asset_id": "a"},
     "no type": {"url": VIDEO},
     "unknown type": {"type": "base64", "url": VIDEO},
     "unhashable type": {"type": ["url"], "url": VIDEO},
     "unknown member": {"type": "url", "url": VIDEO, "language": "de"},
     "http": VIDEO.replace("https", "http"),
-    "http in an object": {"type": "url", "url": VIDEO.replace("https", "http")},
     "a path": f"/v.mp4?x={SECRET}",
-    "storage": f"s3://bucket/v.mp4?x={SECRET}",
     "no host": f"https:///v.mp4?x={SECRET}",
     "bad host": f"https://[v.mp4?x={SECRET}",
     "space": f"https://example.com/v 1.mp4?x={SECRET}",
     "newline": f"{VIDEO}\n",
-    "blank": " ",
     "empty": "",
     "empty asset_id": {"type": "asset_id", "asset_id": ""},
     "asset_id with a space": {"type": "asset_id", "asset_id": "a b"},
     "asset without id": {"type": "asset_id", "asset_id": {"url": VIDEO}},
     "None": None,
-    "number": 5,
     "list": [VIDEO],
     "None, rendered": "None",
     "asset_id None, rendered": {"type": "asset_id", "asset_id": "None"},
@@ -94,21 +90,15 @@ BAD_FIELDS = [
     ("title", "None"),
     ("callback_id", "None"),
     ("mode", "fast"),
-    ("mode", "Speed"),
-    ("mode", ""),
     ("fps_mode", "60"),
-    ("fps_mode", ""),
     ("enable_caption", "maybe"),
     ("enable_caption", 2),
-    ("start_time", -1),
     ("start_time", -0.001),
     ("start_time", float("nan")),
     ("start_time", float("inf")),
     ("start_time", "nan"),
     ("start_time", "soon"),
-    ("end_time", -1),
     ("end_time", 0),
-    ("end_time", float("nan")),
     ("end_time", float("inf")),
     ("callback_url", f"ftp://example.com/?x={SECRET}"),
     ("callback_url", f"example.com/?x={SECRET}"),
@@ -122,7 +112,6 @@ BAD_FIELDS = [
     ("extra_body", {"language": float("nan")}),
     ("extra_body", {5: "de"}),
     ("Title", "x"),
-    ("type", "url"),
 ]
 
 
@@ -203,12 +192,12 @@ def test_odd_but_possible_id(heygen, overdub_id):
         assert heygen.requests[-1].query == ""
 
 
-@pytest.mark.parametrize("title", ["", "  ", "\n", None, "None", True])
+@pytest.mark.parametrize("title", ["", "\n", "None", True])
 def test_bad_new_title(heygen, title):
     refused(heygen, lambda: HeyGenHook().update_overdub("od_1", title), "title")
 
 
-@pytest.mark.parametrize("limit", [0, -1, 101, True, "x", "10", 1.5, None])
+@pytest.mark.parametrize("limit", [0, 101, True, "10", 1.5, None])
 def test_bad_limit(heygen, limit):
     refused(heygen, lambda: HeyGenHook().list_overdubs(limit), "limit")
     refused(heygen, lambda: list(HeyGenHook().iter_overdubs(limit)), "limit")
@@ -385,23 +374,24 @@ def test_list_keeps_the_rows_it_can_read():
     assert [row.overdub_id for row in answer("list", {"data": rows}).data] == ["od_1", "od_2"]
 
 
-@pytest.mark.parametrize(
-    ("members", "more"),
-    [
-        ({"has_more": True, "next_token": "t"}, "t"),
-        ({"next_token": "t"}, "t"),
-        ({"has_more": None, "next_token": "t"}, "t"),
-        ({"has_more": False, "next_token": "t"}, None),
-        ({"has_more": True, "next_token": None}, None),
-        ({"has_more": True, "next_token": ""}, None),
-        ({"has_more": True, "next_token": 5}, None),
-        ({"has_more": True}, None),
-        ({}, None),
-    ],
-)
-def test_next_page(members, more):
-    page = answer("list", {"data": [], **members})
-    assert (page.next_token, page.has_more) == (more, more is not None)
+NEXT_PAGE = [
+    ({"has_more": True, "next_token": "t"}, "t"),
+    ({"next_token": "t"}, "t"),
+    ({"has_more": None, "next_token": "t"}, "t"),
+    ({"has_more": False, "next_token": "t"}, None),
+    ({"has_more": True, "next_token": None}, None),
+    ({"has_more": True, "next_token": ""}, None),
+    ({"has_more": True, "next_token": 5}, None),
+    ({"has_more": True}, None),
+    ({}, None),
+]
+
+
+def test_next_page():
+    """There is a next page if HeyGen returns a token and does not deny that there is more."""
+    for members, more in NEXT_PAGE:
+        page = answer("list", {"data": [], **members})
+        assert (page.next_token, page.has_more) == (more, more is not None), members
 
 
 def test_asset():
@@ -601,10 +591,10 @@ def test_errors(heygen, status, code, kind, step):
         (b"default backend - 404", "a gateway"),
     ],
 )
-@pytest.mark.parametrize("call", ["create", "get", "delete"])
-def test_who_has_responded(call, body, who):
-    for status in (301, 400, 401, 402, 403, 404, 409, 429, 451, 500, 502):
-        check_who_has_responded(call, body, who, status)
+def test_who_has_responded(body, who):
+    for call in ("create", "get", "delete"):
+        for status in (301, 400, 401, 402, 403, 404, 409, 429, 451, 500, 502):
+            check_who_has_responded(call, body, who, status)
 
 
 def check_who_has_responded(call, body, who, status):
@@ -634,10 +624,9 @@ def test_1xx_is_no_answer(status):
         ("not_found", 404, NOT_FOUND),
     ],
 )
-@pytest.mark.parametrize("call", ["create", "get"])
-def test_an_error_with_status_200_keeps_heygens_words(call, code, status, kind):
+def test_an_error_with_status_200_keeps_heygens_words(code, status, kind):
     error = {"code": code, "message": "Your account has 5 credits but this video requires 10 credits."}
-    for data in ({}, {"data": None}):
+    for call, data in itertools.product(("create", "get"), ({}, {"data": None})):
         with pytest.raises(kind, match="requires 10 credits") as raised:
             answer(call, {"error": error, **data}, 200)
         assert raised.value.status_code == status
@@ -684,31 +673,31 @@ def test_another_missing_route_does_not_blame_the_resource():
     assert "resource" not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [
-        ("0", 0),
-        ("7", 7),
-        (" 120 ", 120),
-        ("999999", 999999),
-        ("", None),
-        ("soon", None),
-        ("-5", None),
-        ("1.5", None),
-        ("inf", None),
-        ("nan", None),
-        ("\u00b2", None),
-        ("9" * 400, None),
-        ("Wed, 99 Foo 2026", None),
-        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
-        ("Wed, 21 Oct 2015 07:28:00", 0),
-    ],
-    ids=lambda value: ascii(value)[:20],
-)
-def test_retry_after(value, seconds):
-    with pytest.raises(TRANSIENT) as raised:
-        answer("create", b"", 429, {"retry-after": value})
-    assert raised.value.retry_after == seconds
+RETRY_AFTER = [
+    ("0", 0),
+    ("7", 7),
+    (" 120 ", 120),
+    ("999999", 999999),
+    ("", None),
+    ("soon", None),
+    ("-5", None),
+    ("1.5", None),
+    ("inf", None),
+    ("nan", None),
+    ("\u00b2", None),
+    ("9" * 400, None),
+    ("Wed, 99 Foo 2026", None),
+    ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+    ("Wed, 21 Oct 2015 07:28:00", 0),
+]
+
+
+def test_retry_after():
+    """``Retry-After`` is a whole number of seconds or a date; anything else is ignored."""
+    for value, seconds in RETRY_AFTER:
+        with pytest.raises(TRANSIENT) as raised:
+            answer("create", b"", 429, {"retry-after": value})
+        assert raised.value.retry_after == seconds, ascii(value)[:20]
 
 
 def test_retry_after_as_a_date():
@@ -742,7 +731,7 @@ def test_long_texts_are_cut():
     assert len(str(raised.value)) < 10_000
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("status", [301, 303, 307])
 def test_redirects_are_not_followed(heygen, listen, status):
     other = listen()
     heygen.fail_next(status=status, headers={"Location": f"{other.url}/v3/overdubs/od_1"}, count=100)
@@ -768,6 +757,7 @@ def test_redirects_are_not_followed(heygen, listen, status):
 # --- Texts --------------------------------------------------------------------------------------------
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
@@ -791,3 +781,27 @@ def test_redirects_are_not_followed(heygen, listen, status):
 )
 def test_redact_links(text, shown):
     assert api.redact_urls(text) == shown
+=======
+REDACT_LINKS = [
+    ("see https://h/v.mp4?a=b&c=d.", "see https://h/v.mp4?***"),
+    ('{"url":"https://h/v.mp4?a=b&c=d"}', '{"url":"https://h/v.mp4?***"}'),
+    ("HTTPS://h/v?a=b?c=d now", "HTTPS://h/v?*** now"),
+    ("https://user:pw@h/v", "https://h/v"),
+    ("https://h/v?token", "https://h/v?***"),
+    ("https://h/v?token?a=b", "https://h/v?***"),
+    ("Is it so? Yes = no", "Is it so? Yes = no"),
+    ("at https://h/v? Why?", "at https://h/v? Why?"),
+    ("https://h/v?a='x'&sig=pw", "https://h/v?***"),
+    ("'https://h/v?sig=pw' is gone", "'https://h/v?*** is gone"),
+    (
+        "https://h/v?u=1 and https%3A%2F%2Fh%2fv%3fsig%3Dpw%26a",
+        "https://h/v?*** and https%3A%2F%2Fh%2fv%3F***",
+    ),
+    ("100%3F or 5%3D5", "100%3F or 5%3D5"),
+]
+
+
+def test_redact_links():
+    """The query of each URL is redacted, and no other text."""
+    assert [(text, api.redact_urls(text)) for text, _ in REDACT_LINKS] == REDACT_LINKS
+>>>>>>> tests

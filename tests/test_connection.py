@@ -92,14 +92,11 @@ def test_the_key_is_not_shown(connect):
     [
         ({"auth_type": "oauth"}, "auth_header", ("Authorization", "Bearer key")),
         ({"resource": "lipsyncs"}, "resource", "lipsyncs"),
-        ({"connect_timeout": 1}, "connect_timeout", 1),
         ({"read_timeout": "2.5"}, "read_timeout", 2.5),
-        ({"write_timeout": 300}, "write_timeout", 300),
         ({"upload_timeout": 1e4}, "upload_timeout", 10_000),
         ({"allow_http": True}, "allow_http", True),
         ({"allow_http": "true"}, "allow_http", True),
         ({"allow_http": "False"}, "allow_http", False),
-        ({"allow_private_hosts": "True"}, "allow_private_hosts", True),
         ({"allow_private_hosts": "0"}, "allow_private_hosts", False),
         ({"trust_env": False}, "trust_env", False),
         ({"trust_env": "false"}, "trust_env", False),
@@ -139,16 +136,12 @@ def test_a_form_leaves_nulls_and_empty_texts(connect, nothing):
     ("fields", "base_url"),
     [
         ({}, HEYGEN),
-        ({"host": ""}, HEYGEN),
         ({"host": "  "}, HEYGEN),
         ({"host": "https://api.heygen.com/"}, HEYGEN),
-        ({"host": "api.heygen.com"}, HEYGEN),
         ({"host": "api.heygen.com", "schema": "https"}, HEYGEN),
         ({"host": "gateway.example", "port": 8443}, "https://gateway.example:8443"),
-        ({"host": "https://gateway.example", "port": 8443}, "https://gateway.example:8443"),
         ({"host": "gateway.example:8443"}, "https://gateway.example:8443"),
         ({"host": "https://gateway.example/heygen/"}, "https://gateway.example/heygen"),
-        ({"host": "https://gateway.example/heygen", "port": 8443}, "https://gateway.example:8443/heygen"),
         ({"host": "gateway.example/heygen", "port": 8443}, "https://gateway.example:8443/heygen"),
         ({"host": "https://[2001:db8::1]", "port": 8443}, "https://[2001:db8::1]:8443"),
         ({"host": "2001:db8::1"}, "https://[2001:db8::1]"),
@@ -161,7 +154,6 @@ def test_a_form_leaves_nulls_and_empty_texts(connect, nothing):
         ({"host": "HTTPS://Gateway.Example"}, "HTTPS://Gateway.Example"),
         ({"host": "http://localhost:8080"}, "http://localhost:8080"),
         ({"host": "localhost", "schema": "http", "port": 80}, "http://localhost:80"),
-        ({"host": "http://127.0.0.1:8080"}, "http://127.0.0.1:8080"),
         ({"host": "http://[::1]:8080"}, "http://[::1]:8080"),
         ({"host": "http://emulator:8080", "extra": {"allow_http": "true"}}, "http://emulator:8080"),
     ],
@@ -270,24 +262,19 @@ REFUSALS = [
     ({"password": ""}, "password is empty"),
     ({"password": " \n"}, "password is empty"),
     ({"password": "two words"}, "password has characters"),
-    ({"password": "two\nlines"}, "password has characters"),
     ({"password": "k\u00e9y"}, "password has characters"),
     ({"password": "a\x00b"}, "password has characters"),
     ({"host": "http://api.heygen.com"}, "'allow_http'"),
-    ({"host": "http://192.168.1.5"}, "'allow_http'"),
     ({"host": "http://127.0.0.1.example.com"}, "'allow_http'"),
     ({"host": "http://localhost.example.com"}, "'allow_http'"),
     ({"host": "api.heygen.com", "schema": "http"}, "'allow_http'"),
     ({"host": "http://api.heygen.com", "extra": {"allow_http": "false"}}, "'allow_http'"),
     ({"host": "ftp://api.heygen.com"}, "host must be an https URL"),
     ({"host": "https://"}, "host must be an https URL"),
-    ({"host": "https:///v3"}, "host must be an https URL"),
     ({"host": "https://me:pw@api.heygen.com"}, "credential belongs in the password"),
-    ({"host": "https://pw@api.heygen.com"}, "credential belongs in the password"),
     ({"host": "https://api.heygen.com?key=pw"}, "plain base URL"),
     ({"host": "https://api.heygen.com#pw"}, "plain base URL"),
     ({"host": "https://api.heygen.com:pw"}, "host and port"),
-    ({"host": "https://api.heygen.com:443", "port": 8443}, "host and port"),
     ({"host": "https://api.heygen.com:18443", "port": 8443}, "host and port"),
     ({"host": "https://[api.heygen.com"}, "host and port"),
     ({"host": "https://api..heygen.com"}, "host and port"),
@@ -337,18 +324,10 @@ def test_all_problems_are_named(connect):
         list_()
 
 
-@pytest.mark.parametrize(
-    ("host", "loopback"),
-    [
-        *((host, True) for host in ("localhost", "a.localhost", "127.0.0.1", "127.9.9.9", "::1")),
-        *(
-            (host, False)
-            for host in ("0.0.0.0", "10.0.0.1", "heygen.com", "localhost.com", "127.0.0.1.nip.io")
-        ),
-    ],
-)
-def test_loopback(host, loopback):
-    assert is_loopback(host) is loopback
+def test_loopback():
+    loopback = ["localhost", "a.localhost", "127.0.0.1", "127.9.9.9", "::1"]
+    others = ["0.0.0.0", "10.0.0.1", "heygen.com", "localhost.com", "127.0.0.1.nip.io"]
+    assert [host for host in loopback + others if is_loopback(host)] == loopback
 
 
 # --- Proxies ------------------------------------------------------------------------------------------
@@ -558,9 +537,15 @@ def test_certificate_of_another_host(heygen, listen, connect, authority, pauses,
     assert (len(pauses), gateway.seen) == (2, [])
 
 
-@both_transports
-@pytest.mark.parametrize("name", ["verify", "cert"])
-@pytest.mark.parametrize("content", [None, "this is no certificate"])
+@pytest.mark.parametrize(
+    ("name", "content", "call"),
+    [
+        ("verify", None, list_),
+        ("verify", "this is no certificate", alist),
+        ("cert", None, alist),
+        ("cert", "this is no certificate", list_),
+    ],
+)
 def test_useless_certificate_file(heygen, listen, connect, authority, pauses, tmp_path, call, name, content):
     gateway = listen(forward(heygen.url), tls=authority.server())
     path = tmp_path / "file.pem"
@@ -657,7 +642,7 @@ MAY_NOT = {
         ({"scope_mode": "custom", "scopes": ["assets:*", "lipsync:read"]}, ("lipsync:write",)),
         ({"scopes": "odd", "scope_mode": 5, "expires_at": "soon"}, ()),
         ({}, ()),
-        *(({"status": status, "scope_mode": "read_only"}, ()) for status in (401, 403, 404, 500)),
+        *(({"status": status, "scope_mode": "read_only"}, ()) for status in (403, 500)),
     ],
     ids=str,
 )

@@ -630,8 +630,10 @@ def test_urls_of_over_32_mb(heygen, api, monkeypatch):
 # Media
 
 
-@pytest.mark.parametrize("sound", ["long.mp3", "short.mp3", "long.wav"])
-@pytest.mark.parametrize("picture", ["v.mp4", "v.webm"])
+@pytest.mark.parametrize(
+    ("picture", "sound"),
+    [("v.mp4", "long.mp3"), ("v.mp4", "short.mp3"), ("v.webm", "short.mp3"), ("v.webm", "long.wav")],
+)
 def test_the_result_has_the_new_audio(api, files, tmp_path, picture, sound):
     video, audio = (api.upload(files / name)["asset_id"] for name in (picture, sound))
     job = api.ended(api.create({"video": asset(video), "audio": asset(audio)}))

@@ -132,6 +132,7 @@ def test_a_night(night, heygen, media, tmp_path):
     assert [secret for secret in secrets if secret in stored or secret.rpartition("=")[2] in stored] == []
 
 
+@pytest.mark.parametrize("night", ["s3"], indirect=True)
 def test_a_language_that_fails_stops_no_other(night, heygen, tmp_path, monkeypatch):
     printed = []
     monkeypatch.setattr("builtins.print", lambda *texts, **_: printed.extend(texts))

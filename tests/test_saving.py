@@ -17,8 +17,12 @@ from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
 
 MODES = pytest.mark.parametrize("deferrable", [True, False], ids=["deferrable", "sync"])
-STORES = pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
-STORAGES = pytest.mark.parametrize("storage", ["file", "s3"], indirect=True)
+PAIRS = pytest.mark.parametrize(
+    ("deferrable", "store", "storage"),
+    # Each two of these in all combinations.
+    [(True, True, "file"), (True, False, "s3"), (False, True, "s3"), (False, False, "file")],
+    indirect=["storage"],
+)
 LIPSYNCS = pytest.mark.parametrize("resource", ["lipsyncs"])
 
 
@@ -63,9 +67,7 @@ def test_in_a_folder_the_file_has_the_name_of_the_overdub(heygen, tmp_path):
     assert run(dubbing(f"{tmp_path}/new/")) == f"file://{tmp_path}/new/{heygen.jobs[0].id}.mp4"
 
 
-@STORES
-@MODES
-@STORAGES
+@PAIRS
 def test_a_retry_only_saves(heygen, pauses, storage, deferrable, store):
     task = dubbing(storage.uri("v.mp4"), deferrable=deferrable, store=store)
     heygen.fail_next(path="/files/", status=403, count=6)
@@ -112,8 +114,7 @@ def test_a_refusal_does_not_end_the_task_for_good(heygen, tmp_path, monkeypatch,
     assert len(heygen.jobs) == 1
 
 
-@STORES
-@STORAGES
+@pytest.mark.parametrize(("store", "storage"), [(True, "s3"), (False, "file")], indirect=["storage"])
 def test_what_is_in_the_way_is_found_before_anything_is_sent(heygen, storage, store):
     storage.write("v.mp4", b"mine")
     task = dubbing(storage.uri("v.mp4"), store=store)
@@ -231,9 +232,7 @@ def another_run(task):
     task.ti.try_number = 0
 
 
-@STORES
-@STORAGES
-@MODES
+@PAIRS
 def test_what_is_up_to_date_is_not_made_again(heygen, storage, files, deferrable, store):
     task = dubbing(storage.uri("v.mp4"), skip_existing=True, deferrable=deferrable, store=store, **files)
     uri = run(task)
@@ -248,8 +247,7 @@ def test_what_is_up_to_date_is_not_made_again(heygen, storage, files, deferrable
     assert told.outputs == []
 
 
-@STORES
-@STORAGES
+@pytest.mark.parametrize(("store", "storage"), [(True, "file"), (False, "s3")], indirect=["storage"])
 def test_what_is_older_than_a_source_is_replaced(heygen, storage, files, store):
     task = dubbing(storage.uri("v.mp4"), skip_existing=True, store=store, **files)
     run(task)
@@ -290,8 +288,9 @@ def test_an_empty_file_is_no_video(heygen, tmp_path):
     assert (tmp_path / "v.mp4").read_bytes() == heygen.jobs[0].output.read_bytes()
 
 
-@pytest.mark.parametrize("how", ["overwrite", "skip_existing"])
-@STORAGES
+@pytest.mark.parametrize(
+    ("how", "storage"), [("overwrite", "s3"), ("skip_existing", "file")], indirect=["storage"]
+)
 def test_the_destination_is_not_a_source(heygen, storage, files, how):
     """A retry would dub what the first try has saved."""
     with open(files["video"].removeprefix("file://"), "rb") as file:

@@ -36,6 +36,14 @@ MODES = {
     "deferrable": {"deferrable": True},
 }
 ALL_MODES = pytest.mark.parametrize("mode", MODES)
+MODES_AND_FLAGS = pytest.mark.parametrize(
+    ("flag", "mode"),
+    [
+        *((None, mode) for mode in MODES),
+        *(("soft_fail", mode) for mode in ("poke", "deferrable")),
+        *(("never_fail", mode) for mode in ("reschedule", "deferrable")),
+    ],
+)
 
 
 @pytest.fixture
@@ -64,8 +72,7 @@ def wait(overdub_id, mode, **changes):
         return outcome, held
 
 
-@ALL_MODES
-@pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
+@pytest.mark.parametrize(("mode", "resource"), each_value(MODES, ["overdubs", "lipsyncs"]))
 def test_completed(heygen, overdub_id, mode):
     heygen.force(overdub_id, "completed")
     details, _ = wait(overdub_id, mode)
@@ -104,17 +111,19 @@ def test_no_deferral_when_it_has_ended_already(heygen, overdub_id):
     assert len(looks) == 1
 
 
-@ALL_MODES
-@pytest.mark.parametrize("already", [True, False], ids=["at the first look", "later"])
 @pytest.mark.parametrize(
-    ("flag", "error"),
+    ("flag", "mode", "already"),
     [
-        (None, HeyGenTaskFailedError),
-        ("soft_fail", AirflowSkipException),
-        ("never_fail", AirflowSkipException),
+        *((None, mode, already) for mode in MODES for already in (True, False)),
+        ("soft_fail", "poke", True),
+        ("soft_fail", "reschedule", False),
+        ("soft_fail", "deferrable", False),
+        ("never_fail", "poke", False),
+        ("never_fail", "deferrable", True),
     ],
 )
-def test_failed(heygen, mode, already, flag, error):
+def test_failed(heygen, mode, already, flag):
+    error = AirflowSkipException if flag else HeyGenTaskFailedError
     heygen.behaviour.job_seconds = 0.01 if already else 0.4
     heygen.behaviour.fail_jobs = 1
     heygen.behaviour.failure_message = "No face found in https://x.y/v.mp4?sig=SECRET1"
@@ -131,12 +140,9 @@ def test_failed(heygen, mode, already, flag, error):
     assert "SECRET1" not in str(caught.value)
 
 
-@ALL_MODES
-@pytest.mark.parametrize(
-    ("flag", "error"),
-    [(None, AirflowSensorTimeout), ("soft_fail", AirflowSkipException), ("never_fail", AirflowSkipException)],
-)
-def test_timeout(heygen, mode, overdub_id, flag, error):
+@MODES_AND_FLAGS
+def test_timeout(heygen, mode, overdub_id, flag):
+    error = AirflowSkipException if flag else AirflowSensorTimeout
     heygen.force(overdub_id, "running")
     with pytest.raises(error):
         wait(overdub_id, mode, timeout=0.2, **({flag: True} if flag else {}))
@@ -204,16 +210,9 @@ def test_a_404_of_what_the_list_has_does_not_end_the_wait(heygen, mode, overdub_
         wait(overdub_id, mode, timeout=1)
 
 
-@ALL_MODES
-@pytest.mark.parametrize(
-    ("flag", "error"),
-    [
-        (None, HeyGenTaskFailedError),
-        ("soft_fail", AirflowSkipException),
-        ("never_fail", AirflowSkipException),
-    ],
-)
-def test_a_deleted_overdub_ends_the_wait(heygen, mode, overdub_id, flag, error, monkeypatch):
+@MODES_AND_FLAGS
+def test_a_deleted_overdub_ends_the_wait(heygen, mode, overdub_id, flag, monkeypatch):
+    error = AirflowSkipException if flag else HeyGenTaskFailedError
     monkeypatch.setattr(waiting, "GONE_SECONDS", 0.1)
     with HeyGenHook() as hook:
         hook.delete_overdub(overdub_id)
@@ -223,8 +222,7 @@ def test_a_deleted_overdub_ends_the_wait(heygen, mode, overdub_id, flag, error, 
         assert isinstance(caught.value.__cause__, HeyGenNotFoundError)
 
 
-@pytest.mark.parametrize("mode", ["poke", "reschedule"])
-@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(("mode", "status"), [("poke", 429), ("reschedule", 503)])
 def test_retry_after_is_heeded(heygen, mode, overdub_id, status):
     heygen.force(overdub_id, "completed")
     heygen.fail_next(method="GET", status=status, headers={"Retry-After": "2"})
@@ -288,8 +286,7 @@ def test_what_is_no_end_of_a_wait_is_never_skipped(heygen, overdub_id, soft_fail
     assert not isinstance(caught.value, AirflowFailException)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@FLAGS
+@pytest.mark.parametrize(("mode", "soft_fail"), [*((mode, True) for mode in MODES), ("poke", False)])
 def test_a_wrong_setting_is_never_skipped(heygen, mode, overdub_id, soft_fail, connect):
     connect("http://user:pw@x.y", verify="nonsense")
     with pytest.raises(HeyGenTaskFailedError):
@@ -335,8 +332,9 @@ def test_an_event_that_is_not_ours_fails_loudly(heygen, event):
         sensor.resume(sensor.start(), event)
 
 
-@ALL_MODES
-@pytest.mark.parametrize("overdub_id", ["", "None", "a/b", "..", "od_1?x=1", None])
+@pytest.mark.parametrize(
+    ("overdub_id", "mode"), each_value(["", "None", "a/b", "..", "od_1?x=1", None], MODES)
+)
 def test_a_bad_id_sends_nothing(heygen, mode, overdub_id):
     with pytest.raises(HeyGenTaskFailedError, match="overdub_id") as caught:
         wait(overdub_id, mode)

@@ -52,7 +52,7 @@ WRONG_KEY = "sk_wr0ngKey"
 # The form's fields with their help, in order.
 STANDARD_FIELDS = ["Description", "Base URL", "API key or OAuth token"]
 EXTRA_FIELDS = {
-    "Auth type": "billed to the API wallet",
+    "Auth type": "HeyGen bills an API key to the API wallet",
     "Resource": "overdubs became lipsyncs in 2026",
     "Connect timeout": "Default: 10.",
     "Read timeout": "Default: 30.",
