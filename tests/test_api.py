@@ -757,36 +757,12 @@ def test_redirects_are_not_followed(heygen, listen, status):
 # --- Texts --------------------------------------------------------------------------------------------
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("see https://h/v.mp4?a=b&c=d.", "see https://h/v.mp4?***"),
-        ('{"url":"https://h/v.mp4?a=b&c=d"}', '{"url":"https://h/v.mp4?***"}'),
-        ("HTTPS://h/v?a=b?c=d now", "HTTPS://h/v?*** now"),
-        ("https://user:pw@h/v", "https://h/v"),
-        ("s3://user:pw@bucket/v and s3://conn_id@bucket/v", "s3://bucket/v and s3://conn_id@bucket/v"),
-        ("https://h/v?token", "https://h/v?***"),
-        ("https://h/v?token?a=b", "https://h/v?***"),
-        ("Is it so? Yes = no", "Is it so? Yes = no"),
-        ("at https://h/v? Why?", "at https://h/v? Why?"),
-        ("https://h/v?a='x'&sig=pw", "https://h/v?***"),
-        ("'https://h/v?sig=pw' is gone", "'https://h/v?*** is gone"),
-        (
-            "https://h/v?u=1 and https%3A%2F%2Fh%2fv%3fsig%3Dpw%26a",
-            "https://h/v?*** and https%3A%2F%2Fh%2fv%3F***",
-        ),
-        ("100%3F or 5%3D5", "100%3F or 5%3D5"),
-    ],
-)
-def test_redact_links(text, shown):
-    assert api.redact_urls(text) == shown
-=======
 REDACT_LINKS = [
     ("see https://h/v.mp4?a=b&c=d.", "see https://h/v.mp4?***"),
     ('{"url":"https://h/v.mp4?a=b&c=d"}', '{"url":"https://h/v.mp4?***"}'),
     ("HTTPS://h/v?a=b?c=d now", "HTTPS://h/v?*** now"),
     ("https://user:pw@h/v", "https://h/v"),
+    ("s3://user:pw@bucket/v and s3://conn_id@bucket/v", "s3://bucket/v and s3://conn_id@bucket/v"),
     ("https://h/v?token", "https://h/v?***"),
     ("https://h/v?token?a=b", "https://h/v?***"),
     ("Is it so? Yes = no", "Is it so? Yes = no"),
@@ -804,4 +780,3 @@ REDACT_LINKS = [
 def test_redact_links():
     """The query of each URL is redacted, and no other text."""
     assert [(text, api.redact_urls(text)) for text, _ in REDACT_LINKS] == REDACT_LINKS
->>>>>>> tests
