@@ -1049,11 +1049,13 @@ def test_admin_routes(heygen, api):
 
 
 def test_answers_are_prompt(api):
-    begun = time.monotonic()
+    seconds = []
     for _ in range(20):
+        began = time.monotonic()
         api.create()
-    # More would mean that Nagle's algorithm waits 40 ms for each of the client's delayed ACKs.
-    assert time.monotonic() - begun < 0.6
+        seconds.append(time.monotonic() - began)
+    # With Nagle's algorithm, none would be quicker than the 40 ms of a delayed ACK, on any machine.
+    assert min(seconds) < 0.04
 
 
 def test_log_names_routes(heygen, api):

@@ -1533,20 +1533,29 @@ def test_lines_go_to_the_log_of_their_own_trigger(heygen, monkeypatch, no_leak):
         def emit(self, record):
             heard.append((whose.get("nobody"), record.getMessage()))
 
-    heygen.behaviour.job_seconds = None
-    heygen.behaviour.pending_seconds, heygen.behaviour.running_seconds = 0.0, 1.0
+    heygen.behaviour.job_seconds = 3600
     ids = create(5)
+    for overdub_id in ids:
+        heygen.force(overdub_id, "running")
 
     async def one(overdub_id):
         whose.set(overdub_id)
         return await event_of(trigger(overdub_id))
+
+    async def main():
+        waits = asyncio.create_task(gather(one, ids))
+        while len({owner for owner, _ in heard}) < len(ids) and not waits.done():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        for overdub_id in ids:
+            heygen.force(overdub_id, "completed")
+        await waits
 
     logger = logging.getLogger("test.trigger")
     logger.setLevel(logging.INFO)
     monkeypatch.setattr(HeyGenOverdubTrigger, "_log", logger)
     logger.addHandler(listener := Listener())
     try:
-        asyncio.run(asyncio.wait_for(gather(one, ids), 60))
+        asyncio.run(asyncio.wait_for(main(), 60))
     finally:
         logger.removeHandler(listener)
     assert {owner for owner, _ in heard} == set(ids)
