@@ -143,9 +143,12 @@ def rage(
     blows: Mapping[str, int],
     deal: Callable[[str], bool],
     pause: tuple[float, float],
+    limit: float = 240.0,
 ) -> Counter[str]:
     """
-    Deal blows until nearly all tasks have ended; give how many of each were dealt.
+    Deal blows until nearly all tasks have ended, or for ``limit`` seconds; return how many of each were dealt.
+
+    Without a limit, faults of a server may come faster than triggers that back off use them up.
 
     :param blows: the weight of each.
     :param deal: deals one; ``False`` if there was nobody to hit.
@@ -153,8 +156,9 @@ def rage(
     """
     dealt: Counter[str] = Counter()
     deck = dice.sample(list(blows), len(blows))  # each once, then by weight
+    until = time.monotonic() + limit
     # The last few are left in peace, or it would never end for them.
-    while dubs.ended() < 0.95 * len(dubs.names):
+    while dubs.ended() < 0.95 * len(dubs.names) and time.monotonic() < until:
         time.sleep(dice.uniform(*pause))
         kind = deck.pop() if deck else dice.choices(list(blows), list(blows.values()))[0]
         if deal(kind):
