@@ -146,7 +146,7 @@ def rage(
     limit: float = 240.0,
 ) -> Counter[str]:
     """
-    Deal blows until nearly all tasks have ended, or for ``limit`` seconds; return how many of each were dealt.
+    Deal blows until nearly all tasks have ended, for ``limit`` seconds at most; return how many of each.
 
     Without a limit, faults of a server may come faster than triggers that back off use them up.
 
