@@ -227,7 +227,7 @@ class Dubbing:
 
     def _wait(self, overdub_id: str, since: float) -> str:
         """
-        WaitMetrics for the end: here, or in the triggerer, which polls at once.
+        Wait for the end: here, or in the triggerer, which polls at once.
 
         :param since: Unix seconds when the overdub was started, or found.
         """
