@@ -268,18 +268,21 @@ class _Poller:
     ) -> None:
         """Apply a poll to the rules of each wait for this overdub."""
         job.due = math.inf
+        finished = False
         for waiter in [waiter for waiter in job.waiters if not waiter.ended.done()]:
             try:
                 result = waiter.context.run(step, waiter.watch)  # it logs where its trigger logs
                 if isinstance(result, dict):
                     waiter.ended.set_result(result)
-                    self.slots.ended += 1
-                    self.survey_at = min(self.survey_at, self.now())
+                    finished = finished or result["status"] != "timeout"  # then its slot is free
                 else:
                     due = self.now() if result is None else self._next(waiter.watch, result)
                     job.due = min(job.due, due)
             except Exception as error:  # such as a log that cannot be written; the other waits continue
                 waiter.ended.set_exception(error)
+        if finished:
+            self.slots.ended += 1
+            self.survey_at = min(self.survey_at, self.now())
 
     async def _all_failed(self, error: Exception) -> None:
         for number, job in enumerate(self._due(), start=1):

@@ -253,6 +253,10 @@ def simulation(server):
         assert server.open_sessions == 0
 
 
+def poller_of(server):
+    return poller._pollers[server.loop, "heygen_default"]
+
+
 @dataclass
 class Ending:
     at: float
@@ -1004,6 +1008,13 @@ def test_a_deadline_that_passed_while_nobody_looked_leaves_one_look():
     assert all(end.at < 2 for end in ends)
 
 
+def test_only_an_overdub_that_has_ended_leaves_its_slot_to_the_queue():
+    ends = {"od_0": (20.0, "completed"), "od_1": (20.0, "gone"), "od_2": (9e9, "completed")}
+    server = Server(ends)
+    run(server, [watch(name, deadline=120.0) for name in ["od_0", *ends]])
+    assert poller_of(server).slots.ended == 2  # not for each of two waits, and not at a deadline
+
+
 @pytest.mark.parametrize("jump", [-3600.0, 3600.0])
 def test_a_clock_that_is_set_puts_off_no_deadline(jump):
     server = Server({"od_0": (9e9, "completed"), "od_1": (30.0, "completed")})
@@ -1084,9 +1095,6 @@ def test_pollers_of_closed_loops_are_forgotten():
         run(Server(jobs(1)), [watch("od_0")])
     assert len([loop for loop, _ in poller._pollers if loop.is_closed()]) <= 1
 
-
-def poller_of(server):
-    return poller._pollers[server.loop, "heygen_default"]
 
 
 def test_a_wait_that_begins_while_the_poller_dies():
