@@ -1,19 +1,17 @@
 """
-What moving 1 GB costs: upload and download through the hook beside curl, on the same server in the same run.
+Cost of moving 1 GB: upload and download by the hook and by curl, on the same server in the same run.
 
     python benchmarks/media.py [--megabytes N] [--rounds N]
 
-The server is a process of its own on loopback that does nothing but move bytes (sendfile one way, read and
-forget the other), so that it is not what is measured. Nor is the disk: the files are in memory where there is
-room in /dev/shm. curl and ours take turns; each figure is that of the
-quickest round, the one that was disturbed the least. Each of ours is a fresh process that has imported
-everything: its memory is the peak of the resident set over what it was before the transfer.
+The server is a separate process on loopback that only moves bytes, so that it limits neither side. The files
+are in memory if /dev/shm has room. The provider and curl take turns, and each figure is from the quickest
+round, which other work disturbed the least. Each transfer of the provider is a new process that has imported
+everything; its memory is the peak of the resident set above the size before the transfer.
 
-An upload above 32 MB is HeyGen's direct upload, which announces the file's SHA-256 before its first byte; so
-the file is read twice. "upload" has curl do the same, after sha256sum. "upload_links" downloads the file from
-its URL before that; so does curl.
+HeyGen's direct upload (above 32 MB) requires the file's SHA-256 before the first byte, so the file is read
+twice. For "upload", sha256sum runs before curl. For "upload_links", curl downloads the file first.
 
-Exits with an error when ours is below 0.8 of curl's throughput or takes more than 64 MiB.
+Exits with an error if the provider has less than 0.8 of curl's throughput or needs more than 64 MiB.
 """
 
 from __future__ import annotations
@@ -36,47 +34,46 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-LEAST_RATIO = 0.8
-MOST_MIB = 64.0
+MIN_RATIO = 0.8
+MAX_MIB = 64.0
 
-CLIENT = """
-import json, sys, time
-from pathlib import Path
-from airflow.providers.common.compat.sdk import ObjectStoragePath
-from airflow_provider_heygen.upload import inputs
-from airflow_provider_heygen.hooks.heygen import HeyGenHook
 
-def resident(name):
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) / 1024
+def client(way: str, path: str) -> None:
+    """Move the file once; print the seconds and the MiB of memory above the baseline."""
+    from airflow.providers.common.compat.sdk import ObjectStoragePath
 
-way, path = sys.argv[1:]
-hook = HeyGenHook()
-hook.get_overdub("od_1")  # so that connection, session and all are there
-if way != "upload_links":
-    ObjectStoragePath(path).exists()
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-before, began = resident("VmRSS"), time.perf_counter()
-if way == "download":
-    hook.download_overdub("od_1", path)
-else:
-    (source,) = inputs({"video": path if way == "upload_links" else f"file://{path}"}, hook, {}).values()
-    source.digest
-    hook.upload_asset(source)
-print(json.dumps([time.perf_counter() - began, resident("VmHWM") - before]))
-"""
+    from airflow_provider_heygen.hooks.heygen import HeyGenHook
+    from airflow_provider_heygen.upload import check_inputs
+
+    def resident(name: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+    hook = HeyGenHook()
+    hook.get_overdub("od_1")  # opens the connection
+    if way != "upload_links":
+        ObjectStoragePath(path).exists()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
+    before, began = resident("VmRSS"), time.perf_counter()
+    if way == "download":
+        hook.download_overdub("od_1", path)
+    else:
+        video = path if way == "upload_links" else f"file://{path}"
+        (source,) = check_inputs({"video": video}, hook, {}).values()
+        hook.upload_asset(source)
+    print(json.dumps([time.perf_counter() - began, resident("VmHWM") - before]))
 
 
 class Server(BaseHTTPRequestHandler):
-    """As much of HeyGen as the hook asks for, and of its storage."""
+    """The endpoints of HeyGen and of its storage that the hook calls."""
 
     protocol_version = "HTTP/1.1"
     source: Path
 
     def do_GET(self) -> None:
-        """Give the file, or an overdub whose video it is."""
+        """Send the file, or an overdub whose video it is."""
         if self.path.startswith("/v3/"):
-            self.tell({"id": "od_1", "status": "completed", "video_url": f"{self.url}/file.mp4"})
+            self.respond({"id": "od_1", "status": "completed", "video_url": f"{self.url}/file.mp4"})
             return
         with self.source.open("rb") as file:
             self.send_response(200)
@@ -88,32 +85,32 @@ class Server(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Begin or complete a direct upload."""
-        self.take()
+        self.discard_body()
         slot = {"upload_url": f"{self.url}/upload", "upload_headers": {"Content-Type": "video/mp4"}}
-        self.tell({"asset_id": "asset_1", "status": "processing", **slot})
+        self.respond({"asset_id": "asset_1", "status": "processing", **slot})
 
     def do_PUT(self) -> None:
-        """Take a file, and forget it."""
-        self.take()
-        self.tell({})
+        """Read a file and discard it."""
+        self.discard_body()
+        self.respond({})
 
     @property
     def url(self) -> str:
-        """Its own address."""
+        """URL of this server."""
         return f"http://127.0.0.1:{self.server.server_port}"  # type: ignore[attr-defined]
 
-    def take(self) -> None:
-        """Read the body."""
+    def discard_body(self) -> None:
+        """Read the body and discard it."""
         left = int(self.headers["Content-Length"])
         buffer = memoryview(bytearray(1 << 20))
         while left:
-            got = self.rfile.readinto(buffer[: min(left, len(buffer))])  # type: ignore[attr-defined]
+            got = self.rfile.readinto(buffer[: min(left, len(buffer))])
             if not got:
                 return
             left -= got
 
-    def tell(self, data: dict[str, object]) -> None:
-        """Answer with JSON."""
+    def respond(self, data: dict[str, object]) -> None:
+        """Send a JSON response."""
         body = json.dumps({"data": data}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
@@ -121,21 +118,21 @@ class Server(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 class Loopback(ThreadingHTTPServer):
-    """Says nothing, either, when a client that has what it wants hangs up."""
+    """Does not report a client that disconnects early."""
 
     def handle_error(self, *arguments: object) -> None:
-        """Tell of any other error."""
+        """Report any other error."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(*arguments)  # type: ignore[arg-type]
 
 
 @contextmanager
 def serving(source: Path) -> Iterator[str]:
-    """Serve a file on loopback from a process of its own; gives the URL."""
+    """Serve a file on loopback from another process; yield the URL."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen([sys.executable, __file__, "--serve", str(source), str(port)])
@@ -153,22 +150,22 @@ def serving(source: Path) -> Iterator[str]:
 
 
 def curl(*arguments: str) -> float:
-    """Run curl; gives the seconds it took by its own clock."""
+    """Run curl; return its own measure of the seconds."""
     command = ["curl", "--silent", "--show-error", "--fail", "--noproxy", "*", "--write-out", "%{time_total}"]
     done = subprocess.run([*command, *arguments], stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.rpartition("}")[2])
 
 
 def checksum(path: Path) -> float:
-    """Run sha256sum; gives the seconds it took."""
+    """Run sha256sum; return the seconds."""
     began = time.perf_counter()
     subprocess.run(["sha256sum", str(path)], stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - began
 
 
-def ours(way: str, path: object, env: dict[str, str]) -> list[float]:
-    """Run ours in a fresh process; gives seconds and MiB over the baseline."""
-    command = [sys.executable, "-W", "ignore", "-c", CLIENT, way, str(path)]
+def provider(way: str, path: object, env: dict[str, str]) -> list[float]:
+    """Run :func:`client` in a new process; return what it prints."""
+    command = [sys.executable, "-W", "ignore", __file__, "--client", way, str(path)]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(f"The {way} failed, see above.")
@@ -177,7 +174,7 @@ def ours(way: str, path: object, env: dict[str, str]) -> list[float]:
 
 
 def make(path: Path, size: int) -> None:
-    """Write a file that is told for an mp4."""
+    """Write a file that is detected as mp4."""
     block = os.urandom(1 << 20)
     with path.open("wb") as file:
         file.write(b"\0\0\0\x14ftypisom\0\0\2\0mp41\0\0\0\x08mdat")
@@ -186,7 +183,7 @@ def make(path: Path, size: int) -> None:
 
 
 def main() -> None:
-    """Measure, print the table, judge ours."""
+    """Measure, print the table, check the limits."""
     parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
     parser.add_argument("--megabytes", type=int, default=1000, help="size of the file (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="transfers each (default: %(default)s)")
@@ -225,9 +222,9 @@ def main() -> None:
                         seconds += checksum(sent) + curl("--upload-file", str(sent), link)
                     times.setdefault(f"curl {way}", []).append(seconds)
                     target.unlink(missing_ok=True)
-                    seconds, peak = ours(way, named[way], env)
+                    seconds, peak = provider(way, named[way], env)
                     if way == "download" and not filecmp.cmp(source, target, shallow=False):
-                        sys.exit("What was downloaded is not what is on the server.")
+                        sys.exit("The downloaded file differs from the one on the server.")
                     target.unlink(missing_ok=True)
                     times.setdefault(way, []).append(seconds)
                     peaks[way] = max(peaks[way], peak)
@@ -235,19 +232,22 @@ def main() -> None:
     best = {name: size / 1e6 / min(found) for name, found in times.items()}
     place = "in memory" if in_memory else "on disk"
     print(f"{options.megabytes} MB {place} on loopback, quickest of {options.rounds}\n")
-    print(f"{'':15}  {'curl MB/s':>9}  {'ours MB/s':>9}  {'ratio':>5}  {'peak MiB over baseline':>22}")
+    print(f"{'':15}  {'curl MB/s':>9}  {'provider MB/s':>13}  {'ratio':>5}  {'peak MiB over baseline':>22}")
     missed = []
     for way, peak in peaks.items():
         ratio = best[way] / best[f"curl {way}"]
-        print(f"{way:15}  {best[f'curl {way}']:9.0f}  {best[way]:9.0f}  {ratio:5.2f}  {peak:22.1f}")
-        if ratio < LEAST_RATIO or peak > MOST_MIB:
+        print(f"{way:15}  {best[f'curl {way}']:9.0f}  {best[way]:13.0f}  {ratio:5.2f}  {peak:22.1f}")
+        if ratio < MIN_RATIO or peak > MAX_MIB:
             missed.append(way)
     if missed:
-        sys.exit(f"MISSED (at least {LEAST_RATIO:g} of curl, at most {MOST_MIB:g} MiB): {', '.join(missed)}")
+        sys.exit(f"MISSED (at least {MIN_RATIO:g} of curl, at most {MAX_MIB:g} MiB): {', '.join(missed)}")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
         Server.source = Path(sys.argv[2])
         Loopback(("127.0.0.1", int(sys.argv[3])), Server).serve_forever()
-    main()
+    elif sys.argv[1:2] == ["--client"]:
+        client(*sys.argv[2:])
+    else:
+        main()
