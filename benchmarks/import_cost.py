@@ -1,15 +1,15 @@
 """
-What parsing a DAG pays for an import: the CPU time each operator or sensor module adds to Airflow's own.
+Cost of an import when a DAG is parsed: the CPU time each operator or sensor module adds to Airflow's.
 
     python benchmarks/import_cost.py [--runs N]
 
-Airflow imports every DAG file again and again, so this is paid all day. Each figure is the median over
-``--runs`` fresh processes of the CPU milliseconds between ``from airflow.sdk import ...`` and the end of the
-import of one module, with byte code already compiled. The modules take turns, so that a busy machine slows
-all of them. Ours come from this checkout, the peers from the interpreter this runs under; those it does not
-have are named and left out.
+Airflow imports each DAG file repeatedly. Each figure is the median over ``--runs`` new processes of the CPU
+milliseconds between ``from airflow.sdk import ...`` and the end of the import of one module, with byte code
+already compiled. The modules take turns, so that other work on the machine slows all of them. The provider is
+imported from this checkout, the peers from the environment of this interpreter. Missing peers are named and
+omitted.
 
-Exits with an error when a module of ours adds more than 40 ms, or loads requests or aiohttp.
+Exits with an error if a module of the provider adds more than 40 ms, or loads requests or aiohttp.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_MS = 40.0
-OURS = (
+PROVIDER = (
     "airflow_provider_heygen.operators.overdub",
     "airflow_provider_heygen.operators.asset",
     "airflow_provider_heygen.sensors.overdub",
@@ -52,7 +52,7 @@ print(json.dumps([cost * 1000, sorted({"requests", "aiohttp"} & (set(sys.modules
 
 
 def measure(module: str, airflow_home: str) -> tuple[float, list[str]]:
-    """Give the CPU milliseconds one import adds in a fresh process, and the HTTP libraries it loads."""
+    """Return the CPU milliseconds one import adds in a new process, and the HTTP libraries it loads."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CHILD, module],
@@ -69,14 +69,14 @@ def measure(module: str, airflow_home: str) -> tuple[float, list[str]]:
 
 
 def main() -> None:
-    """Measure, print the table, judge ours."""
+    """Measure, print the table, check the limits."""
     parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
     parser.add_argument("--runs", type=int, default=7, help="processes per module (default: %(default)s)")
     runs = parser.parse_args().runs
     if runs < 1:
         parser.error("--runs must be at least 1")
 
-    of = dict.fromkeys(OURS, "this checkout")
+    of = dict.fromkeys(PROVIDER, "this checkout")
     for module, distribution in PEERS.items():
         try:
             of[module] = f"{distribution} {version(distribution)}"
@@ -94,7 +94,7 @@ def main() -> None:
                 costs[module].append(cost)
 
     result = {module: median(found) for module, found in costs.items()}
-    unit = max(result[module] for module in OURS)
+    unit = max(result[module] for module in PROVIDER)
     print(f"\nAirflow {version('apache-airflow')}, Python {sys.version.split()[0]}, median of {runs}\n")
     width = max(map(len, of))
     print(f"{'module':{width}}  {'CPU ms':>7}  {'min':>6}  {'max':>6}  {'ratio':>6}  loads")
@@ -104,9 +104,9 @@ def main() -> None:
             f"{module:{width}}  {cost:7.1f}  {spread}  {cost / unit:6.1f}"
             f"  {', '.join(loads[module]) or 'neither':17}  {of[module]}"
         )
-    print("\nratio: to the dearest of ours; loads: requests or aiohttp, if Airflow itself had not loaded it")
+    print("\nratio: to the provider's most expensive module; loads: requests or aiohttp, unless Airflow did")
 
-    missed = [module for module in OURS if result[module] > LIMIT_MS or loads[module]]
+    missed = [module for module in PROVIDER if result[module] > LIMIT_MS or loads[module]]
     if missed:
         sys.exit(f"MISSED (at most {LIMIT_MS:g} ms, neither library): {', '.join(missed)}")
 

@@ -1,35 +1,36 @@
 """
-What waiting costs the triggerer: our trigger and other providers' side by side on one server.
+Cost of waiting in the triggerer: this provider's trigger and those of other providers on one server.
 
     python benchmarks/polling.py [--only TEXT] [--plot PATH]
 
 Each case is N triggers of one kind in a process of its own (:mod:`polling_client`), all in one event loop as
 in Airflow's triggerer; N = 1 is measured on 41 loops with one trigger each. The server
-(:mod:`polling_server`) is another process, speaks TLS and answers after 20 ms. Peers poll each 5 s and keep
+(:mod:`polling_server`) is another process, uses TLS and responds after 20 ms. Peers poll every 5 s and keep
 their other defaults:
 
-- HttpSensorTrigger asks a URL that is 404 until the job has completed;
-- DbtCloudRunJobTrigger, FivetranTrigger and AnthropicBatchTrigger ask for a run, a connector and a batch. The
-  address of Fivetran's API is a class attribute, which is set; the others' are in the Airflow connection.
+- HttpSensorTrigger polls a URL that returns 404 until the job has completed;
+- DbtCloudRunJobTrigger, FivetranTrigger and AnthropicBatchTrigger poll a run, a connector and a batch. The
+  URL of Fivetran's API is a class attribute, which is set; the other URLs are in the Airflow connection.
 
-All trust the server's certificate and no other. That flatters AnthropicBatchTrigger, which has a client for
+All clients trust only the server's certificate. That favours AnthropicBatchTrigger, which has a client for
 each job: with the usual bundle of 130 certificates, each takes half a MB and some 30 ms to start.
 
-A case goes through three phases:
+A case has three phases:
 
-- *join*: the triggers start, evenly over 5 s, so that their polls are spread as well; a peer gets up to 25 s
+- *join*: the triggers start, evenly over 5 s, so that their polls are spread as well; a peer has up to 25 s
   until each of its triggers has polled once;
-- *hold*: nothing completes, for 5 or 10 s. Requests, connections, CPU and memory are taken here. A
-  **job-poll** is one job looked at once; N x seconds / poll interval of them are due. A peer that makes
-  clearly less than one request per job-poll does not keep up; its CPU is divided by the polls it made;
-- *finish*: up to 500 jobs complete, evenly over 5 s, the others go on. **Notice** is the time from there to
-  the trigger's event. What was not noticed at the end of the case counts with the time until then (``>``).
+- *hold*: no job completes for 5 or 10 s. Requests, connections, CPU and memory are measured here. A
+  **job-poll** is one poll of one job; N x seconds / poll interval of them are due. A peer that sends
+  clearly less than one request per job-poll is overloaded; its CPU is divided by the polls it made;
+- *finish*: up to 500 jobs complete, evenly over 5 s, the others keep running. **Notice** is the time from
+  completion to the trigger's event. A job not noticed before the end of the case counts as the time until
+  then (``>``).
 
 **KB per trigger** is the growth of resident memory, **stall** how much longer than 10 ms a 10 ms sleep on
-the event loop takes, in join and finish. Only ratios within one run are worth comparing: other machines, and
-other work on this one, change all figures. Exits with an error when a target is missed. Some targets suppose
-that the peers are overloaded; where they are not, a target may be below what is possible at all (the poll
-interval, the bare trigger), and is listed as such instead of being judged.
+the event loop takes, in join and finish. Compare only ratios within one run: other machines, and other work
+on this one, change all figures. Exits with an error if a target is missed. Some targets assume that the peers
+are overloaded; where they are not, a target may be below what is possible at all (the poll interval, the bare
+trigger). It is then listed as such and not checked.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What the table calls it."""
+        """The name of the case in the table."""
         if self.kind == "idle":
             return "idle trigger"
         name = PEERS[self.kind][0] if self.kind in PEERS else "HeyGenOverdubTrigger"
@@ -100,7 +101,7 @@ class Case:
 
     @property
     def hold(self) -> float:
-        """How many seconds nothing completes; whole intervals, enough of them for a good mean."""
+        """Seconds of the hold phase: whole intervals, enough of them for a good mean."""
         return 5.0 if self.interval == 1.0 or (self.n >= 1000 and self.kind in PEERS) else 10.0
 
     @property
@@ -115,7 +116,7 @@ class Case:
 
 
 def capped(rate: float, **more: Any) -> dict[str, Any]:
-    """Give the extra of a connection that allows so many requests per second."""
+    """Return the extra of a connection that allows so many requests per second."""
     return {"max_requests_per_second": rate, **more}
 
 
@@ -143,7 +144,7 @@ OLD = Case("heygen", 200, "20,000 old ones", jobs={"finished": 20_000})
 
 
 def peers_at(n: int) -> list[Case]:
-    """Give the peers' cases for one N."""
+    """Return the peers' cases for one N."""
     return [Case(kind, n) for kind in PEERS]
 
 
@@ -191,7 +192,7 @@ class Figures:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """Give the value that a share of all values does not exceed."""
+    """Return the value that a share of all values does not exceed."""
     return sorted(values)[math.ceil(share * len(values)) - 1] if values else math.nan
 
 
@@ -212,14 +213,14 @@ def completions(case: Case, waiting: int, at: float) -> list[float | None]:
 
 
 def client(*args: Any) -> None:
-    """Be the client process of a case."""
+    """Run as the client process of a case."""
     import polling_client  # Airflow and all peers; the process was forked from one that has them already
 
     polling_client.run(*args)
 
 
 class Running:
-    """A case under way: its server and its client."""
+    """A running case: its server and its client."""
 
     def __init__(self, case: Case, certificate: Path, context: Any, stack: ExitStack) -> None:
         self.case, self.waiting = case, max(case.n, case.loops)
@@ -254,14 +255,14 @@ class Running:
         return json.loads(self.server.stdout.readline())
 
     def begin(self) -> None:
-        """Let the triggers join."""
+        """Start the triggers."""
         self.pipe.recv()  # warm
         self.before = self._ask("seen")
         self.join = time.monotonic()
         self.pipe.send({"join": self.join, "join_seconds": self.case.join})
 
     def schedule(self) -> None:
-        """Say when hold begins, and all that follows."""
+        """Set the times at which hold and all that follows begin."""
         time.sleep(max(0.0, self.join + self.case.join + 1.0 - time.monotonic()))
         while self.case.kind in PEERS and time.monotonic() < self.join + PATIENCE:
             if self._ask("count") - len(self.before["requests"]) >= self.waiting:
@@ -327,7 +328,7 @@ def measure(group: list[Case], certificate: Path, context: Any) -> dict[Case, Fi
 
 
 def make_certificate(directory: Path) -> tuple[Path, Path]:
-    """Make a certificate for localhost; give the paths of it, and of it with its key."""
+    """Create a certificate for localhost; return its path, and the path of certificate and key."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -365,7 +366,7 @@ HEADER = (
 
 
 def line(case: Case, found: Figures) -> str:
-    """Give a line of the table."""
+    """Return a line of the table."""
     memory = "" if found.memory is None else f"{found.memory:.1f}"
     late = f"{'>' if found.unnoticed else ''}{found.notice_99:.2f}"
     return (
@@ -382,14 +383,14 @@ class Results(dict[Case, Figures]):
     """The figures of all cases that ran."""
 
     def best(self, n: int, column: str) -> float:
-        """Give the best figure of any peer."""
+        """Return the best figure of any peer."""
         peers = [found for case, found in self.items() if case.kind in PEERS and case.n == n]
         figures = [getattr(found, column) for found in peers]
         # To make few requests because one does not keep up is no merit.
         return max(figures) if column in ("requests", "connections") else min(figures)
 
     def has_peers(self, case: Case) -> bool:
-        """Tell whether there is something to compare a case with."""
+        """Check whether a peer ran that a case can be compared with."""
         return any(other.kind in PEERS and other.n == case.n for other in self)
 
     def ratios(self, case: Case) -> dict[str, float]:

@@ -2,8 +2,8 @@
 The measured side of :mod:`polling`: one process that waits for many jobs as Airflow's triggerer does.
 
 Each trigger is a task that iterates ``trigger.run()`` to its first event; all of them share one event loop.
-(To measure a lonely trigger more than once at a time, a process can have many loops with one trigger each.)
-As in the triggerer, each task has a greenback portal and log lines are made to JSON; they go nowhere.
+(To measure a single trigger many times at once, a process can have many loops with one trigger each.) As in
+the triggerer, each task has a greenback portal and log lines are formatted as JSON; they are discarded.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ if TYPE_CHECKING:
 
 FOREVER = 10**8
 PROBE = 0.01
-"""Seconds the probe of the event loop sleeps; what comes on top is the stall."""
+"""Seconds that the probe of the event loop sleeps; any longer sleep is a stall."""
 
 
 class IdleTrigger(HeyGenOverdubTrigger):
-    """What any trigger costs before it does anything: the object and its task."""
+    """A trigger that does nothing: the cost of the object and its task."""
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        """Sleep; only the one that warms up ends."""
+        """Sleep; only the first one, which warms up, ends."""
         await asyncio.sleep(0 if self.overdub_id == job_id(0) else FOREVER)
         yield TriggerEvent(True)
 
 
 def make(kind: str, number: int, interval: float) -> BaseTrigger:
-    """Make the trigger that waits for a job; what is not named here is left at its default."""
+    """Return the trigger that waits for a job, with defaults for all that is not named here."""
     end = time.time() + FOREVER
     if kind == "http":
         return HttpSensorTrigger(f"http/{number}", "bench", poke_interval=interval)
@@ -68,7 +68,7 @@ def make(kind: str, number: int, interval: float) -> BaseTrigger:
 
 
 def connection(kind: str, port: int, extra: dict[str, Any]) -> dict[str, Any]:
-    """Give the Airflow connection to the server."""
+    """Return the Airflow connection to the server."""
     url = f"https://localhost:{port}"
     if kind == "dbt":
         return {"conn_type": "dbt_cloud", "host": f"localhost:{port}", "login": "1", "password": "secret"}
@@ -81,7 +81,7 @@ def connection(kind: str, port: int, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def succeeded(payload: Any) -> bool:
-    """Tell whether an event says that the job completed."""
+    """Check whether an event reports that the job completed."""
     return payload is True or payload.get("status") in ("success", "completed")
 
 
@@ -140,7 +140,7 @@ async def first_event(trigger: BaseTrigger) -> Any:
 
 
 def rss() -> int:
-    """Give the resident memory of this process in bytes."""
+    """Return the resident memory of this process in bytes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 

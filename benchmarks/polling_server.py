@@ -1,13 +1,13 @@
 """
 The server that :mod:`polling` measures against: HeyGen's and the peers' status calls over one set of jobs.
 
-It runs in a process of its own, so that its CPU is not counted, speaks HTTP/1.1 with keep-alive over TLS, and
-takes ``latency`` seconds for each answer. What it has seen (each request and each new TLS connection, with
-the time of the machine's monotonic clock) is what the benchmark counts.
+It runs in a separate process, so that its CPU is not counted, uses HTTP/1.1 with keep-alive over TLS, and
+takes ``latency`` seconds for each response. It records each request and each new TLS connection with the time
+of the machine's monotonic clock; the benchmark counts these records.
 
-Started with its settings as one JSON argument, it prints its port. Each line on stdin is a command: a JSON
-list says when the jobs will complete, ``"count"`` asks for the number of requests, ``"seen"`` for all that
-was seen; the end of stdin ends it.
+The server is started with its settings as one JSON argument, and prints its port. Each line on stdin is a
+command: a JSON list contains the times at which the jobs complete, ``"count"`` requests the number of
+requests, ``"seen"`` all records; the end of stdin stops the server.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NEVER = float("inf")
 
 
 def job_id(number: int) -> str:
-    """Give HeyGen's id of a job; the peers know it by its number."""
+    """Return HeyGen's id of a job; the peers use its number."""
     return f"{number * 2654435761 % 2**32:08x}{number:024x}"
 
 
@@ -38,7 +38,7 @@ class Jobs:
     """
     All jobs of the account; the awaited ones have the numbers from 1 on, 0 has completed long ago.
 
-    :param awaited: how many somebody waits for.
+    :param awaited: how many jobs a trigger awaits.
     :param foreign: how many others run, for good, for each awaited one.
     :param finished: how many have completed long ago; older than all others.
     :param listed: whether the awaited ones are in the list; otherwise 100 others are.
@@ -57,13 +57,13 @@ class Jobs:
         self.old = frozenset(old)
 
     def done(self, number: int) -> bool:
-        """Tell whether a job has completed by now."""
+        """Check whether a job has completed."""
         if number <= self.awaited:
             return self.done_at[number] <= time.monotonic()
         return number in self.old
 
     def row(self, number: int) -> dict[str, Any]:
-        """Give a job as HeyGen shows it."""
+        """Return a job as HeyGen represents it."""
         done = self.done(number)
         link = f"https://files.heygen.ai/{job_id(number)}.mp4?Expires=1717000000&Signature={'0' * 256}"
         return {
@@ -79,13 +79,13 @@ class Jobs:
 
 
 class Routes:
-    """What each path answers, as status and JSON."""
+    """The response for each path, as status and JSON."""
 
     def __init__(self, jobs: Jobs) -> None:
         self.jobs = jobs
 
-    def answer(self, target: str) -> tuple[int, Any]:
-        """Answer a GET."""
+    def respond(self, target: str) -> tuple[int, Any]:
+        """Return the response to a GET."""
         url = urlsplit(target)
         *_, parent, name = url.path.rstrip("/").split("/")
         if name in ("overdubs", "lipsyncs"):
@@ -167,19 +167,19 @@ class Seen:
 
 
 class Http(asyncio.Protocol):
-    """One TLS connection; it is made when the handshake is over."""
+    """One TLS connection; created when the handshake ends."""
 
     def __init__(self, routes: Routes, seen: Seen, latency: float) -> None:
         self._routes, self._seen, self._latency = routes, seen, latency
         self._buffer = b""
 
     def connection_made(self, transport: Any) -> None:
-        """Count it."""
+        """Record the connection."""
         self._transport = transport
         self._seen.connections.append(time.monotonic())
 
     def data_received(self, data: bytes) -> None:
-        """Take a request; only GETs without a body come."""
+        """Handle a request; all are GETs without a body."""
         self._buffer += data
         while b"\r\n\r\n" in self._buffer:
             head, _, self._buffer = self._buffer.partition(b"\r\n\r\n")
@@ -190,8 +190,8 @@ class Http(asyncio.Protocol):
     def _answer(self, target: str) -> None:
         if self._transport.is_closing():
             return
-        status, answer = self._routes.answer(target)
-        body = json.dumps(answer, separators=(",", ":")).encode()
+        status, response = self._routes.respond(target)
+        body = json.dumps(response, separators=(",", ":")).encode()
         self._transport.write(
             b"HTTP/1.1 %d OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
             % (status, len(body), body)

@@ -1,18 +1,18 @@
 """
-What a night of overdubs costs on an account with few slots: with the queue, with a pool, with neither.
+Cost of a night of overdubs on an account with few slots: with the queue, with a pool, with neither.
 
     python benchmarks/queueing.py [--plot PATH] [--celery N]
 
 A model on a virtual clock: the operator, the triggers, the poller and its queue are the real ones, while
 HeyGen, Airflow's scheduler and its workers are simulated. N mapped deferrable tasks start at once. HeyGen
-runs S jobs at a time, answers 429 with ``Retry-After`` above that, and lists them. Some slots may be taken
-by jobs of other products, which no list shows. A start of a task takes a worker for 0.53 s (on Airflow
-3.3.2), and a task whose trigger has fired starts a second later, if a worker is free.
+runs S jobs at a time, returns 429 with ``Retry-After`` above that, and lists them. Jobs of other products,
+which no list shows, may occupy some slots. A start of a task occupies a worker for 0.53 s (observed on
+Airflow 3.3.2), and a task whose trigger has fired starts a second later, if a worker is free.
 
 - **creates**: create requests per overdub; 1 is ideal.
 - **starts**: starts of a worker per overdub; 2 is ideal.
 - **makespan**: until the last overdub has ended, over N / S x the length of a job.
-- **order**: by how many places a task was overtaken, at most.
+- **order**: the largest number of places by which a task was overtaken.
 
 ``--celery N`` runs N tasks on a real Airflow with CeleryExecutor, two workers and two triggerers, once with
 ten slots and once with as many as there are tasks. Like ``make test-stack`` it needs PostgreSQL and Redis.
@@ -83,7 +83,7 @@ class Case:
 
 @dataclass
 class Account:
-    """HeyGen: a ceiling, and a list."""
+    """HeyGen, with a ceiling and a list."""
 
     case: Case
     loop: VirtualLoop
@@ -111,8 +111,8 @@ class Account:
         row = {"id": overdub_id, "status": "completed" if done else "running", "title": None}
         return row | {"duration": 1.0, "callback_id": None, "created_at": 1, "failure_message": None}
 
-    def answer(self, path: str, params: Any) -> Any:
-        """Answer a GET of a job, or of a page of the list, newest first."""
+    def respond(self, path: str, params: Any) -> Any:
+        """Return the response to a GET of a job, or of a page of the list, newest first."""
         self.requests += 1
         if path.count("/") > 2:
             return {"data": self.row(path.rpartition("/")[2])}
@@ -173,7 +173,7 @@ def simulate(case: Case, seed: int = 1) -> dict[str, float]:
         async def asend(self, call: Any) -> Any:
             await asyncio.sleep(0.1)
             call = call.under(self.resource)
-            body = json.dumps(account.answer(call.path, call.params)).encode()
+            body = json.dumps(account.respond(call.path, call.params)).encode()
             return call.parse(200, {}, body, self.settings)
 
     class Store:
