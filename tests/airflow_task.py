@@ -63,7 +63,7 @@ class Task:
         return context if self.store is None else {**context, "task_state_store": self.store}
 
     def start(self) -> Any:
-        """Begin the next try. Gives what it returns, or the ``TaskDeferred`` it ends with."""
+        """Begin the next try; return what it returns, or the ``TaskDeferred`` it ends with."""
         self.xcoms.clear()
         self.ti.try_number += 1
         self.ti.start_date = datetime.now(UTC)
@@ -75,7 +75,7 @@ class Task:
         return self._run(lambda task: task.resume_execution(deferred.method_name, kwargs, self.context))
 
     def clear(self) -> None:
-        """Do as Airflow when somebody clears the task instance."""
+        """Do as Airflow does when a user clears the task instance."""
         self.ti.max_tries = self.ti.try_number + self.retries
 
     def _run(self, go: Any) -> Any:

@@ -149,7 +149,7 @@ def heygen(
 
 @pytest.fixture
 def connect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Give ``heygen_default`` another host, password and extra: ``connect(url, "key", verify=False)``."""
+    """Return ``heygen_default`` another host, password and extra: ``connect(url, "key", verify=False)``."""
     monkeypatch.setattr(heygen_hook, "_detected", {})  # as in a new process
     for name in _NETWORK:
         monkeypatch.delenv(name, raising=False)
@@ -187,7 +187,7 @@ class Seen:
 
 
 class Listener:
-    """An HTTP server on loopback: keeps what it was sent, answers by a function, tunnels what it is asked to.
+    """An HTTP server on loopback: records requests, responds by a function, tunnels on CONNECT.
 
     The function gives ``(status, headers, body)``, or the raw bytes to send before hanging up.
     """
@@ -289,7 +289,7 @@ class StatsD:
         self._socket.close()
 
     def take(self) -> list[tuple[str, dict[str, str], float, str]]:
-        """Give what has come since: names without ``airflow.``, tags in InfluxDB's way, values and types."""
+        """Return new metrics: names without ``airflow.``, tags in InfluxDB's way, values and types."""
         found = []
         while True:
             try:
@@ -304,7 +304,7 @@ class StatsD:
 
 
 def forward(url: str) -> Callable[[Seen], tuple[int, dict[str, str], bytes]]:
-    """Answer of a :class:`Listener` that passes requests on to ``url``; a proxy if it gets whole URLs."""
+    """Response of a :class:`Listener` that forwards requests to ``url``; or a proxy, for absolute URLs."""
 
     def answer(seen: Seen) -> tuple[int, dict[str, str], bytes]:
         path = seen.path.removeprefix(url)

@@ -63,7 +63,7 @@ def build(cell: Path, python: str, constraints: str) -> Path:
 
 
 def run(name: str, parts: tuple[tuple[str, ...], ...]) -> tuple[bool, str]:
-    """Run these parts of the suite in one cell; tell whether all is well, and what came out."""
+    """Run these parts of the suite in one cell; return whether all passed, and a summary."""
     airflow, _, version = name.partition("-")
     python = find_python(version)
     if python is None:

@@ -31,7 +31,7 @@ HTML = "<html><body><h1>%d gateway page</h1></body></html>"
 class Ugly:
     """What the contract leaves open. The defaults are the friendly choices; times are in seconds."""
 
-    resource: str = "overdubs"  # the other name answers 404
+    resource: str = "overdubs"  # the other name returns 404
     list_order: str = "descending"  # ascending, descending, shuffled
     idempotent: bool = True  # False: each POST makes a job
     callback_id_in_list: bool = True
@@ -42,7 +42,7 @@ class Ugly:
     untitled: str | None = None  # the title of what has none
     sparse: bool = False  # optional members are missing instead of null
     created_at: bool = True
-    late_links: int = 0  # completed answers without a link
+    late_links: int = 0  # completed overdubs without a URL
     odd_words: bool = False  # "queued", "processing" between the known ones
     readable_after: float = 0.0  # GET is 404 until then
     create_takes: float = 0.0
@@ -50,7 +50,7 @@ class Ugly:
     too_many: int = 0  # creates that meet a 429 first
     retry_after: str = "seconds"  # or date
     flaky: float = 0.0  # share of 500, 502 and resets, before or after the effect
-    lose_creates: int = 0  # first creates whose answer is lost although the job was made
+    lose_creates: int = 0  # first creates whose response is lost although the job was made
     seed: int = 0
     job_takes: float = 0.4
     fails: bool = False
@@ -137,7 +137,7 @@ class OtherServer:
         return answer
 
     def look(self, job: Job) -> dict[str, Any]:
-        """The whole job object; taking one gives a new link, as every GET does."""
+        """The whole job object, with a new URL, as in every GET."""
         age = (time.time() - job.made) / max(self.ugly.job_takes, 1e-9)
         words = ["pending", "running"]
         if self.ugly.odd_words:
@@ -236,7 +236,7 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server_state: OtherServer
     protocol_version = "HTTP/1.1"
-    wbufsize = 1 << 16  # head and body in one segment, or each answer waits for a delayed ACK
+    wbufsize = 1 << 16  # head and body in one segment, or each response waits for a delayed ACK
 
     def log_message(self, *args: Any) -> None:
         pass

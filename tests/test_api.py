@@ -1,4 +1,4 @@
-"""The protocol: what is refused before anything is sent, and what is made of every possible answer."""
+"""The protocol: which input is rejected before a request, and what each possible response means."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ both_resources = pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
 
 
 def refused(heygen, call, named):
-    """The call is refused with the name of what is wrong, nothing is sent and no query is shown."""
+    """The call is rejected with the name of the invalid field, nothing is sent and no query is shown."""
     with pytest.raises(HeyGenBadInputError, match=rf"\b{named}\b") as raised:
         call()
     assert heygen.requests == []
@@ -240,7 +240,7 @@ def test_bad_upload(heygen, tmp_path, text, make):
         refused(heygen, lambda: HeyGenHook().upload_asset(f"file://{path}"), text)
 
 
-# --- Answers ------------------------------------------------------------------------------------------
+# --- Responses ----------------------------------------------------------------------------------------
 
 KEY = "sk_V2_hgu_CREDENTIAL"
 CONNECTION = HeyGenConnection(conn_id="dubbing", base_url="https://api.heygen.com", credential=KEY)
@@ -362,7 +362,7 @@ def test_the_id_asked_for_counts(asked):
         (5, "unknown", False),
     ],
 )
-def test_status_words(word, status, final):
+def test_statuses(word, status, final):
     overdub = answer("get", {"data": {"status": word}})
     assert overdub.status == status
     assert overdub.is_final is final
@@ -431,7 +431,7 @@ def test_useless_body(body):
 
 def check_useless_body(call, body):
     if call == "delete" and (body == b"" or body in UNUSABLE.values()):
-        assert answer(call, body) is None  # what is in it does not matter
+        assert answer(call, body) is None  # its content does not matter
         return
     with pytest.raises(HeyGenTransientError) as raised:
         answer(call, body, headers={"Content-Type": "text/html"})
@@ -486,14 +486,14 @@ header_sets = st.fixed_dictionaries(
 @example(call="get", status=429, headers={"Retry-After": "9" * 400}, body=b"")
 @example(call="get", status=429, headers={"Retry-After": "\u00b2"}, body=b"")
 @example(call="get", status=429, headers={"Retry-After": "Mon, 1 Jan 0000 00:00:00 +9999"}, body=b"")
-def test_any_answer(call, status, headers, body):
+def test_any_response(call, status, headers, body):
     check_any_answer(call, status, headers, body)
 
 
 @settings(max_examples=300, deadline=None)
 @given(call=st.sampled_from([*CALLS]), body=bodies)
 @example(call="get", body=b'{"error": {"code": [], "message": "M"}}')
-def test_any_good_answer(call, body):
+def test_any_valid_response(call, body):
     check_any_answer(call, 200, {"Content-Type": "application/json"}, body)
 
 
@@ -608,7 +608,7 @@ def check_who_has_responded(call, body, who, status):
 
 
 @pytest.mark.parametrize("status", [100, 102, 103, 199])
-def test_1xx_is_no_answer(status):
+def test_1xx_is_no_response(status):
     with pytest.raises(HeyGenGatewayError) as raised:
         answer("create", {"error": {"code": "forbidden"}}, status)
     assert raised.value.outcome_unknown
@@ -624,7 +624,7 @@ def test_1xx_is_no_answer(status):
         ("not_found", 404, NOT_FOUND),
     ],
 )
-def test_an_error_with_status_200_keeps_heygens_words(code, status, kind):
+def test_an_error_with_status_200_keeps_heygens_message(code, status, kind):
     error = {"code": code, "message": "Your account has 5 credits but this video requires 10 credits."}
     for call, data in itertools.product(("create", "get"), ({}, {"data": None})):
         with pytest.raises(kind, match="requires 10 credits") as raised:
@@ -777,6 +777,6 @@ REDACT_LINKS = [
 ]
 
 
-def test_redact_links():
+def test_redact_urls():
     """The query of each URL is redacted, and no other text."""
     assert [(text, api.redact_urls(text)) for text, _ in REDACT_LINKS] == REDACT_LINKS

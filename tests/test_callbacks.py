@@ -1,4 +1,4 @@
-"""The receiver of the documentation: a callback is a hint, HeyGen says what has happened."""
+"""The receiver of the documentation: a callback is a hint, and a GET returns what has happened."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def created(**fields):
 
 @pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
 @pytest.mark.parametrize("status", ["completed", "failed"])
-def test_what_heygen_sends_leads_to_what_heygen_says(heygen, resource, url, ended, status):
+def test_each_response_of_the_contract_leads_to_its_outcome(heygen, resource, url, ended, status):
     heygen.behaviour.fail_jobs = int(status == "failed")
     overdub_id = created(callback_url=url)
     overdub = ended.get(timeout=20)
@@ -104,10 +104,10 @@ def wait_for_look(heygen, overdub_id):
         "",
     ],
 )
-def test_nonsense_is_answered_like_anything_else(heygen, url, ended, body):
+def test_invalid_http_gets_a_response_too(heygen, url, ended, body):
     assert requests.post(url, data=body.encode("latin-1"), timeout=10).status_code == 202
     created(callback_url=url)
-    assert ended.get(timeout=20).overdub_id == heygen.jobs[0].id  # it goes on
+    assert ended.get(timeout=20).overdub_id == heygen.jobs[0].id  # it keeps running
     assert ended.empty()
 
 

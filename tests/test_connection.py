@@ -1,4 +1,4 @@
-"""The Airflow connection: each setting, each refusal, and the network settings at work in both transports."""
+"""The Airflow connection: each setting, each rejection, and the network settings in both transports."""
 
 from __future__ import annotations
 
@@ -302,7 +302,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("fields", "text"), REFUSALS, ids=lambda value: ascii(value)[:50])
-def test_refusals(monkeypatch, fields, text):
+def test_rejections(monkeypatch, fields, text):
     connection = {"conn_type": "heygen", "password": "key", **fields}
     monkeypatch.setenv("AIRFLOW_CONN_HEYGEN_DEFAULT", json.dumps(connection))
     for call in (list_, alist):
@@ -415,7 +415,7 @@ def test_proxy_for_https(heygen, listen, connect, authority, call):
 
 
 class Authority:
-    """A certificate authority of our own, and a certificate of its for 127.0.0.1."""
+    """A certificate authority of the tests, and its certificate for 127.0.0.1."""
 
     def __init__(self, directory):
         self.directory = directory
@@ -615,7 +615,7 @@ def test_good_connection(heygen, resource):
 
 
 def key_of(listen, **key):
-    """Let a HeyGen answer that has nothing but this key."""
+    """Start an emulator that has only this key."""
 
     def answer(seen):
         if seen.path != "/v3/api_keys/self":
@@ -692,7 +692,7 @@ def test_bad_connection(heygen, connect, change, texts):
         assert text in message
     assert ".;" not in message
     assert given["password"] not in message
-    assert "heygen_default" not in message  # in the web UI it would be an id that nobody knows
+    assert "heygen_default" not in message  # in the web UI it would be a temporary id
     assert len(heygen.requests) <= 1
 
 

@@ -58,7 +58,7 @@ MEDIA = {"video": "https://example.com/talk.mp4", "audio": "https://example.com/
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """The pages as HTML; a warning is an error, and a dead link inside of the documentation is one."""
+    """The pages as HTML; a warning is an error, and a broken internal link is one."""
     pytest.importorskip("furo", reason="the documentation is built where the dev extra is installed")
     out = tmp_path_factory.mktemp("docs")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", DOCS, out]
@@ -257,7 +257,7 @@ def media(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(tmp_path, media):
-    """Give a text with the folders and buckets of the documentation in a folder of the test."""
+    """Return a text with the folders and buckets of the documentation in a folder of the test."""
     shutil.copytree(media, tmp_path / "data")
 
     def replace(text: str) -> str:
@@ -275,7 +275,7 @@ def test_python(block, heygen, airflow_db, here, tmp_path, monkeypatch):
         monkeypatch.setenv(f"AIRFLOW_CONN_{conn_id.upper()}", json.dumps(heygen.connection(resource)))
     snippet = tmp_path / "test_snippet.py"
     snippet.write_text(code)
-    # Where Airflow looks for the DAG that it is to run.
+    # The folder in which Airflow finds the DAG.
     monkeypatch.setattr("airflow.settings.DAGS_FOLDER", str(tmp_path))
     if "def test_" in code:
         (tmp_path / "dub.py").write_text(here(quickstart_dag()))
@@ -310,7 +310,7 @@ def commands(code: str) -> list[list[str]]:
         text += f"{line}\n"
         try:
             words = shlex.split(text, comments=True)
-        except ValueError:  # a quotation that goes on
+        except ValueError:  # a quotation that continues
             continue
         found += [words] if words else []
         text = ""

@@ -1,4 +1,4 @@
-"""Downloads: which links are followed, what is survived, and that a file is right or absent."""
+"""Downloads: which URLs are followed, which faults are survived, and that a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_only_attempts_that_bring_nothing_count(heygen, pauses, storage, overdub
     assert storage.names() == ["v.mp4"]
 
 
-def test_a_link_that_expires_midway(heygen, pauses, storage, overdub_id, video):
+def test_a_url_that_expires_during_the_download(heygen, pauses, storage, overdub_id, video):
     heygen.fail_next(path="/files/", drop_after_bytes=5 * MB)
     for status in (401, 403, 404):
         heygen.fail_next(path="/files/", status=status)
@@ -142,7 +142,7 @@ def test_given_up_midway(heygen, pauses, storage, overdub_id):
 
 
 class Cdn:
-    """What the link leads to: a file, by Range and If-Range. ``faults`` strike one request each."""
+    """The server of the URL: a file, by Range and If-Range. Each of ``faults`` affects one request."""
 
     def __init__(self, listen, video):
         self.video = video
@@ -163,7 +163,7 @@ class Cdn:
         if wanted and fault.get("ranges", True) and (seen.headers["If-Range"] in known or "etag" in fault):
             status, start = 206, int(wanted[1])
             headers["Content-Range"] = f"bytes {start}-{len(video) - 1}/{len(video)}"
-        # It closes after each answer; a client that was not told might still try the old connection.
+        # It closes after each response; without the header a client might still use the old connection.
         headers = {"Content-Length": len(video) - start, "Connection": "close"} | headers
         headers |= fault.get("always", {})
         status = fault.get("status", status)
@@ -212,8 +212,8 @@ def test_resume(cdn, pauses, storage, headers, version):
     assert cdn.ranges == [(None, None), (f"bytes={2 * MB}-", version)]
 
 
-def test_no_resume_on_nothing_but_trust(cdn, pauses, storage):
-    """There is neither a length nor a version by which the rest could be told to belong to it."""
+def test_no_resume_without_a_validator(cdn, pauses, storage):
+    """Neither a length nor a validator proves that the rest belongs to the same file."""
     cdn.headers = {}
     cdn.faults = [chunked(OTHER[: 2 * MB])]
     HeyGenHook().download_overdub("od_1", storage.uri("v.mp4"))
@@ -221,7 +221,7 @@ def test_no_resume_on_nothing_but_trust(cdn, pauses, storage):
 
 
 def chunked(begun):
-    """A fault: the length is not told, and it breaks off after that."""
+    """A fault: the response has no length, and breaks after that many bytes."""
     always = {"Content-Length": None, "Transfer-Encoding": "chunked"}
     return {"always": always, "body": f"{len(begun):x}\r\n".encode() + begun + b"\r\n"}
 
@@ -235,7 +235,7 @@ def chunked(begun):
     ],
     ids=["whole", "a part only", "too little"],
 )
-def test_the_length_is_learnt_later(cdn, pauses, storage, fault):
+def test_the_length_is_known_later(cdn, pauses, storage, fault):
     cdn.faults = [chunked(cdn.video[: 2 * MB]), fault]
     assert HeyGenHook().download_overdub("od_1", storage.uri("v.mp4")) == 3 * MB
     assert storage.read("v.mp4") == cdn.video
@@ -281,7 +281,7 @@ def test_start_over(cdn, pauses, storage, faults):
 
 
 def test_another_file_of_another_length(cdn, pauses, storage):
-    """The link leads to another file after a break: that one is kept, whole."""
+    """The URL leads to another file after a break: that one is saved, complete."""
     cdn.faults = [{"cut": 2 * MB}]
     HeyGenHook().download_overdub("od_1", storage.uri("v.mp4"))
     cdn.faults = [{"cut": 2 * MB}, {"headers": {"ETag": '"2"'}, "video": OTHER[: 2 * MB + 5]}]
@@ -327,7 +327,7 @@ def test_what_is_not_the_video_is_never_there(cdn, pauses, storage, fault):
 
 
 def test_it_is_there_whole_or_not_at_all(heygen, storage, overdub_id, video, slow):
-    """Nobody sees half a file, nor another name, while it is written over an old one or a new one."""
+    """No reader sees a partial file, or another name, while a file is written or replaced."""
     server = slow(video)
     leads_to(heygen, server.url)
     storage.write("old.mp4", b"old")
@@ -350,7 +350,7 @@ def test_it_is_there_whole_or_not_at_all(heygen, storage, overdub_id, video, slo
 
 
 class SlowServer:
-    """Sends half of a file, and the rest when it is told to go on. Knows no Range."""
+    """Sends half of a file, and the rest when the test says so. Ignores Range."""
 
     def __init__(self, content):
         self.content = content
@@ -402,7 +402,7 @@ HeyGenHook().download_overdub("od_1", sys.argv[1])
 """
 
 
-def test_a_server_that_falls_silent(heygen, connect, pauses, tmp_path, video, slow):
+def test_a_server_that_stops_sending(heygen, connect, pauses, tmp_path, video, slow):
     server = slow(video)
     connection = heygen.connection()
     connect(heygen.url, connection["password"], **connection["extra"] | {"read_timeout": 0.3})
@@ -434,7 +434,7 @@ def test_killed_and_retried(heygen, storage, video, slow):
     assert storage.names() == (["upload of v.mp4"] if storage.path.protocol == "s3" else []) + ["v.mp4"]
 
 
-def test_a_living_writer_is_left_alone(heygen, tmp_path, video, slow):
+def test_the_file_of_a_running_writer_stays(heygen, tmp_path, video, slow):
     server = slow(video)
     leads_to(heygen, server.url)
     target = tmp_path / "v.mp4"
@@ -515,7 +515,7 @@ def test_not_writable(heygen, pauses, tmp_path, overdub_id):
     assert pauses == []
 
 
-def test_s3_refuses(heygen, pauses, s3, overdub_id, monkeypatch):
+def test_s3_rejects(heygen, pauses, s3, overdub_id, monkeypatch):
     with pytest.raises(
         HeyGenError, match=r"s3://s3@nowhere/v\.mp4 cannot be written: .*bucket does not exist"
     ):
@@ -556,7 +556,7 @@ def test_what_is_there(heygen, pauses, storage, overdub_id, video):
     ],
     ids=str,
 )
-def test_a_bad_answer_says_nothing_of_what_is_there(cdn, pauses, storage, fault):
+def test_an_invalid_response_proves_nothing_about_the_resource(cdn, pauses, storage, fault):
     storage.write("v.mp4", cdn.video)
     cdn.faults = [fault]
     assert HeyGenHook().download_overdub("od_1", storage.uri("v.mp4")) == 3 * MB
@@ -568,7 +568,7 @@ def test_a_bad_answer_says_nothing_of_what_is_there(cdn, pauses, storage, fault)
     assert storage.read("v.mp4") == b""
 
 
-def test_another_has_written_it_meanwhile(heygen, storage, video, slow):
+def test_another_task_has_written_the_file_meanwhile(heygen, storage, video, slow):
     server = slow(video)
     leads_to(heygen, server.url)
     told = []
@@ -587,7 +587,7 @@ def test_another_has_written_it_meanwhile(heygen, storage, video, slow):
     thread.join(30)
     (error,) = told
     assert "was written by another process while the video was downloaded" in str(error)
-    assert not isinstance(error, HeyGenPermanentError)  # a retry looks at what it is
+    assert not isinstance(error, HeyGenPermanentError)  # a retry checks what it is
     assert storage.read("v.mp4") == b"of another"
     assert storage.names() == ["v.mp4"]
 
@@ -782,7 +782,7 @@ from airflow_provider_heygen.hooks.heygen import HeyGenHook
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 with HeyGenHook() as hook:
-    hook.download_overdub(sys.argv[1], sys.argv[3])  # whatever is loaded on first use
+    hook.download_overdub(sys.argv[1], sys.argv[3])  # loads what is loaded on first use
     before = peak()
     hook.download_overdub(sys.argv[2], sys.argv[4])
     print(peak() - before)
@@ -806,7 +806,7 @@ def test_memory_does_not_grow_with_the_video(heygen, tmp_path, overdub_id, tmp_p
 
 
 def transfer(overdub_id, destination, **kwargs):
-    """Run the operator; gives what it returns, and its XComs."""
+    """Run the operator; return what it returns, and its XComs."""
     task = Task(
         lambda: HeyGenOverdubToObjectStorageOperator(
             task_id="save", overdub_id=overdub_id, destination=destination, **kwargs
@@ -880,7 +880,7 @@ def test_lineage(heygen, lineage, storage, overdub_id, resource):
 
 @LIPSYNCS
 @on_either_storage("fault", [{"drop_after_bytes": 2 * MB}, {"status": 403}, {"html": True}], ids=str)
-def test_no_link_is_told(heygen, lineage, pauses, storage, overdub_id, caplog, fault):
+def test_no_url_is_reported(heygen, lineage, pauses, storage, overdub_id, caplog, fault):
     heygen.fail_next(path="/files/", **fault)
     with caplog.at_level(logging.DEBUG):
         told = [*transfer(overdub_id, storage.uri("v.mp4"), captions=True)]
@@ -895,7 +895,7 @@ def test_no_link_is_told(heygen, lineage, pauses, storage, overdub_id, caplog, f
     assert [secret for secret in secrets if any(secret in str(text) for text in told)] == []
 
 
-def test_nobody_listens_at_the_link(heygen, pauses, tmp_path):
+def test_no_server_listens_at_the_url(heygen, pauses, tmp_path):
     """The error of urllib3 would quote it."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
@@ -917,7 +917,7 @@ def test_a_password_in_a_destination_is_not_quoted(uri):
 
 
 def lines_of(hours, monkeypatch, size):
-    """What is said during a download that takes so long, a MB per second."""
+    """The log lines of a download that takes so long, at a MB per second."""
     said, clock = [], itertools.count(0.0)
     monkeypatch.setattr(download, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     target = download._PendingFile(ObjectStoragePath("file:///v.mp4"))
@@ -930,7 +930,7 @@ def lines_of(hours, monkeypatch, size):
     return said
 
 
-def test_progress_is_told_at_a_sane_pace(monkeypatch):
+def test_progress_is_logged_at_a_reasonable_rate(monkeypatch):
     said = lines_of(0.01, monkeypatch, 40_000_000)
     assert said == [
         "10.0 MB of 40.0 MB, 25%, 1.0 MB/s: the video for file:///v.mp4.",
@@ -1009,7 +1009,7 @@ def test_download_gives_up(heygen, wire, pauses, tmp_path, name):
     assert (tmp_path / "old.mp4").read_bytes() == b"old"
 
 
-def test_link_that_has_expired(heygen, wire, pauses, tmp_path):
+def test_a_url_that_has_expired(heygen, wire, pauses, tmp_path):
     heygen.behaviour.link_seconds = -1
     overdub_id = completed(heygen)
     pass_on = wire.answer
@@ -1025,7 +1025,7 @@ def test_link_that_has_expired(heygen, wire, pauses, tmp_path):
     assert [record.status for record in heygen.requests if record.path.startswith("/files/")] == [403, 200]
 
 
-def test_link_that_is_not_there_yet(heygen, pauses, tmp_path):
+def test_a_url_that_is_not_there_yet(heygen, pauses, tmp_path):
     heygen.behaviour.null_video_url = 2
     assert HeyGenHook().download_overdub(completed(heygen), tmp_path / "v.mp4") > 1000
     assert len(pauses) == 2
@@ -1035,7 +1035,7 @@ def test_link_that_is_not_there_yet(heygen, pauses, tmp_path):
 
 
 @pytest.mark.parametrize("fault", [{}, {"status": 403}, {"drop": "before"}], ids=str)
-def test_links_are_not_logged(heygen, wire, pauses, tmp_path, caplog, fault):
+def test_urls_are_not_logged(heygen, wire, pauses, tmp_path, caplog, fault):
     overdub_id = completed(heygen)
     heygen.fail_next(path="/files/", **fault)
     with caplog.at_level(logging.DEBUG):
@@ -1046,7 +1046,7 @@ def test_links_are_not_logged(heygen, wire, pauses, tmp_path, caplog, fault):
     assert logging.getLogger("urllib3.connectionpool").filters == []
 
 
-def test_links_are_not_logged_when_the_headers_of_an_answer_are_broken(cdn, tmp_path, caplog):
+def test_urls_are_not_logged_when_response_headers_are_invalid(cdn, tmp_path, caplog):
     cdn.headers["Broken\r\nheader"] = ""
     HeyGenHook().download_overdub("od_1", tmp_path / "v.mp4")
     assert "Failed to parse headers" in caplog.text
@@ -1054,7 +1054,7 @@ def test_links_are_not_logged_when_the_headers_of_an_answer_are_broken(cdn, tmp_
     assert logging.getLogger("urllib3.connection").filters == []
 
 
-def test_links_are_not_logged_while_another_download_ends(caplog):
+def test_urls_are_not_logged_while_another_download_ends(caplog):
     caplog.set_level(logging.DEBUG)
     with media.redact_urllib3_logs():
         with media.redact_urllib3_logs():
@@ -1064,7 +1064,7 @@ def test_links_are_not_logged_while_another_download_ends(caplog):
 
 
 @pytest.mark.parametrize("link", ["", None, 5])
-def test_useless_link(heygen, pauses, tmp_path, link):
+def test_a_useless_url(heygen, pauses, tmp_path, link):
     leads_to(heygen, link)
     with pytest.raises(HeyGenTransientError, match="no URL of the video yet"):
         HeyGenHook(max_attempts=2).download_overdub("od_1", tmp_path / "v.mp4")
@@ -1252,7 +1252,7 @@ BAD_LINKS = {
 
 
 @pytest.mark.parametrize("link", BAD_LINKS.values(), ids=BAD_LINKS)
-def test_where_a_link_must_not_lead(heygen, connect, pauses, tmp_path, link):
+def test_where_a_url_must_not_lead(heygen, connect, pauses, tmp_path, link):
     connect(heygen.url)
     leads_to(heygen, f"{link}?Signature=pw")
     with pytest.raises(HeyGenPermanentError, match="URL of the video") as raised:
@@ -1293,7 +1293,7 @@ def test_private_hosts_on_demand(heygen, listen, connect, tmp_path):
     assert HeyGenHook().download_overdub("od_1", tmp_path / "v.mp4") == 5
 
 
-def test_redirects_of_a_link(heygen, listen, tmp_path):
+def test_redirects_of_a_url(heygen, listen, tmp_path):
     last = listen(lambda _: (200, {"Content-Type": "video/mp4"}, b"video"))
     first = listen()
     first.answer = lambda seen: (
@@ -1315,7 +1315,7 @@ HOPS += ("no scheme", "broken", "half a character")
 
 @pytest.mark.parametrize("link", [BAD_LINKS[name] for name in HOPS], ids=HOPS)
 def test_each_hop_is_checked(heygen, listen, connect, pauses, tmp_path, link):
-    """The first host is public as far as anybody can tell; its proxy is on this machine."""
+    """The first host has a public address; its proxy is on this machine."""
     proxy = listen(lambda _: (302, {"Location": link.encode("utf-8", "replace").decode("latin-1")}, b""))
     connect(heygen.url, proxies={"http://files.invalid": proxy.url}, allow_http=True)
     leads_to(heygen, "http://files.invalid/v.mp4")

@@ -1,4 +1,4 @@
-"""What the emulator does beyond shapes: time, links, media, faults, callbacks, and each of its settings."""
+"""The emulator's behaviour: time, URLs, media, faults, callbacks, and each of its settings."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def asset(asset_id):
         ({"colour": "red"}, "colour"),
     ],
 )
-def test_bodies_heygen_refuses(heygen, api, change, param):
+def test_bodies_that_heygen_rejects(heygen, api, change, param):
     body = {name: value for name, value in {**BY_URL, **change}.items() if value is not ...}
     answer = api.post("/v3/overdubs", json=body)
     error = answer.json()["error"]
@@ -183,7 +183,7 @@ def test_bodies_that_are_no_json_object(api, text):
         ("POST", "/v3/assets/asset_1/complete", {"json": {}}, 404),
     ],
 )
-def test_requests_heygen_refuses(api, method, path, kwargs, status):
+def test_requests_that_heygen_rejects(api, method, path, kwargs, status):
     answer = api.request(method, path, **kwargs)
     assert answer.status_code == status, answer.text
     assert answer.headers["X-Request-Id"]
@@ -291,7 +291,7 @@ def test_title(api):
     assert api.job(job_id)["title"] == "New"
 
 
-def test_create_answers_only_the_id(api):
+def test_create_returns_only_the_id(api):
     assert list(api.post("/v3/overdubs", json=BY_URL).json()["data"]) == ["overdub_id"]
     assert list(api.post("/v3/lipsyncs", json=BY_URL).json()["data"]) == ["lipsync_id"]
 
@@ -309,7 +309,7 @@ def test_deleted_jobs_are_gone(heygen, api):
 # Idempotency-Key
 
 
-def test_the_same_key_gives_the_first_answer(heygen, api):
+def test_the_same_key_returns_the_first_response(heygen, api):
     key = {"Idempotency-Key": "one"}
     first = api.create(headers=key)
     assert api.create({**BY_URL, "title": "another"}, headers=key) == first
@@ -466,7 +466,7 @@ def test_forced_statuses(heygen, api):
 # Links and files
 
 
-def test_links_expire_and_renew(heygen, api):
+def test_urls_expire_and_are_signed_again(heygen, api):
     job_id = api.create()
     heygen.behaviour.link_seconds = 0.2
     first, second = (api.ended(job_id)["video_url"] for _ in range(2))
@@ -484,7 +484,7 @@ def test_links_expire_and_renew(heygen, api):
         assert requests.get(bad, timeout=10).status_code == 403
 
 
-def test_links_refuse_credentials(heygen, api):
+def test_urls_with_credentials_are_rejected(heygen, api):
     url = api.ended(api.create())["video_url"]
     for headers in ({"X-Api-Key": heygen.api_key}, {"Authorization": f"Bearer {heygen.oauth_token}"}):
         answer = requests.get(url, headers=headers, timeout=10)
@@ -698,7 +698,7 @@ def test_a_job_that_cannot_be_rendered_fails(api, monkeypatch):
     assert (job["status"], "no ffmpeg today" in job["failure_message"]) == ("failed", True)
 
 
-def test_own_links_as_inputs(heygen, api, files):
+def test_its_own_urls_as_inputs(heygen, api, files):
     video, audio = (api.upload(files / name)["url"] for name in ("v.mp4", "short.mp3"))
     body = {"video": {"type": "url", "url": video}, "audio": {"type": "url", "url": audio}}
     assert api.ended(api.create(body))["duration"] == pytest.approx(1.27, abs=0.1)
@@ -1048,7 +1048,7 @@ def test_admin_routes(heygen, api):
     assert heygen.behaviour == Behaviour(job_seconds=0)
 
 
-def test_answers_are_prompt(api):
+def test_responses_are_prompt(api):
     seconds = []
     for _ in range(20):
         began = time.monotonic()
@@ -1085,7 +1085,7 @@ def test_two_emulators_and_a_clean_stop():
     assert set(threading.enumerate()) <= threads
 
 
-def test_stop_does_not_wait_for_slow_answers():
+def test_stop_does_not_wait_for_slow_responses():
     heygen = Emulator(Behaviour(create_latency=60)).start()
     with ThreadPoolExecutor() as pool:
         pending = pool.submit(Api(heygen).post, "/v3/overdubs", json=BY_URL)
@@ -1096,7 +1096,7 @@ def test_stop_does_not_wait_for_slow_answers():
         assert pending.exception() or pending.result().status_code == 500
 
 
-def test_port_taken():
+def test_port_in_use():
     with Emulator() as heygen, pytest.raises(OSError, match="in use"):
         Emulator(port=urlsplit(heygen.url).port).start()
 
@@ -1106,7 +1106,7 @@ def test_port_taken():
     [["-m", "airflow_provider_heygen.emulator"], [str(ROOT / "example_dags" / "run_local.py"), "ui"]],
     ids=["emulator", "make ui"],
 )
-def test_a_port_that_is_taken_is_reported_before_anything_starts(command):
+def test_a_port_in_use_is_reported_before_anything_starts(command):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         command = [sys.executable, *command, "--port", str(port)]
@@ -1147,7 +1147,7 @@ def test_command_line(number, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_command_line_refuses_nonsense():
+def test_command_line_rejects_invalid_options():
     command = [sys.executable, "-m", "airflow_provider_heygen.emulator", "--list-order", "sideways"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,4 +1,4 @@
-"""The emulator against the contract: what it answers, and what it takes and refuses, by the OpenAPI file."""
+"""The emulator against the OpenAPI file: its responses, and which requests it accepts and rejects."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_errors(heygen, call):
 
 
 def tightened():
-    """The contract with its prose written out as schema, so that schemathesis knows what HeyGen would refuse.
+    """The contract with its prose written out as schema, so that schemathesis knows what HeyGen rejects.
 
     Only rules that the prose states or that the design takes as the stricter reading; answers are left alone.
     """
@@ -226,7 +226,7 @@ def tightened():
         fields["fps_mode"]["enum"] = ["vfr", "cfr", "passthrough", None]
         fields["start_time"] |= {"minimum": 0}
         fields["end_time"] |= {"exclusiveMinimum": 0}
-        # Nobody listens there, so nothing leaves this machine.
+        # No server listens there, so nothing leaves this machine.
         fields["callback_url"]["pattern"] = r"^http://127\.0\.0\.1:9/[a-z]*$"
     upload = schemas["CreateDirectUploadRequest"]["properties"]
     upload["content_type"]["enum"] = list(FILES)
@@ -255,8 +255,8 @@ api = schemathesis.openapi.from_dict(tightened())
 @api.parametrize()
 @settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_schemathesis(case, heygen, credential):
-    """Each operation keeps the contract, whatever the request is."""
-    # A key seen before gets its first answer again, even with a body that is nonsense.
+    """Each operation keeps the contract for every request."""
+    # A known key gets its first response again, even with an invalid body.
     heygen._state.idempotency.clear()
     # That the end must come after the start cannot be said in JSON Schema.
     excluded = [positive_data_acceptance] if has_reversed_times(case.body) else []

@@ -1,4 +1,4 @@
-"""One overdub per wish, whatever dies and whenever; the emulator's count of jobs is the judge."""
+"""One overdub per request, whichever process dies and whenever, asserted by the emulator's job count."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ LOST_RESPONSES = [
     ],
     ids=str,
 )
-def test_a_lost_answer(heygen, pauses, idempotency, fault):
+def test_a_lost_response(heygen, pauses, idempotency, fault):
     """The same try finds the overdub, or sends the request again, whether HeyGen honours the key or not."""
     heygen.behaviour.idempotency = idempotency
     heygen.fail_next(method="POST", count=2, **fault)
@@ -211,10 +211,10 @@ def test_a_lost_answer(heygen, pauses, idempotency, fault):
 
 
 @SERVERS
-def test_all_answers_of_a_try_are_lost(heygen, pauses, idempotency):
+def test_all_responses_of_a_try_are_lost(heygen, pauses, idempotency):
     heygen.behaviour.idempotency = idempotency
     heygen.behaviour.list_lag = 0
-    # HeyGen creates the job, and then neither answers the create nor any look at the list.
+    # HeyGen creates the job, but responds neither to the create request nor to any GET of the list.
     heygen.fail_next(method="POST", drop="after")
     heygen.fail_next(method="GET", count=1000, status=500)
     task = Task(dub(), store=StateStore())
@@ -252,7 +252,7 @@ def test_100_retries_while_responses_are_lost(heygen, pauses, monkeypatch, resou
 
 
 @MODES
-def test_timeout_then_retry_goes_on_with_the_same_overdub(heygen, deferrable):
+def test_timeout_then_retry_reattaches_to_the_same_overdub(heygen, deferrable):
     heygen.behaviour.job_seconds = 60
     task = Task(dub(deferrable=deferrable, timeout=0.2), store=StateStore())
     with pytest.raises(HeyGenOverdubTimeoutError, match="still complete"):
@@ -273,7 +273,7 @@ def test_execution_timeout_holds_while_deferred(heygen):
     assert not heygen.jobs[0].deleted
 
 
-def test_a_clear_after_a_timeout_goes_on_with_it_too(heygen):
+def test_a_clear_after_a_timeout_reattaches_too(heygen):
     heygen.behaviour.job_seconds = 60
     task = Task(dub(timeout=0.1), retries=0, store=StateStore())
     with pytest.raises(HeyGenOverdubTimeoutError):
@@ -321,7 +321,7 @@ def test_a_failed_overdub_fails_the_task_for_good_and_a_clear_starts_another(hey
     assert len(heygen.jobs) == 2
 
 
-def test_an_overdub_deleted_meanwhile_is_started_anew(heygen, monkeypatch):
+def test_an_overdub_deleted_meanwhile_is_started_again(heygen, monkeypatch):
     heygen.behaviour.job_seconds = 60
     task = Task(dub(timeout=0.1), store=StateStore())
     with pytest.raises(HeyGenOverdubTimeoutError):
@@ -380,7 +380,7 @@ def test_a_changed_label_is_not_another_overdub(heygen, caplog, deferrable, fiel
     assert [request.method for request in heygen.requests].count("PATCH") == (field == "title")
 
 
-def test_a_rename_that_is_refused_does_not_matter(heygen):
+def test_a_rejected_rename_does_not_matter(heygen):
     heygen.behaviour.job_seconds = 60
     task = Task(dub(timeout=0.1, title="one"), store=StateStore())
     with pytest.raises(HeyGenOverdubTimeoutError):
@@ -404,7 +404,7 @@ def test_without_durable_a_retry_starts_another(heygen, idempotency):
     assert not task.store
 
 
-def test_reattachment_gives_the_xcoms_of_an_undisturbed_run(heygen):
+def test_reattaching_pushes_the_xcoms_of_an_undisturbed_run(heygen):
     undisturbed = Task(dub(), store=StateStore())
     undisturbed.start()
     heygen.behaviour.job_seconds = 60
@@ -424,7 +424,7 @@ def test_reattachment_gives_the_xcoms_of_an_undisturbed_run(heygen):
     assert task.xcoms["overdub"]["overdub_id"] == task.xcoms["overdub_id"] == heygen.jobs[1].id
 
 
-def test_a_sure_refusal_does_not_speak_for_an_earlier_try(heygen, pauses):
+def test_a_certain_rejection_proves_nothing_about_an_earlier_try(heygen, pauses):
     heygen.behaviour.idempotency = False
     heygen.fail_next(method="POST", count=6, status=500)
     task = Task(dub(), store=StateStore())
@@ -466,7 +466,7 @@ def test_a_create_that_outlives_our_patience_is_waited_for(heygen, connect, monk
 
 @MODES
 @MEMORIES
-def test_a_lost_answer_is_looked_for_although_heygen_asks_to_wait(
+def test_a_lost_response_is_searched_for_although_heygen_asks_to_wait(
     heygen, pauses, monkeypatch, deferrable, store, durable
 ):
     monkeypatch.setattr("airflow_provider_heygen.dubbing.time.sleep", pauses.append)
@@ -497,7 +497,7 @@ def test_when_a_create_was_sent_is_known_of_each_attempt(heygen, pauses, monkeyp
 
 
 @MODES
-def test_a_link_signed_anew_for_a_retry_is_the_same_wish(heygen, deferrable):
+def test_a_url_signed_again_for_a_retry_is_the_same_request(heygen, deferrable):
     heygen.behaviour.job_seconds = 60
     task = Task(dub(video="https://x.y/v.mp4?sig=1", deferrable=deferrable, timeout=0.1), store=StateStore())
     with pytest.raises(HeyGenOverdubTimeoutError):
@@ -637,7 +637,7 @@ def test_a_changed_file_is_a_new_overdub(heygen, files, tmp_path):
 
 
 @pytest.mark.parametrize(("cleared", "sent"), [(False, 2), (True, 4)])
-def test_a_refused_create_keeps_the_uploads_until_a_clear(heygen, pauses, files, cleared, sent):
+def test_a_rejected_create_request_keeps_the_uploads_until_a_clear(heygen, pauses, files, cleared, sent):
     heygen.fail_next(method="POST", path="/v3/overdubs", status=409, code="asset_not_available", count=6)
     task = Task(dub(**files), store=StateStore())
     with pytest.raises(HeyGenTransientError, match="asset_not_available"):
@@ -683,14 +683,14 @@ def test_assets_that_are_gone_again_and_again_end_the_task(heygen, files):
     assert uploads(heygen) == 4
 
 
-def test_an_authors_own_asset_that_is_gone_is_told_at_once(heygen):
+def test_an_authors_own_asset_that_is_gone_is_reported_at_once(heygen):
     gone = {"type": "asset_id", "asset_id": "asset_gone"}
     with fails_for_good(HeyGenPermanentError, match="asset_not_found"):
         Task(dub(video=gone), store=StateStore()).start()
     assert [request.method for request in heygen.requests] == ["POST"]
 
 
-def test_429_during_an_upload_defers_and_goes_on(heygen, pauses, files):
+def test_429_during_an_upload_defers_and_continues(heygen, pauses, files):
     heygen.fail_next(method="POST", path="/v3/assets", status=429, headers={"Retry-After": "40"})
     task = Task(dub(deferrable=True, **files), store=StateStore())
     deferred = task.start()
@@ -725,7 +725,7 @@ def test_a_file_that_is_known_is_not_read_again(heygen, clips, storage, monkeypa
     assert [asset.path.read_bytes() for asset in heygen.assets][1:] == [audio, audio[:-1] + b"x"]
 
 
-# --- Being told to wait ---------------------------------------------------------------------------------
+# --- Retry-After ----------------------------------------------------------------------------------------
 
 
 @MEMORIES
@@ -774,7 +774,7 @@ def test_429_beyond_execution_timeout_ends_the_task(heygen, deferrable):
 
 
 @MEMORIES
-def test_a_lost_answer_beyond_the_deadline_is_not_denied(heygen, pauses, store, durable):
+def test_a_lost_response_after_the_deadline_stays_in_doubt(heygen, pauses, store, durable):
     heygen.fail_next(method="POST", drop="after")
     heygen.fail_next(method="GET", count=2, status=429, headers={"Retry-After": "500"})
     limited = dub(execution_timeout=timedelta(seconds=100), durable=durable)
@@ -792,11 +792,11 @@ def test_a_spent_quota_is_not_waited_for(heygen, deferrable):
         task.start()
 
 
-# --- What cannot be told --------------------------------------------------------------------------------
+# --- Ambiguous causes -----------------------------------------------------------------------------------
 
 
 @STORES
-def test_an_authors_callback_id_on_many_jobs_adopts_none_of_them(heygen, pauses, monkeypatch, store):
+def test_an_authors_callback_id_on_many_jobs_reattaches_to_none(heygen, pauses, monkeypatch, store):
     monkeypatch.setattr("airflow_provider_heygen.dubbing.time.sleep", pauses.append)
     heygen.behaviour.idempotency = False
     sibling = Task(dub(callback_id="nightly"), store=StateStore() if store else None)
@@ -807,12 +807,12 @@ def test_an_authors_callback_id_on_many_jobs_adopts_none_of_them(heygen, pauses,
     with pytest.raises(HeyGenOutcomeUnknownError, match="Leave callback_id unset"):
         task.start()
     assert len(heygen.jobs) == 1
-    # Without a clear nobody has decided, with one somebody has, whatever else comes in between.
+    # Only a clear is a user's decision, whatever happens in between.
     with pytest.raises(HeyGenOutcomeUnknownError):
         task.start()
     task.clear()
     heygen.fail_next(method="POST", status=429, headers={"Retry-After": "90"})
-    if not store:  # There a clear cannot be told from a retry.
+    if not store:  # Without the store, a clear cannot be distinguished from a retry.
         with pytest.raises(HeyGenOutcomeUnknownError, match="durable=False"):
             task.start()
         task.make = dub(callback_id="nightly", durable=False)
@@ -820,7 +820,7 @@ def test_an_authors_callback_id_on_many_jobs_adopts_none_of_them(heygen, pauses,
     assert max(pauses) >= 90
 
 
-def test_an_id_that_is_handed_on_can_be_looked_at(heygen):
+def test_a_returned_id_can_be_polled(heygen):
     heygen.behaviour.get_lag = 1.2
     overdub_id = Task(dub(wait_for_completion=False), store=StateStore()).start()
     with HeyGenHook() as hook:
@@ -828,7 +828,7 @@ def test_an_id_that_is_handed_on_can_be_looked_at(heygen):
 
 
 @pytest.mark.parametrize("resource", ["lipsyncs"])
-def test_where_the_key_is_documented_it_is_trusted(heygen, pauses):
+def test_the_idempotency_key_is_relied_on_where_it_is_documented(heygen, pauses):
     heygen.fail_next(method="POST", drop="after")
     task = Task(dub(callback_id="nightly"), store=StateStore())
     assert task.start() == heygen.jobs[0].id
@@ -896,7 +896,7 @@ def test_how_many_overdubs_are_started(heygen, pauses, monkeypatch, record, answ
     """A second overdub needs a changed request, or HeyGen's word that the first has failed or is gone."""
     monkeypatch.setattr(waiting, "NOT_FOUND_GRACE_SECONDS", 0)
     monkeypatch.setattr(waiting, "GONE_SECONDS", 0.001)
-    heygen.behaviour.idempotency = False  # nothing but our own record saves us
+    heygen.behaviour.idempotency = False  # only the submission record prevents a second one
     heygen.behaviour.job_seconds = 1000
     state, fault, another = ANSWERS[answer]
     task = Task(dub(wait_for_completion=False), store=StateStore())
@@ -944,7 +944,7 @@ def test_how_many_overdubs_are_started(heygen, pauses, monkeypatch, record, answ
 @pytest.mark.parametrize(
     "fault", [PAGE, {"status": 404, "body": "default backend - 404"}, ENVELOPED], ids=str
 )
-def test_one_404_is_nobodys_word(heygen, monkeypatch, fault, how):
+def test_one_404_proves_nothing(heygen, monkeypatch, fault, how):
     """Cases bug-01 and review-01."""
     monkeypatch.setattr(waiting, "NOT_FOUND_GRACE_SECONDS", 0)
     monkeypatch.setattr(waiting, "GONE_SECONDS", 0.001)
@@ -1024,7 +1024,7 @@ def test_a_record_is_of_the_last_clear(heygen):
 
 
 @STORES
-def test_in_doubt_is_what_was_sent_and_not_answered(heygen, monkeypatch, store):
+def test_a_request_without_a_response_is_in_doubt(heygen, monkeypatch, store):
     task = Task(dub(), store=StateStore() if store else None)
     task.ti.try_number = 1
 
@@ -1119,8 +1119,8 @@ REFUSALS = pytest.mark.parametrize("fault", REFUSED_POLLS, ids=str)
 
 
 @pytest.mark.parametrize(("fault", "deferrable"), each_value(REFUSED_POLLS, [True, False]), ids=str)
-def test_no_refused_poll_ends_a_wait(heygen, monkeypatch, deferrable, fault):
-    """Cases bug-02 and review-02: the overdub runs and is paid for, whatever a poll meets."""
+def test_no_rejected_poll_ends_a_wait(heygen, monkeypatch, deferrable, fault):
+    """Cases bug-02 and review-02: the overdub runs and is paid for, whatever a poll returns."""
     monkeypatch.setattr(waiting, "NOT_FOUND_GRACE_SECONDS", 0)
     heygen.behaviour.job_seconds = 0.3
     heygen.fail_next(method="GET", path="/v3/overdubs", count=2, **fault)
@@ -1129,7 +1129,7 @@ def test_no_refused_poll_ends_a_wait(heygen, monkeypatch, deferrable, fault):
 
 
 @REFUSALS
-def test_a_wait_that_is_refused_to_its_end_is_worth_a_retry(heygen, monkeypatch, pauses, fault):
+def test_a_wait_with_rejected_polls_to_its_end_is_retryable(heygen, monkeypatch, pauses, fault):
     monkeypatch.setattr(waiting, "NOT_FOUND_GRACE_SECONDS", 0)
     task, deferred, event = waiting_task(heygen)
     heygen.fail_next(method="GET", count=1000, **fault)
@@ -1143,7 +1143,7 @@ def test_a_wait_that_is_refused_to_its_end_is_worth_a_retry(heygen, monkeypatch,
 
 
 @pytest.mark.parametrize("event", [None, {}, {"status": "success"}, "completed"], ids=str)
-def test_an_event_of_another_release_fails_loudly_and_a_retry_goes_on(heygen, event):
+def test_an_event_of_another_release_fails_and_a_retry_reattaches(heygen, event):
     task, deferred, _ = waiting_task(heygen)
     with pytest.raises(HeyGenTriggerEventError, match="not affected") as caught:
         task.resume(deferred, event)
@@ -1167,7 +1167,7 @@ def test_a_cancelled_trigger_deletes_nothing(heygen):
     assert not heygen.jobs[0].deleted
 
 
-def test_an_event_of_an_older_provider_is_taken(heygen):
+def test_an_event_of_an_older_provider_is_accepted(heygen):
     """Rows of an older release may be in the metadata database: these names are frozen."""
     task, deferred, event = waiting_task(heygen)
     heygen.force(heygen.jobs[0].id, "completed")
@@ -1180,7 +1180,7 @@ def test_an_event_of_an_older_provider_is_taken(heygen):
     assert found.value.trigger.overdub_id == heygen.jobs[0].id
 
 
-def test_a_fresh_overdub_that_is_not_readable_yet_is_not_taken_for_deleted(heygen):
+def test_a_new_overdub_that_is_not_readable_yet_is_not_gone(heygen):
     heygen.behaviour.job_seconds = 60
     task = Task(dub(timeout=0.1), store=StateStore())
     with pytest.raises(HeyGenOverdubTimeoutError):
@@ -1321,7 +1321,7 @@ def test_nothing_is_started_where_the_list_cannot_be_read(heygen, pauses, fault)
 
 @SERVERS
 @RESOURCES
-def test_a_lost_answer_with_reuse(heygen, pauses, monkeypatch, idempotency):
+def test_a_lost_response_with_reuse(heygen, pauses, monkeypatch, idempotency):
     heygen.behaviour.idempotency = idempotency
     finish(task := night(), task.start())
     heygen.force(heygen.jobs[0].id, "failed", "no face")

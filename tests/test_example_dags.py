@@ -164,7 +164,7 @@ def test_a_language_that_fails_stops_no_other(night, heygen, tmp_path, monkeypat
 
 @pytest.fixture
 def review(heygen, airflow, monkeypatch, tmp_path):
-    """Run the example with the answer of a person; give the text that the person reads, too."""
+    """Run the example with a person's decision; also return the text that the person reads."""
     from airflow.providers.standard.operators.hitl import HITLBranchOperator
 
     def run_it(answer):
@@ -269,7 +269,7 @@ def test_nothing_is_deleted_where_nothing_was_started(heygen, cleanup):
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in DAGS.glob("example_*.py")))
-def test_each_dag_and_task_says_in_the_ui_what_it_does(airflow, name):
+def test_each_dag_and_task_has_a_description_in_the_ui(airflow, name):
     dag = importlib.import_module(name).dag
     assert "::" not in dag.doc_md  # it is Markdown
     assert dag.description

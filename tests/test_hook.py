@@ -75,7 +75,7 @@ def check_requests(wire):
             headers=[(name, value) for name, value in seen.headers.items() if name.lower() != "host"],
             data=seen.body,
         ).get_request()
-        # openapi-core cannot read the parts of a multipart body; test_upload looks at them.
+        # openapi-core cannot read the parts of a multipart body; test_upload checks them.
         if request.mimetype != "multipart/form-data":
             OPENAPI.validate_request(WerkzeugOpenAPIRequest(request))
 
@@ -183,7 +183,7 @@ def test_what_is_not_given_is_left_out(wire):
     assert json.loads(wire.seen[0].body) == {
         "video": {"type": "url", "url": REQUEST["video"]},
         "audio": {"type": "url", "url": REQUEST["audio"]},
-        # Ours, to find the overdub by when the answer gets lost.
+        # Set by the provider, to find the overdub if the response is lost.
         "callback_id": "k:1",
     }
 
@@ -311,7 +311,7 @@ def test_a_long_retry_after_is_raised_at_once(heygen, pauses, name):
 
 
 @both_transports
-def test_nobody_listens(connect, pauses, look):
+def test_no_server_listens(connect, pauses, look):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
     connect(url)
@@ -351,7 +351,7 @@ def test_broken_servers(listen, connect, pauses, look, answer):
     str(raised.value).encode()
 
 
-def test_an_answer_that_drips_in(connect):
+def test_a_response_that_arrives_slowly(connect):
     """In a triggerer it must not hold up a wait for ever."""
 
     def drip(server):
@@ -442,7 +442,7 @@ def test_one_overdub_among_many(heygen, pauses, list_order, callback_id_in_list,
     try:
         overdub_id = HeyGenHook().create_overdub(REQUEST)
     except HeyGenOutcomeUnknownError:
-        # Too many to look at one by one: then a second one must not be started.
+        # Too many to GET one by one: a second one must not be started then.
         assert not callback_id_in_list
         assert len(heygen.jobs) == (121 if drop == "after" else 120)
     else:
@@ -477,7 +477,7 @@ def test_several_faults_in_a_row(heygen, wire, pauses, idempotency):
 
 
 def test_a_slow_create(heygen, connect, pauses):
-    """The client gives up while HeyGen is still at it, as with a proxy of little patience."""
+    """The client times out while HeyGen still processes the request, as a proxy with a short timeout does."""
     heygen.behaviour.idempotency = False
     connect(heygen.url, write_timeout=0.1)
     heygen.fail_next(method="POST", latency=1)
@@ -486,7 +486,7 @@ def test_a_slow_create(heygen, connect, pauses):
 
 
 def test_a_create_still_in_progress(heygen, connect, monkeypatch):
-    """Here the pauses are real: the key is refused, and the list empty, until HeyGen is done."""
+    """The delays are real: the key is rejected, and the list is empty, until HeyGen has finished."""
     connect(heygen.url, write_timeout=0.1)
     heygen.behaviour.create_latency = 0.5
     monkeypatch.setattr(module, "_retry_delay", lambda _: 0.1)
@@ -506,7 +506,7 @@ def test_a_create_that_is_late(heygen, connect, monkeypatch):
     assert [job.id for job in heygen.jobs] == [overdub_id]
 
 
-def test_tls_that_breaks_while_the_answer_is_read(heygen, listen, connect, pauses, tmp_path):
+def test_tls_that_breaks_while_the_response_is_read(heygen, listen, connect, pauses, tmp_path):
     """That it is a fault of TLS does not mean that nothing was sent."""
     heygen.behaviour.idempotency = False
     authority = Authority(tmp_path)
@@ -562,7 +562,7 @@ def test_an_authors_callback_id_proves_nothing(heygen, wire, pauses, resource, i
         assert json.loads(post.body)["callback_id"] == "mine"
 
 
-def test_an_authors_callback_id_that_nobody_has(heygen, wire, pauses):
+def test_an_authors_callback_id_that_no_overdub_has(heygen, wire, pauses):
     """With no candidate in the list nothing was created."""
     heygen.fail_next(method="POST", drop="before")
     overdub_id = HeyGenHook().create_overdub({**REQUEST, "callback_id": "mine"})
@@ -570,7 +570,7 @@ def test_an_authors_callback_id_that_nobody_has(heygen, wire, pauses):
     assert [json.loads(post.body)["callback_id"] for post in posts(wire)] == ["mine", "mine"]
 
 
-def test_the_list_cannot_be_read_after_a_lost_answer(heygen, wire, pauses):
+def test_the_list_cannot_be_read_after_a_lost_response(heygen, wire, pauses):
     heygen.behaviour.idempotency = False
     heygen.fail_next(method="POST", drop="after")
     heygen.fail_next(method="GET", status=403, count=100)
@@ -579,7 +579,7 @@ def test_the_list_cannot_be_read_after_a_lost_answer(heygen, wire, pauses):
     assert len(heygen.jobs) == 1
 
 
-def test_heygen_goes_down_after_a_lost_answer(heygen, wire, pauses):
+def test_heygen_is_unreachable_after_a_lost_response(heygen, wire, pauses):
     heygen.behaviour.idempotency = False
     heygen.fail_next(method="POST", drop="after")
     heygen.fail_next(status=503, count=1000)
@@ -591,7 +591,7 @@ def test_heygen_goes_down_after_a_lost_answer(heygen, wire, pauses):
     assert sum(pauses) < 600
 
 
-def test_refused_create_is_not_searched_for(heygen, wire, pauses):
+def test_a_rejected_create_request_is_not_searched_for(heygen, wire, pauses):
     heygen.fail_next(method="POST", status=402)
     with pytest.raises(HeyGenPermanentError, match="Top up"):
         HeyGenHook().create_overdub(REQUEST)
@@ -622,7 +622,7 @@ class Clock:
 @pytest.mark.parametrize(
     ("callback_id_in_list", "most"), [(True, 20), (False, 60)], ids=["listed", "not listed"]
 )
-def test_a_lost_answer_costs_few_requests(heygen, pauses, monkeypatch, drop, callback_id_in_list, most):
+def test_a_lost_response_costs_few_requests(heygen, pauses, monkeypatch, drop, callback_id_in_list, most):
     clock = Clock()
     monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(module, "SETTLE_SECONDS", 45)
@@ -741,7 +741,7 @@ def test_is_listed(heygen):
 
 
 @pytest.mark.parametrize("tokens", [["1", "1"], ["1", "2", "1"]], ids=str)
-def test_a_list_that_goes_in_circles_denies_nothing(heygen, tokens):
+def test_a_list_with_circular_cursors_proves_nothing(heygen, tokens):
     """It was not read to its end, so what is not in it may be there."""
     rows = [{"id": "a", "status": "running", "callback_id": "other"}]
     for token in tokens * 2:
@@ -774,7 +774,7 @@ def test_same_key_same_overdub(heygen):
         (100, "desc", "lipsyncs"),
     ],
 )
-def test_iter_gives_each_once(heygen, resource, list_order, page_size):
+def test_iter_yields_each_once(heygen, resource, list_order, page_size):
     heygen.behaviour.list_order = list_order
     fill(heygen, 20, resource)
     heygen.requests_by_route.clear()
@@ -876,7 +876,7 @@ def test_sync_and_async_agree(heygen, resource, status, extra_members):
     assert found.failure_message == ("Too dark" if status == "failed" else None)
     assert (found.video_url is not None) == (status == "completed")
     assert (found.caption_url is not None) == (status == "completed" and resource == "lipsyncs")
-    links = {"video_url": None, "caption_url": None}  # every look gives fresh ones
+    links = {"video_url": None, "caption_url": None}  # each GET returns new ones
     afound = asyncio.run(hook.aget_overdub(overdub_id))
     assert afound.model_copy(update=links) == found.model_copy(update=links)
     (row,), (arow,) = hook.list_overdubs().data, asyncio.run(hook.alist_overdubs()).data
@@ -932,7 +932,7 @@ def test_a_hook_keeps_its_connection(wire):
 
 @pytest.fixture
 def no_leak(caplog):
-    """Nothing of aiohttp is left open, and no session is kept for nobody."""
+    """No aiohttp connection stays open, and no unused session is kept."""
     with caplog.at_level(logging.ERROR, "asyncio"):
         yield
         gc.collect()
@@ -1183,7 +1183,7 @@ def test_the_largest_upload(heygen, tmp_path):
     assert HeyGenHook().upload_asset(path).size_bytes == 32 * 2**20
 
 
-def test_refused_upload(heygen, pauses, tmp_path):
+def test_a_rejected_upload(heygen, pauses, tmp_path):
     path = write_sound(tmp_path / "a.wav")
     error = {"code": "invalid_parameter", "message": "We do not like it", "param": "file"}
     heygen.fail_next(status=400, body=json.dumps({"error": error}))
@@ -1220,7 +1220,7 @@ def elsewhere(heygen, unnamed):
 
 
 def page_404(wire, *, only=lambda seen: True, times=10**9):
-    """Let a gateway answer with a 404 page under ``overdubs``, whatever HeyGen did."""
+    """Have a gateway respond with a 404 page under ``overdubs``, whatever HeyGen did."""
     pass_on, left = wire.answer, [times]
 
     def answer(seen):
@@ -1233,7 +1233,7 @@ def page_404(wire, *, only=lambda seen: True, times=10**9):
     wire.answer = answer
 
 
-def test_no_further_request_while_overdubs_answers(heygen, unnamed, tmp_path):
+def test_no_further_request_while_overdubs_responds(heygen, unnamed, tmp_path):
     with HeyGenHook() as hook:
         assert (hook.known_resource, hook.resource) == (None, "overdubs")
         overdub_id = hook.create_overdub(REQUEST)
@@ -1437,7 +1437,7 @@ def test_no_create_request_under_both_names(listen, connect, pauses, monkeypatch
         assert overdub_id == server.jobs["lipsyncs"][0]["id"]
 
 
-def test_no_name_answers_for_certain(listen, connect, pauses, monkeypatch):
+def test_neither_name_responds_with_certainty(listen, connect, pauses, monkeypatch):
     """The list of the name that was tried first fails, so it is not known whether something was started."""
     monkeypatch.setattr(module, "time", Clock())
     server = TwoNames(pages=4)

@@ -1,4 +1,4 @@
-"""What parsing a DAG must not load or do. How long it takes is in benchmarks/import_cost.py."""
+"""What parsing a DAG must not load or do. benchmarks/import_cost.py measures the time."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_parsing_an_example_dag_is_light(path, run):
     assert_light(found)
 
 
-def test_the_look_sees_what_it_looks_for(run):
+def test_the_leak_check_finds_secrets(run):
     found = run(
         "import airflow_provider_heygen.hooks.heygen, socket\n"
         "s = socket.socket(); s.settimeout(1); s.connect_ex(('127.0.0.1', 9))"

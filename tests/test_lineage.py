@@ -1,4 +1,4 @@
-"""What operators tell OpenLineage, by its provider. Events on the wire are in `stack/test_failures.py`."""
+"""What operators report to OpenLineage's provider. Events on the wire are in `stack/test_failures.py`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_names_are_those_of_airflows_converters(uri):
 
 
 @pytest.mark.parametrize("uri", ["heygen://overdubs", "heygen://overdubs/", "heygen:///od_1"])
-def test_an_asset_that_names_nothing_is_refused(uri):
+def test_an_asset_without_an_id_is_rejected(uri):
     with pytest.raises(ValueError, match="heygen://overdubs/<id>"):
         Asset(uri=uri)
 
@@ -132,7 +132,7 @@ def test_create(heygen, deferrable, wait_for_completion):
     assert "SECRET" not in str(told)
 
 
-def test_a_retry_that_goes_on_tells_the_same_overdub(heygen):
+def test_a_retry_that_reattaches_reports_the_same_overdub(heygen):
     traced = Traced(dub(timeout=0.01), store=StateStore())
     heygen.behaviour.job_seconds = 0.3
     with pytest.raises(HeyGenError, match="Timed out waiting"):
@@ -203,7 +203,7 @@ def test_transfer(heygen, overdub_id, storage):
     assert [found.outputFacets["outputStatistics"].size for found in told.outputs] == sizes
 
 
-def test_a_failed_transfer_tells_what_is_there(heygen, overdub_id, tmp_path, pauses):
+def test_a_failed_transfer_reports_what_exists(heygen, overdub_id, tmp_path, pauses):
     traced = Traced(keep(overdub_id, str(tmp_path / "v.mp4"), captions=True))  # 'overdubs' has no captions
     with pytest.raises(HeyGenError):
         traced.task.start()

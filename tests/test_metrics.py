@@ -24,7 +24,7 @@ from airflow_provider_heygen.waiting import resolve_wait
 
 
 class Broken(StatsClient):
-    """A client that cannot send; Airflow takes it for its own."""
+    """A client that cannot send, in place of Airflow's own."""
 
     def incr(self, *_, **__):
         raise OSError("no route")
@@ -33,7 +33,7 @@ class Broken(StatsClient):
 
 
 def set_up() -> None:
-    """Set Airflow's metrics up anew from its settings, as the start of a worker or a triggerer does."""
+    """Set up Airflow's metrics again from its settings, as the start of a worker or a triggerer does."""
     if not STATS_ARE_SET_UP:
         from airflow.metrics import statsd_logger
         from airflow.stats import Stats
@@ -50,7 +50,7 @@ def set_up() -> None:
 
 
 def counts(statsd) -> Counter[str]:
-    """Give the counters that have arrived since, but the poller's, and how often each timer has."""
+    """Return the counters that have arrived since, but the poller's, and how often each timer has."""
     found = Counter()
     for name, _, value, kind in statsd.take():
         if name != "heygen.polls":
@@ -116,7 +116,7 @@ def test_an_overdub_that_fails(heygen, statsd, deferrable):
 
 
 @pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
-def test_a_retry_that_goes_on(heygen, statsd, store):
+def test_a_retry_that_reattaches(heygen, statsd, store):
     heygen.behaviour.job_seconds = 0.4
     task = Task(dub(timeout=0.1), store=StateStore() if store else None)
     with pytest.raises(HeyGenError, match="Timed out waiting"):
@@ -132,7 +132,7 @@ def test_a_create_that_does_not_wait(heygen, statsd):
     assert counts(statsd) == {"submitted": 1}
 
 
-def test_a_refused_create_is_not_counted(heygen, statsd, pauses):
+def test_a_rejected_create_request_is_not_counted(heygen, statsd, pauses):
     heygen.fail_next(method="POST", status=402)
     with pytest.raises(HeyGenError):
         Task(dub(), store=StateStore()).start()

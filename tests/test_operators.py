@@ -43,7 +43,7 @@ MEDIA = {"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"}
 
 
 def run(operator, **arguments):
-    """Run an operator once; gives what it returns and its XComs."""
+    """Run an operator once; return what it returns and its XComs."""
     task = Task(lambda: operator(task_id="task", **arguments), store=StateStore())
     return task.start(), task.xcoms
 
@@ -119,7 +119,7 @@ def test_all_fields_arrive_as_templates_render_them(heygen):
     ],
     ids=str,
 )
-def test_bad_input_is_refused_before_any_request(heygen, changes, field):
+def test_invalid_input_is_rejected_before_any_request(heygen, changes, field):
     with fails_for_good(HeyGenBadInputError, match=field):
         run(HeyGenCreateOverdubOperator, **MEDIA | changes)
     assert heygen.requests == []
@@ -134,7 +134,7 @@ def test_what_the_upload_returns_goes_in_whole_or_by_its_id(heygen, tmp_path):
         assert heygen.jobs[-1].request.audio.asset_id == xcoms["asset_id"]
 
 
-def test_links_are_masked_where_rendered_fields_are_stored():
+def test_urls_are_masked_where_rendered_fields_are_stored():
     operator = HeyGenCreateOverdubOperator(
         task_id="task",
         video="https://x.y/v.mp4?X-Amz-Signature={{ secret }}",
@@ -347,7 +347,7 @@ def test_save(heygen, overdub_id, tmp_path, form):
     assert saved.read_bytes()[4:8] == b"ftyp"
 
 
-def test_save_keeps_what_is_the_same_and_refuses_what_is_not(heygen, overdub_id, tmp_path):
+def test_save_keeps_identical_files_and_rejects_others(heygen, overdub_id, tmp_path):
     arguments = {"overdub_id": overdub_id, "destination": str(tmp_path / "v.mp4")}
     run(HeyGenOverdubToObjectStorageOperator, **arguments)
     written = (tmp_path / "v.mp4").stat().st_mtime_ns
@@ -397,7 +397,7 @@ def test_deferrable_comes_from_the_config():
 
 
 def test_constructors_only_assign():
-    """Whatever is given may be a template, and is looked at when the task runs."""
+    """Each argument may be a template, and is validated when the task runs."""
     odd = SimpleNamespace()
     operator = HeyGenCreateOverdubOperator(task_id="c", video=odd, audio=odd, mode=odd, timeout=odd)
     assert (operator.video, operator.mode, operator.timeout) == (odd, odd, odd)

@@ -51,7 +51,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def _fair(row: dict[str, Any]) -> bool:
-    """Whether a client *can* tell a lost create from one that never was; :data:`LOST` has the others."""
+    """Whether a client can distinguish a lost create from one never sent; :data:`LOST` has the others."""
     troubled = row["flaky"] and not row["idempotent"]
     findable = row["callback_id_kept"] == "always" and (
         row["callback_id_in_list"] or not row["readable_after"]
@@ -81,7 +81,7 @@ def _settled_soon(monkeypatch: pytest.MonkeyPatch) -> None:
 HOOK_ROWS = _pairwise(seed=1, most=14)
 DAG_ROWS = _pairwise(seed=2, most=2)  # a real Airflow for each
 
-# The answer to the create is lost and the server does not know the key: what is left to find the job by.
+# The response to the create request is lost and the server does not know the key: how the job is found.
 LOST = {
     "plain": {"list_order": "ascending"},
     "not in the list": {"callback_id_in_list": False, "list_order": "shuffled"},
@@ -141,7 +141,7 @@ def _hook_life(ugly: dict[str, Any], folder: Path) -> None:
         assert sorted(row.overdub_id for row in hook.iter_overdubs(page_size=4)) == sorted(server.jobs)
         assert hook.download_overdub(overdub_id, folder / "out.mp4") == len(VIDEO)
         assert (folder / "out.mp4").read_bytes() == VIDEO
-        with contextlib.suppress(HeyGenNotFoundError):  # a deletion whose answer was lost
+        with contextlib.suppress(HeyGenNotFoundError):  # a deletion whose response was lost
             hook.delete_overdub(overdub_id)
         assert overdub_id not in server.jobs
         assert server.stray_credentials == []
@@ -164,7 +164,7 @@ def test_hook_and_trigger(hook_runs: list[Any], number: int) -> None:
 
 
 @pytest.mark.parametrize("case", [*LOST, *UNTRACEABLE])
-def test_a_lost_answer_makes_one_job(case: str, dag_runs: Any) -> None:
+def test_a_lost_response_makes_one_job(case: str, dag_runs: Any) -> None:
     from airflow_provider_heygen.exceptions import HeyGenOutcomeUnknownError
     from airflow_provider_heygen.hooks.heygen import HeyGenHook
 
@@ -207,7 +207,7 @@ def test_a_second_request_under_a_running_key_waits_for_the_first() -> None:
 
 # --- Whole DAGs ----------------------------------------------------------------------------------------
 
-# dag.test() looks for the DAG in the dags folder, so this has to be a file of its own.
+# dag.test() finds the DAG in the dags folder, so this has to be a separate file.
 DAG_FILE = """
 import json, os, sys
 from datetime import timedelta
@@ -321,7 +321,7 @@ def test_dag(dag_runs: DagRuns, number: int) -> None:
     assert seen["stray_credentials"] == []
 
 
-def test_no_key_and_no_link_in_logs_or_database(dag_runs: DagRuns) -> None:
+def test_no_key_and_no_url_in_logs_or_database(dag_runs: DagRuns) -> None:
     dag_runs.result(len(DAG_ROWS) - 1)
     place = dag_runs.place
     for file in [place / "log", place / "airflow.db", *place.glob("logs/**/*.log")]:

@@ -52,7 +52,7 @@ class Built(NamedTuple):
 
 
 def command(*args: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
-    """Run something to its end and give its standard output; what failed is told whole."""
+    """Run a command to its end and return its standard output; on failure, report all of it."""
     done = subprocess.run(
         [str(arg) for arg in args], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=300
     )
@@ -249,7 +249,7 @@ def test_example_dags_are_read_with_the_installed_wheel(installed):
     assert {row["dag_id"] for row in rows(installed, "dags", "list", "--local")} == wanted
 
 
-def test_the_changelog_tells_of_this_version():
+def test_the_changelog_has_this_version():
     text = (ROOT / "CHANGELOG.md").read_text()
     newest, *released = re.findall(r"^## \[(.+?)\](?: - \d{4}-\d\d-\d\d)?$", text, re.MULTILINE)
     assert newest in ("Unreleased", airflow_provider_heygen.__version__)
@@ -295,7 +295,7 @@ def named_modules(kind: str) -> list[str]:
 
 
 def classes_in(module: str, base: type) -> set[type]:
-    """Give what a module itself defines of a kind; a sensor is not taken for an operator."""
+    """Return what a module itself defines of a kind; a sensor is no operator here."""
     return {
         found
         for _, found in inspect.getmembers(importlib.import_module(module), inspect.isclass)

@@ -84,7 +84,7 @@ class Server:
     look_up_seconds: float = 0.0
     look_up_fails: tuple[float, float] = (math.inf, math.inf)  # from, until
     clock_is_off: float = 0.0
-    hangs: str = ""  # what gives no answer: "list", "bulk" or "get"
+    hangs: str = ""  # what never responds: "list", "bulk" or "get"
     faults: list[tuple[float, float, str, float]] = field(default_factory=list)  # from, until, kind, share
     poison: set[str] = field(default_factory=set)
     seed: int = 0
@@ -173,7 +173,7 @@ class Server:
 
 
 class Hook:
-    """Stands in for HeyGenHook: the real calls and the real reading of answers, without a network."""
+    """Stands in for HeyGenHook: the real calls and the real parsing of responses, without a network."""
 
     def __init__(self, server, conn_id, max_attempts):
         self.server = server
@@ -265,7 +265,7 @@ class Ending:
 
 
 def run(server, watches, joins=None, leaves=None, meanwhile=None):
-    """Wait for all of them; give how each ended. ``joins`` and ``leaves`` are moments by number."""
+    """Wait for all of them; return how each ended. ``joins`` and ``leaves`` are moments by number."""
 
     async def one(number, rules):
         await asyncio.sleep((joins or {}).get(number, 0.0))
@@ -305,7 +305,7 @@ def jobs(count, first_end=60.0, spread=60.0, word="completed", prefix="od", seed
 
 
 def mixed(ours, foreign_per_job, seed=2):
-    """Jobs of ours among those of others, which have ended long ago."""
+    """Awaited jobs among foreign ones, which have ended long ago."""
     others = [(f"other_{n}", (-1.0, "completed")) for n in range(len(ours) * foreign_per_job)]
     every = list(ours.items()) + others
     random.Random(seed).shuffle(every)
@@ -367,7 +367,7 @@ def draw_share(dice, share):
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(worlds())
-def test_every_wait_ends_with_what_the_server_says(world):
+def test_every_wait_ends_as_its_overdub_did(world):
     """On any server, a wait ends as its overdub did, and not before it."""
     server, watches, joins, leaves = world
     ends = run(server, watches, joins, leaves)
@@ -402,7 +402,7 @@ def test_a_thousand_waits_cost_ten_pages(order):
     assert late(server, ends)[989] < 7.5
 
 
-def test_an_eager_poller():
+def test_a_frequent_poller():
     server = Server(jobs(1000), rate=20.0)
     ends = run(server, [watch(name, 1.0) for name in server.ends])
     assert asked(server, 10, 60).total() <= 520
@@ -415,7 +415,7 @@ def test_ten_thousand_waits_at_the_cap():
     assert late(server, ends)[9899] <= 1.3 * 100 / 20.0
 
 
-def test_a_thousand_waits_that_stop_and_start_anew():
+def test_a_thousand_waits_that_stop_and_start_again():
     """As when a triggerer is restarted; that the rate is kept to is seen in ``run``."""
     server = Server(jobs(1000, first_end=20.0))
     names = list(server.ends)
@@ -430,7 +430,7 @@ def test_a_thousand_waits_that_stop_and_start_anew():
     assert all(end.at - max(31.0, server.ends[name][0]) < 7.5 for name, end in zip(names, after, strict=True))
 
 
-def test_the_bulk_call_of_lipsyncs():
+def test_the_bulk_endpoint_of_lipsyncs():
     server = Server(jobs(1000, spread=300), resource="lipsyncs", bulk_status=200, order="shuffle")
     ends = run(server, [watch(name) for name in server.ends])
     steady = asked(server, 10, 60)
@@ -441,7 +441,7 @@ def test_the_bulk_call_of_lipsyncs():
 
 
 @pytest.mark.parametrize("waits", [1, 2])
-def test_few_waits_get_a_look_each(waits):
+def test_few_waits_get_a_get_each(waits):
     server = Server(mixed(jobs(waits), 50))
     ends = run(server, [watch(f"od_{n}") for n in range(waits)])
     assert server.kinds["list"] == 0
@@ -463,7 +463,7 @@ def test_foreign_jobs_never_cost_more_than_a_get_each(foreign, order):
         assert asked(server, 100, 200)["list"] <= 120  # a page takes the CPU of several GETs
 
 
-def test_one_slow_page_is_forgiven():
+def test_one_slow_page_does_not_suspend_the_list():
     server = Server(jobs(20, first_end=600))
 
     async def hiccup():
@@ -476,7 +476,7 @@ def test_one_slow_page_is_forgiven():
     assert asked(server, 300, 600)["get"] <= 61
 
 
-def test_slow_pages_give_way_to_looks_at_the_same_time():
+def test_slow_pages_are_replaced_by_concurrent_gets():
     """20 pages of 3 s each would take a minute."""
     server = Server(mixed(jobs(200, first_end=120), 9), page_latency=3.0, rate=100.0)
     ends = run(server, [watch(f"od_{n}") for n in range(200)])
@@ -511,14 +511,14 @@ def test_waits_that_join_one_by_one_meet_in_one_tick():
     assert asked(server, 60, 200).total() <= 29 * 2
 
 
-def test_a_new_wait_is_looked_at_soon():
+def test_a_new_wait_is_polled_soon():
     server = Server({"od_0": (-1.0, "completed"), "od_1": (90.0, "completed")})
     ends = run(server, [watch("od_0", 60.0), watch("od_1", 60.0)], joins={0: 20.0})
     assert ends[0].at < 20.5
 
 
 @pytest.mark.parametrize("begins", [1, 7, 13, 19, 25])
-def test_no_look_is_later_than_asked_for(begins):
+def test_no_poll_is_later_than_its_interval(begins):
     server = Server({"od_0": (9e9, "completed")})
     run(server, [watch("od_0", 30.0)], joins={0: begins}, leaves={0: 200.0})
     gaps = [later - before for (before, _), (later, _) in itertools.pairwise(server.requests)]
@@ -526,13 +526,13 @@ def test_no_look_is_later_than_asked_for(begins):
     assert len(gaps) <= 7
 
 
-def test_the_most_eager_wait_for_an_overdub_serves_all():
+def test_the_shortest_interval_for_an_overdub_serves_all():
     server = Server({"od_0": (31.0, "completed")})
     ends = run(server, [watch("od_0", 300.0), watch("od_0", 1.0)])
     assert all(end.at < 33 for end in ends)
 
 
-def test_an_eager_wait_that_has_left_hurries_nobody():
+def test_a_frequent_wait_that_has_left_speeds_up_no_other():
     server = Server({"od_0": (60.0, "completed")})
     intervals = []
 
@@ -552,7 +552,7 @@ def test_an_eager_wait_that_has_left_hurries_nobody():
     assert len([1 for moment, _ in server.requests if moment > 12]) <= 6
 
 
-def test_slow_waits_are_not_looked_at_for_the_sake_of_an_eager_one():
+def test_slow_waits_are_not_polled_because_of_a_frequent_one():
     server = Server(jobs(50, first_end=300, spread=1))
     run(server, [watch(f"od_{n}", 1.0 if n == 0 else 100.0) for n in range(50)])
     assert asked(server, 10, 300)["list"] <= 4
@@ -560,14 +560,14 @@ def test_slow_waits_are_not_looked_at_for_the_sake_of_an_eager_one():
 
 
 @pytest.mark.parametrize("joins", [10.0, 50.0])
-def test_an_eager_wait_does_not_stand_behind_many_slow_ones(joins):
+def test_a_frequent_wait_is_not_queued_behind_many_slow_ones(joins):
     server = Server(jobs(500, first_end=9e9) | {"eager": (80.0, "completed")}, list_status=404)
     watches = [watch(name, 5.0 if name == "eager" else 3600.0) for name in server.ends]
     ends = run(server, watches, joins={500: joins}, leaves=dict.fromkeys(range(500), 100.0))
     assert late(server, ends[500:])[-1] < 12
 
 
-def test_an_eager_wait_does_not_stand_behind_what_429_has_held_up():
+def test_a_frequent_wait_is_not_queued_behind_what_429_delayed():
     server = Server(jobs(500, first_end=9e9) | {"eager": (60.0, "completed")}, list_status=404)
     server.faults = [(12.0, 14.0, "429/60", 1.0)]
     watches = [watch(name, 5.0 if name == "eager" else 3600.0) for name in server.ends]
@@ -576,7 +576,7 @@ def test_an_eager_wait_does_not_stand_behind_what_429_has_held_up():
     assert ends[500].at < resumed + 12
 
 
-def test_a_slow_wait_is_not_forgotten_over_many_eager_ones():
+def test_a_slow_wait_is_not_forgotten_among_many_frequent_ones():
     server = Server(jobs(300, first_end=9e9) | {"slow": (80.0, "completed")}, list_status=404)
     watches = [watch(name, 100.0 if name == "slow" else 1.0) for name in server.ends]
     ends = run(server, watches, leaves=dict.fromkeys(range(300), 300.0))
@@ -603,7 +603,7 @@ def test_a_list_that_lags_behind_is_found_out_however_scarce_gets_are():
     assert late(server, ends[:60])[-1] < 200
 
 
-def test_what_is_deleted_after_its_end_does_not_speak_against_the_bulk_call(caplog):
+def test_an_overdub_deleted_after_its_end_does_not_suspend_the_bulk_endpoint(caplog):
     class Deleting(Server):
         def status(self, overdub_id, at):
             word = super().status(overdub_id, at)
@@ -633,7 +633,7 @@ def test_rows_that_lack_something_are_completed_by_a_get(name):
 
 
 @pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
-def test_what_has_ended_is_not_asked_for_again_before_its_get(resource):
+def test_a_final_overdub_is_not_polled_again_before_its_get(resource):
     server = Server(jobs(300, spread=1), resource=resource, bulk_status=200, lacking=LEAN)
     ends = run(server, [watch(name) for name in server.ends])
     assert asked(server, 65, 200)["list"] + asked(server, 65, 200)["bulk"] <= 10
@@ -651,8 +651,8 @@ def test_a_deleted_overdub_ends_its_own_wait_only():
 
 
 @pytest.mark.parametrize("list_status", [200, 403, 503])
-def test_404_on_an_overdub_that_the_list_does_not_deny(list_status):
-    """A gateway or a replica of HeyGen may say so, too; it is believed only with the list."""
+def test_404_on_an_overdub_that_the_list_may_contain(list_status):
+    """A gateway or a replica of HeyGen may return it, too; it applies only together with the list."""
     server = Server({"od_0": (300.0, "completed")}, list_status=list_status)
     answer = server.answer
 
@@ -666,7 +666,7 @@ def test_404_on_an_overdub_that_the_list_does_not_deny(list_status):
     assert end.event["status"] == "completed"
 
 
-def test_a_list_that_goes_in_circles_denies_nothing():
+def test_a_list_with_circular_cursors_proves_nothing():
     server = Server({"od_0": (300.0, "completed")})
     answer = server.answer
 
@@ -691,7 +691,7 @@ def test_many_that_are_gone_share_the_reading_of_the_list():
 
 @pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
 @pytest.mark.parametrize("status", [None, 4, ["completed"]], ids=str)
-def test_rows_without_a_status_tell_nothing(resource, status, monkeypatch):
+def test_rows_without_a_status_prove_nothing(resource, status, monkeypatch):
     server = Server(jobs(20), resource=resource, bulk_status=200)
     answer = server.answer
 
@@ -768,7 +768,7 @@ def test_an_id_that_a_template_made_a_number(list_status):
 
 
 @pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
-def test_what_tells_of_many_may_hang(resource):
+def test_pages_may_hang(resource):
     server = Server(
         jobs(100, spread=1000),
         resource=resource,
@@ -780,9 +780,9 @@ def test_what_tells_of_many_may_hang(resource):
     assert late(server, ends)[90] < 6  # a GET each, nearly all the time
 
 
-def test_a_list_that_we_cannot_even_fail_to_read(monkeypatch):
+def test_a_list_whose_error_cannot_be_formatted(monkeypatch):
     server = Server(jobs(20))
-    monkeypatch.setattr(server, "page", lambda *_: 1 / 0)  # a fault that nobody foresaw
+    monkeypatch.setattr(server, "page", lambda *_: 1 / 0)  # an unforeseen fault
     ends = run(server, [watch(name) for name in server.ends])
     assert {end.event["status"] for end in ends} == {"completed"}
     assert late(server, ends)[-1] < 15
@@ -797,7 +797,7 @@ def test_a_list_that_cannot_be_used(status):
     assert server.kinds["list"] <= (2 if status < 500 else 14)
 
 
-def test_a_server_without_the_bulk_call():
+def test_a_server_without_the_bulk_endpoint():
     server = Server(jobs(100), resource="lipsyncs")
     run(server, [watch(name) for name in server.ends])
     assert server.kinds["bulk"] <= 2
@@ -807,11 +807,11 @@ def test_a_server_without_the_bulk_call():
 # --- Trouble ----------------------------------------------------------------------------------------------
 
 
-def test_429_is_waited_out_by_all():
+def test_429_delays_all_waits():
     server = Server(jobs(300, first_end=20), faults=[(30, 36, "429/40", 1.0)])
     ends = run(server, [watch(name) for name in server.ends])
     begin = min(moment for moment, _ in server.requests if moment >= 30)
-    # The list and the GETs are told one after the other, and some GETs may be under way.
+    # The list and the GETs get their 429 one after the other, and some GETs may be under way.
     waited = [kind for moment, kind in server.requests if begin < moment < begin + 40]
     assert len(waited) <= 1 + poller.MAX_CONCURRENT_GETS
     assert {end.event["status"] for end in ends} == {"completed"}
@@ -867,7 +867,7 @@ def test_an_absurd_retry_after_is_capped_and_forgotten_with_another_connection()
 
 
 @pytest.mark.parametrize("exchanged", [True, False])
-def test_what_was_asked_for_outlives_all_waits_but_not_their_connection(exchanged):
+def test_a_retry_after_outlives_all_waits_but_not_their_connection(exchanged):
     server = Server({"od_0": (0.0, "running"), "od_1": (40.0, "completed")}, faults=[(5, 20, "429/800", 1.0)])
 
     async def exchange():
@@ -903,7 +903,7 @@ def test_failures_that_came_together_count_once(seed, monkeypatch):
     assert asked(server, 24, 33), "no pause as after ten failures in a row"
 
 
-def test_a_success_ends_the_patience_with_the_list():
+def test_a_success_ends_the_backoff_of_the_list():
     server = Server(jobs(100, first_end=400))
     answer, lists = server.answer, []
 
@@ -929,7 +929,7 @@ def test_a_get_that_succeeds_ends_the_backoff():
     assert max(gaps) < 8
 
 
-def test_a_storm_of_429_fails_nobody():
+def test_many_429_fail_no_wait():
     server = Server(jobs(1000, first_end=100, spread=200), faults=[(10, 400, "429/1", 0.5)])
     ends = run(server, [watch(name) for name in server.ends])
     assert {end.event["status"] for end in ends} == {"completed"}
@@ -953,7 +953,7 @@ def test_an_outage_without_end_lasts_until_the_deadline():
     assert len(server.requests) < 3600 / 15 * 5
 
 
-def test_an_overdub_that_cannot_be_read_hurts_nobody_else():
+def test_an_overdub_that_cannot_be_read_affects_no_other():
     server = Server(jobs(20), list_status=404, poison={"od_7"})
     ends = run(server, [watch(name, deadline=300.0) for name in server.ends])
     assert Counter(end.event["status"] for end in ends) == {"completed": 19, "timeout": 1}
@@ -993,14 +993,14 @@ def test_the_deadline_holds_when_nothing_can_be_asked():
     assert 60 <= end.at <= 60 + poller.GRACE_SECONDS + 0.1
 
 
-def test_the_last_look_is_at_the_deadline():
+def test_the_last_poll_is_at_the_deadline():
     server = Server({"od_0": (98.0, "completed"), "od_1": (102.0, "completed")})
     ends = run(server, [watch(name, 60.0, deadline=100.0) for name in server.ends])
     assert [end.event["status"] for end in ends] == ["completed", "timeout"]
     assert all(98 <= end.at < 101 for end in ends)
 
 
-def test_a_deadline_that_passed_while_nobody_looked_leaves_one_look():
+def test_a_deadline_that_passed_without_a_triggerer_leaves_one_poll():
     """The triggerer was away; what has ended meanwhile is no timeout."""
     server = Server({"od_0": (-1.0, "completed"), "od_1": (-1.0, "failed"), "od_2": (9.0, "completed")})
     ends = run(server, [watch(name, deadline=-60.0) for name in server.ends])
@@ -1016,7 +1016,7 @@ def test_only_an_overdub_that_has_ended_leaves_its_slot_to_the_queue():
 
 
 @pytest.mark.parametrize("jump", [-3600.0, 3600.0])
-def test_a_clock_that_is_set_puts_off_no_deadline(jump):
+def test_a_clock_that_is_set_postpones_no_deadline(jump):
     server = Server({"od_0": (9e9, "completed"), "od_1": (30.0, "completed")})
 
     async def jumps():
@@ -1048,7 +1048,7 @@ def test_a_wait_that_cannot_log_fails_alone():
 
 
 @pytest.mark.parametrize("poke_interval", [0, -1.0, math.nan, math.inf, "soon"])
-def test_an_impossible_interval_hurts_nobody_else(poke_interval):
+def test_an_impossible_interval_affects_no_other_wait(poke_interval):
     server = Server(jobs(5))
     ends = run(server, [watch("od_0", poke_interval)] + [watch(name) for name in server.ends])
     assert [end.event["status"] for end in ends] == ["error"] + ["completed"] * 5
@@ -1057,7 +1057,7 @@ def test_an_impossible_interval_hurts_nobody_else(poke_interval):
 
 @pytest.mark.parametrize("phase", [0.0, 0.999])
 @pytest.mark.parametrize("poke_interval", [5e-324, 1e-9, 1e300])
-def test_an_interval_beyond_reason_hurts_nobody_else(poke_interval, phase, monkeypatch):
+def test_an_absurd_interval_affects_no_other_wait(poke_interval, phase, monkeypatch):
     monkeypatch.setattr(poller.random, "random", lambda: phase)
     server = Server(jobs(20))
     watches = [watch(i, poke_interval if i == "od_0" else 5.0, 200.0) for i in server.ends]
@@ -1094,7 +1094,6 @@ def test_pollers_of_closed_loops_are_forgotten():
     for _ in range(3):
         run(Server(jobs(1)), [watch("od_0")])
     assert len([loop for loop, _ in poller._pollers if loop.is_closed()]) <= 1
-
 
 
 def test_a_wait_that_begins_while_the_poller_dies():
@@ -1140,7 +1139,7 @@ def test_waits_that_begin_while_others_for_the_same_overdubs_end():
         runner.run(main())
 
 
-def test_a_later_wait_for_the_same_overdub_hears_its_status():
+def test_a_later_wait_for_the_same_overdub_logs_its_status():
     server = Server(jobs(20, first_end=100))
     watches = [watch(name, deadline=60.0) for name in [*server.ends, *server.ends]]
     ends = run(server, watches, joins=dict.fromkeys(range(20, 40), 50.0))
@@ -1218,7 +1217,7 @@ def test_a_key_rotated_while_requests_are_under_way(look_up_seconds, latency):
 
 @pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
 @pytest.mark.parametrize("listed", [True, False])
-def test_a_look_that_hangs_holds_up_nobody_else(resource, listed, monkeypatch):
+def test_a_poll_that_hangs_delays_no_other(resource, listed, monkeypatch):
     class Stuck(Hook):
         async def asend(self, call):
             if call.path.endswith("/stuck"):
@@ -1241,7 +1240,7 @@ def test_a_look_that_hangs_holds_up_nobody_else(resource, listed, monkeypatch):
     assert min(later - before for before, later in itertools.pairwise(asked_at)) > 40
 
 
-def test_an_answer_to_a_connection_that_was_exchanged_does_not_count(monkeypatch):
+def test_a_response_to_a_replaced_connection_does_not_count(monkeypatch):
     class Outdated(Hook):
         async def asend(self, call):
             overdub = await super().asend(call)
@@ -1265,7 +1264,7 @@ def test_an_answer_to_a_connection_that_was_exchanged_does_not_count(monkeypatch
     assert late(server, ends)[0] >= 0
 
 
-def test_a_changed_connection_is_learned_anew():
+def test_a_changed_connection_is_learned_again():
     """The first one's 'resource' was wrong, so the list was left alone for ten minutes."""
     server = Server(jobs(100, first_end=200), list_status=404)
 
@@ -1298,7 +1297,7 @@ def test_a_key_rotated_just_after_the_connection_was_read(at):
 
 
 @pytest.mark.parametrize("restored", [True, False])
-def test_a_refused_key_ends_no_wait(restored):
+def test_a_rejected_key_ends_no_wait(restored):
     server = Server(jobs(300))
     refused = []
 
@@ -1319,7 +1318,7 @@ def test_a_refused_key_ends_no_wait(restored):
     assert max(len(end.watch.log.lines) for end in ends) < 30
 
 
-def test_a_look_up_that_swallows_its_cancellation_holds_up_nobody(monkeypatch):
+def test_a_connection_read_that_ignores_its_cancellation_delays_no_wait(monkeypatch):
     async def look_up(hook):
         with suppress(asyncio.CancelledError):
             await asyncio.sleep(8)
@@ -1332,7 +1331,7 @@ def test_a_look_up_that_swallows_its_cancellation_holds_up_nobody(monkeypatch):
     assert end.at < 12
 
 
-def test_a_poller_that_swallows_its_cancellation_leaves_its_successor_alone(monkeypatch):
+def test_a_poller_that_ignores_its_cancellation_does_not_affect_the_next(monkeypatch):
     async def look_up(hook):
         begin = hook.server.loop.now
         while (left := begin + 2 - hook.server.loop.now) > 0:
@@ -1356,7 +1355,7 @@ def test_a_poller_that_swallows_its_cancellation_leaves_its_successor_alone(monk
     assert opened == [0, 1]
 
 
-def test_a_look_up_is_never_cut_off(monkeypatch):
+def test_reading_the_connection_is_never_interrupted(monkeypatch):
     """
     Before Airflow 3.2, an answer that nobody fetches stays in the pipe between triggerer and supervisor.
 
@@ -1376,7 +1375,7 @@ def test_a_look_up_is_never_cut_off(monkeypatch):
         waits = asyncio.create_task(poller.wait("heygen_slow", watch("od_1")))
         await asked.wait()
         waits.cancel()
-        await asyncio.wait([waits])  # it does not wait for the answer
+        await asyncio.wait([waits])  # it does not wait for the response
         may_answer.set()
         await asyncio.wait_for(answered.wait(), 30)
 
@@ -1485,7 +1484,7 @@ def test_a_rotated_key_is_picked_up_in_a_running_triggerer(heygen, connect, no_l
     assert looks[-1] == "oauth"
 
 
-def test_a_restarted_triggerer_goes_on(heygen, connect, no_leak):
+def test_a_restarted_triggerer_continues(heygen, connect, no_leak):
     """Of 300 waits, each but the first 30 is cut off twice: one event each."""
     connect(heygen.url, max_requests_per_second=100, allow_private_hosts=True)
     heygen.behaviour.job_seconds = 0.0

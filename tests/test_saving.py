@@ -96,7 +96,7 @@ def test_a_clear_only_saves_while_nothing_is_saved(heygen, pauses, tmp_path):
 
 
 @pytest.mark.parametrize("refusal", [{"status": 401}, {"status": 404}], ids=str)
-def test_a_refusal_does_not_end_the_task_for_good(heygen, tmp_path, monkeypatch, refusal):
+def test_a_rejected_poll_does_not_end_the_task_for_good(heygen, tmp_path, monkeypatch, refusal):
     """A permanent error would need a clear, which before Airflow 3.3 starts another overdub."""
     save = HeyGenHook.download_overdub
 
@@ -198,7 +198,7 @@ def test_lineage_has_the_overdub_and_the_files(heygen, tmp_path, deferrable):
 
 
 @LIPSYNCS
-def test_a_task_that_fails_tells_what_it_has_saved(heygen, tmp_path, monkeypatch):
+def test_a_failed_task_reports_what_it_has_saved(heygen, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise HeyGenError("It broke.")
 

@@ -149,7 +149,7 @@ def test_timeout(heygen, mode, overdub_id, flag):
 
 
 @ALL_MODES
-def test_a_timeout_of_0_is_one_look(heygen, mode, overdub_id):
+def test_a_timeout_of_0_is_one_poll(heygen, mode, overdub_id):
     heygen.force(overdub_id, "running")
     with pytest.raises(AirflowSensorTimeout):
         wait(overdub_id, mode, timeout=0)
@@ -253,7 +253,7 @@ def test_an_absurd_retry_after_is_capped(heygen, overdub_id):
 
 
 @ALL_MODES
-def test_an_unknown_status_is_told_and_waited_out(heygen, mode, overdub_id, capsys):
+def test_an_unknown_status_is_logged_and_the_wait_continues(heygen, mode, overdub_id, capsys):
     heygen.force(overdub_id, "running")
     body = {"data": {"id": overdub_id, "overdub_id": overdub_id, "status": "polishing"}}
     heygen.fail_next(method="GET", path="/v3/overdubs/", status=200, body=json.dumps(body))
@@ -325,7 +325,7 @@ def test_no_wait_times_out_unseen(heygen, overdub_id, status, by):
     ],
     ids=str,
 )
-def test_an_event_that_is_not_ours_fails_loudly(heygen, event):
+def test_an_event_of_another_trigger_fails(heygen, event):
     sensor = Task(lambda: HeyGenOverdubSensor(task_id="wait", overdub_id="od_1", deferrable=True, timeout=20))
     heygen.fail_next(method="GET", status=500)
     with pytest.raises(HeyGenTriggerEventError, match="not affected"):

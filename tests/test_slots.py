@@ -16,7 +16,7 @@ from airflow_provider_heygen.slots import COUNT_SECONDS, SPREAD_SECONDS, Place, 
 
 JOB = 120.0
 START = 4.0
-"""How long Airflow takes at most until a released task sends its request, in seconds."""
+"""Longest time until a released task sends its request, in seconds."""
 REFUSED = 15.0
 
 
@@ -126,7 +126,7 @@ def test_no_slot_is_free_for_long_and_the_order_is_kept(ceiling, tasks, seed):
     ),
     seed=seeds,
 )
-def test_nobody_starves_or_goes_out_twice(ceiling, triggerers, tasks, blows, seed):
+def test_no_task_starves_or_is_released_twice(ceiling, triggerers, tasks, blows, seed):
     note(f"seed {seed}")
     world = World(ceiling, queues=[Slots() for _ in range(triggerers)], seed=seed)
     everybody = list(range(tasks))
@@ -194,7 +194,7 @@ def test_places_are_kept_over_a_restart():
     assert all(abs(place - task) <= 4 for place, task in enumerate(world.order))
 
 
-def test_a_task_says_how_many_wait_before_it():
+def test_a_task_logs_how_many_wait_before_it():
     queue = Slots()
     assert [
         queue.join(Place(since, 0.0, since), rejected_now=True, resumed=False) for since in (5, 7, 6)

@@ -45,7 +45,7 @@ TABLE = [
     # Nothing reached HeyGen: the same submission, as if for the first time.
     ("not sent", None, "retry", Step.RESEND),
     ("not sent", None, "clear", Step.RESEND),
-    # Something may have: look for it before anything else.
+    # An overdub may have been started: search for it first.
     ("sent", RemoteState.NOT_CHECKED, "retry", Step.SEARCH),
     ("sent", RemoteState.USABLE, "retry", Step.REATTACH),
     ("sent", RemoteState.FAILED, "retry", Step.SUBMIT_NEW),
@@ -63,7 +63,7 @@ TABLE = [
     ("answered", RemoteState.USABLE, "clear", Step.REATTACH),
     ("answered", RemoteState.FAILED, "clear", Step.SUBMIT_NEW),
     ("answered", RemoteState.MISSING, "clear", Step.SUBMIT_NEW),
-    # The worker died between noting the delivery and telling Airflow: not a wish for another.
+    # The worker died between marking the delivery and reporting to Airflow: no changed request.
     ("delivered", RemoteState.NOT_CHECKED, "retry", Step.CHECK),
     ("delivered", RemoteState.USABLE, "retry", Step.REATTACH),
     ("delivered", RemoteState.FAILED, "retry", Step.SUBMIT_NEW),
@@ -112,7 +112,7 @@ def test_a_derived_key_stays_over_retries_and_changes_with_what_wants_another_jo
     assert len({key, *others}) == len(others) + 1
 
 
-def test_the_same_request_has_the_same_prefix_in_each_key_unless_its_links_have_queries():
+def test_the_same_request_has_the_same_prefix_in_each_key_unless_its_urls_have_queries():
     plain, signed = "a" * 64, "b" * 64
     prefix = content_prefix(f"{plain}:{plain}")
     assert derived_key(TI, f"{plain}:{plain}").startswith(prefix)
@@ -189,7 +189,7 @@ def test_an_upload_has_a_key_of_its_own():
 @pytest.mark.parametrize(
     "video", ["https://x.y/v.mp4", "https://x.y/v.mp4?sig=2", "https://other:secret@x.y/v.mp4?sig=1"]
 )
-def test_credentials_and_queries_of_links_are_no_part_of_the_first_digest(video):
+def test_credentials_and_queries_of_urls_are_no_part_of_the_first_digest(video):
     first, whole = digest_of().split(":")
     assert digest_of(video=video).split(":")[0] == first
     assert digest_of(video=video).split(":")[1] != whole

@@ -1,4 +1,4 @@
-"""What a task's log tells people: one line for each thing that happens, and a summary at the end."""
+"""A task's log for its readers: one line for each event, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MEASURES = {
 
 @pytest.fixture
 def said(heygen, caplog, capsys):
-    """Give the lines about overdubs and files since the last call, sorted, and without ids and measures."""
+    """Return the lines about overdubs and files since the last call, sorted, and without ids and measures."""
     caplog.set_level("INFO")
     heygen.behaviour.job_seconds = None
     heygen.behaviour.pending_seconds = heygen.behaviour.running_seconds = 1.0
@@ -115,7 +115,7 @@ def test_dub_and_save(heygen, said, files, tmp_path, connect):
         "Uploaded SIZE in N s: file:///v.mp4, video/mp4, as asset ASSET.",
         "Waiting in the triggerer, checking every 0 s until TIME.",
     ]
-    # Nothing that looks like a key.
+    # Nothing with the form of a key.
     assert task.store.get("heygen_overdub")["key"] not in str(said())
     to_the_end(dub(deferrable=True, skip_existing=True, **files, **saved))
     assert said() == ["file:///v.mp4 exists (SIZE) and is not older than its sources: nothing to do."]

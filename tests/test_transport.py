@@ -105,7 +105,7 @@ def saying(answer):
     def behave(connection):
         connection.recv(65536)
         connection.sendall(answer)
-        # Closed with bytes unread, it would be reset, and the answer might be lost.
+        # Closed with bytes unread, it would be reset, and the response might be lost.
         connection.settimeout(5)
         with suppress(OSError):
             connection.shutdown(socket.SHUT_WR)
@@ -117,7 +117,7 @@ def saying(answer):
 
 @contextmanager
 def full_backlog():
-    """A port that does not answer a SYN."""
+    """A port that does not respond to a SYN."""
     with ExitStack() as stack:
         server = stack.enter_context(socket.socket())
         server.bind(("127.0.0.1", 0))
@@ -320,7 +320,7 @@ def test_silence_after_sending(listen, send):
 
 
 def test_a_connection_that_is_kept_alive_breaks(listen, authority):
-    """No connection is opened for the second request, which tells nothing about whether it was sent."""
+    """No connection is opened for the second request, which does not prove whether it was sent."""
     for tls in (None, authority.server()):
         answers = [(200, {}, OVERDUB), b""] * 2
         gateway = listen(lambda _, answers=answers: answers.pop(0), tls=tls)
@@ -528,7 +528,7 @@ def test_credential_of_its_own_origin(netrc, base_url, url, same):
         assert {"Authorization", "X-Api-Key"} & set(headers) == ({name} if same else set())
 
 
-def test_no_redirect_takes_the_credential_along(listen):
+def test_no_redirect_receives_the_credential(listen):
     other = listen()
     gateway = listen(lambda _: (307, {"Location": f"{other.url}/v3/x"}, b""))
     with transport.new_session(settings_for(gateway.url), credential=True) as session:

@@ -43,7 +43,7 @@ LIPSYNCS = pytest.mark.parametrize("resource", ["lipsyncs"])
 
 
 def mp4(path, size=0, fill=b"\0"):
-    """Write what is told for an mp4, of that many bytes."""
+    """Write a file of that many bytes that is detected as mp4."""
     head = b"\0\0\0\x14ftypisom\0\0\2\0mp41\0\0\0\x08mdat"
     with path.open("wb") as file:
         file.write(head)
@@ -156,7 +156,7 @@ def make(path, *arguments):
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_a_type_that_is_taken(heygen, tmp_path, name):
+def test_a_type_that_is_accepted(heygen, tmp_path, name):
     mime_type, *arguments = TAKEN[name]
     # The name says nothing.
     path = make(tmp_path / name, *arguments).rename(tmp_path / "file.mov")
@@ -166,7 +166,7 @@ def test_a_type_that_is_taken(heygen, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_type_that_is_refused(heygen, tmp_path, name):
+def test_a_type_that_is_rejected(heygen, tmp_path, name):
     error, *arguments = REFUSED[name]
     path = make(tmp_path / name, *arguments).rename(tmp_path / "file.mp4")
     with pytest.raises(HeyGenBadInputError, match=f"{error}.*mp4, webm, mp3, wav, png and jpeg"):
@@ -335,7 +335,7 @@ def test_a_file_that_changes_its_bytes_on_the_way(heygen, pauses, tmp_path, size
 
 
 @LIPSYNCS
-def test_a_file_that_is_damaged_on_the_way(heygen, pauses, large, listen):
+def test_a_file_that_is_damaged_during_the_upload(heygen, pauses, large, listen):
     storage = listen(lambda _: (400, {}, b"<Error><Code>BadDigest</Code></Error>"))
     upload_to(heygen, storage.url)
     with pytest.raises(HeyGenError, match=r"400 BadDigest.*has changed") as caught:
@@ -344,7 +344,7 @@ def test_a_file_that_is_damaged_on_the_way(heygen, pauses, large, listen):
 
 
 class SlowReader:
-    """A server that stops reading for longer than a connect may take, and then takes what comes."""
+    """A server that stops reading for longer than ``connect_timeout``, and then reads on."""
 
     def __init__(self, seconds):
         self.seconds, self.received = seconds, 0
@@ -369,7 +369,7 @@ class SlowReader:
 
 @LIPSYNCS
 @pytest.mark.parametrize("size", [31 * MB, 33 * MB], ids=["form", "direct"])
-def test_an_upload_bears_silence_for_longer_than_a_connect(heygen, connect, pauses, tmp_path, size):
+def test_upload_timeout_may_exceed_connect_timeout(heygen, connect, pauses, tmp_path, size):
     server = SlowReader(1.5)
     timeouts = {"connect_timeout": 0.3, "upload_timeout": 30, "allow_private_hosts": True}
     if size > 32 * MB:
@@ -383,7 +383,7 @@ def test_an_upload_bears_silence_for_longer_than_a_connect(heygen, connect, paus
     assert server.received >= size
 
 
-def test_an_upload_does_not_bear_more_silence_than_it_was_told_to(connect, pauses, tmp_path):
+def test_an_upload_waits_no_longer_than_upload_timeout(connect, pauses, tmp_path):
     connect(SlowReader(30).url, connect_timeout=20, upload_timeout=0.3)
     with pytest.raises(HeyGenTransientError, match="no readable response arrived"):
         HeyGenHook(max_attempts=1).upload_asset(mp4(tmp_path / "v.mp4", 31 * MB))
@@ -489,7 +489,7 @@ def test_storage_that_never_shows_the_file(heygen, pauses, direct):
 
 @LIPSYNCS
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
-def test_a_refused_upload_url_is_replaced(heygen, pauses, direct, status):
+def test_a_rejected_upload_url_is_replaced(heygen, pauses, direct, status):
     heygen.fail_next(method="PUT", status=status)
     asset = HeyGenHook().upload_asset(direct, idempotency_key="k")
     assert [kept.id for kept in heygen.assets] == [asset.asset_id]
@@ -539,7 +539,7 @@ def test_upload_urls_that_are_dead_on_arrival(heygen, pauses, direct):
 
 
 @LIPSYNCS
-def test_storage_that_refuses_every_url_is_quoted(heygen, pauses, direct, listen):
+def test_storage_that_rejects_every_url_is_quoted(heygen, pauses, direct, listen):
     storage = listen(lambda _: (403, {}, b"<Error><Code>SignatureDoesNotMatch</Code></Error>"))
     upload_to(heygen, storage.url, count=3)
     heygen.fail_next(path=".*/complete", status=409, code="conflict", count=3)
@@ -585,7 +585,7 @@ def test_a_put_follows_no_redirect(heygen, pauses, direct, listen, status):
 
 @LIPSYNCS
 @pytest.mark.parametrize("status", [400, 501])
-def test_what_storage_refuses(heygen, pauses, direct, listen, status):
+def test_what_storage_rejects(heygen, pauses, direct, listen, status):
     storage = listen(
         lambda _: (status, {}, b"<Error><Code>Strange</Code><Message>?sig=SECRET</Message></Error>")
     )
@@ -633,7 +633,7 @@ def test_an_upload_url_that_leads_where_it_must_not(heygen, connect, pauses, dir
 
 
 @LIPSYNCS
-def test_what_heygen_says_of_the_size(heygen, pauses, large, listen):
+def test_heygens_message_about_the_size(heygen, pauses, large, listen):
     storage = listen()
     upload_to(heygen, storage.url, max_bytes=20 * MB)
     with pytest.raises(HeyGenPermanentError, match=r"has 32\.0 MiB, HeyGen accepts 20\.0 MiB"):
@@ -664,7 +664,7 @@ def test_an_api_without_direct_uploads(heygen, pauses, direct):
     ],
     ids=str,
 )
-def test_an_answer_that_cannot_be_used(heygen, pauses, direct, changes, error):
+def test_a_response_that_cannot_be_used(heygen, pauses, direct, changes, error):
     upload_to(heygen, heygen.url, **changes)
     with pytest.raises(HeyGenTransientError, match=error) as caught:
         HeyGenHook(max_attempts=1).upload_asset(direct)
@@ -672,7 +672,7 @@ def test_an_answer_that_cannot_be_used(heygen, pauses, direct, changes, error):
 
 
 @LIPSYNCS
-def test_an_answer_that_says_little_is_enough(heygen, direct, listen):
+def test_a_response_with_few_fields_is_enough(heygen, direct, listen):
     storage = listen()
     changes = {"upload_headers": None, "expires_in_seconds": "soon", "max_bytes": None, "status": 7}
     upload_to(heygen, storage.url, **changes)
@@ -697,7 +697,7 @@ from airflow_provider_heygen.hooks.heygen import HeyGenHook
 def peak():  # ru_maxrss would begin with that of the process it was forked from
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 with HeyGenHook() as hook:
-    hook.upload_asset(sys.argv[1])  # whatever is loaded on first use
+    hook.upload_asset(sys.argv[1])  # loads what is loaded on first use
     before = peak()
     hook.upload_asset(sys.argv[2])
     print(peak() - before)
@@ -821,7 +821,7 @@ def test_nothing_is_uploaded_before_all_is_checked(heygen, clips, changes, error
     assert not task.store
 
 
-def test_an_upload_that_is_refused_creates_nothing(heygen, pauses, clips):
+def test_a_rejected_upload_starts_no_overdub(heygen, pauses, clips):
     heygen.fail_next(path="/v3/assets", status=402)
     with pytest.raises(HeyGenTaskFailedError, match="402"):
         Task(dub(clips), store=StateStore()).start()
@@ -916,7 +916,7 @@ def temporary(tmp_path, monkeypatch):
 
 
 @RESOURCES
-def test_links_are_uploaded(heygen, origin, temporary, caplog):
+def test_urls_are_uploaded(heygen, origin, temporary, caplog):
     caplog.set_level(logging.DEBUG)
     task = Task(dub_links(origin), store=StateStore())
     assert task.start() == heygen.jobs[0].id
@@ -940,7 +940,7 @@ def test_links_are_uploaded(heygen, origin, temporary, caplog):
     ],
 )
 @pytest.mark.parametrize("redirected", [False, True], ids=["at once", "redirected"])
-def test_a_link_that_leads_where_it_must_not(heygen, connect, origin, url, error, redirected, monkeypatch):
+def test_a_url_that_leads_where_it_must_not(heygen, connect, origin, url, error, redirected, monkeypatch):
     connect(heygen.url)
     if redirected:
         # Only the origin itself may be private.
@@ -970,7 +970,7 @@ def test_a_link_that_leads_where_it_must_not(heygen, connect, origin, url, error
     ],
     ids=str,
 )
-def test_a_link_to_no_video(heygen, pauses, origin, content, kind, error):
+def test_a_url_of_no_video(heygen, pauses, origin, content, kind, error):
     origin.server.answer = lambda _: content
     with pytest.raises(kind, match=error) as caught:
         Task(dub_links(origin), store=StateStore()).start()
@@ -978,14 +978,14 @@ def test_a_link_to_no_video(heygen, pauses, origin, content, kind, error):
     assert "SECRET" not in str(caught.value)
 
 
-def test_a_link_whose_download_breaks_is_resumed(heygen, pauses, origin):
+def test_a_url_whose_download_breaks_is_resumed(heygen, pauses, origin):
     origin.breaks = 2
     Task(dub_links(origin), store=StateStore()).start()
     assert heygen.assets[0].path.read_bytes() == origin.files["/v.mp4"][0]
     assert [seen.headers["Range"] for seen in origin.server.seen if seen.headers["Range"]]
 
 
-def test_a_link_of_unknown_length(heygen, origin):
+def test_a_url_of_unknown_length(heygen, origin):
     content = origin.files["/v.mp4"][0]
     origin.files["/v.mp4"] = (b"", {})
     origin.server.answer, answer = (
@@ -997,7 +997,7 @@ def test_a_link_of_unknown_length(heygen, origin):
 
 
 @RESOURCES
-def test_a_link_without_an_end(heygen, resource, monkeypatch):
+def test_a_url_without_an_end(heygen, resource, monkeypatch):
     """It would fill the disk; 120 MB stand for no end here."""
     limit = 32 if resource == "overdubs" else 40
     monkeypatch.setattr(upload, "MAX_DIRECT_BYTES", 40 * MB)
@@ -1057,7 +1057,7 @@ def expire(origin):
 
 
 @pytest.mark.parametrize("headers", [{}, {"ETag": '"1"'}], ids=str)
-def test_a_link_that_expires_loses_no_overdub(heygen, pauses, origin, headers, tmp_path):
+def test_a_url_that_expires_loses_no_overdub(heygen, pauses, origin, headers, tmp_path):
     for name, (content, _) in origin.files.items():
         origin.files[name] = (content, headers)
     heygen.fail_next(path="/files/", status=403, count=6)
@@ -1073,7 +1073,7 @@ def test_a_link_that_expires_loses_no_overdub(heygen, pauses, origin, headers, t
 
 
 @pytest.mark.parametrize("store", [True, False], ids=["state store", "no state store"])
-def test_a_link_that_expires_in_the_queue_is_not_needed_again(heygen, pauses, origin, store):
+def test_a_url_that_expires_in_the_queue_is_not_needed_again(heygen, pauses, origin, store):
     task = Task(dub_links(origin, deferrable=True), store=StateStore() if store else None)
     heygen.fail_next(method="POST", path="/v3/overdubs", status=429)
     deferred = task.start()
@@ -1082,7 +1082,7 @@ def test_a_link_that_expires_in_the_queue_is_not_needed_again(heygen, pauses, or
     assert (len(heygen.assets), len(heygen.jobs)) == (2, 1)
 
 
-def test_a_link_that_expires_before_the_file_is_uploaded(heygen, pauses, origin):
+def test_a_url_that_expires_before_the_file_is_uploaded(heygen, pauses, origin):
     heygen.fail_next(path="/v3/assets", status=503, count=6)
     task = Task(dub_links(origin), store=StateStore())
     with pytest.raises(HeyGenTransientError, match="503"):
@@ -1103,7 +1103,7 @@ def test_a_retry_after_an_upload_that_failed_downloads_again(heygen, pauses, ori
     assert heygen.assets[0].path.read_bytes() == origin.files["/v.mp4"][0]
 
 
-def test_another_file_at_the_link_makes_another_overdub(heygen, origin):
+def test_another_file_at_the_url_makes_another_overdub(heygen, origin):
     task = Task(dub_links(origin), store=StateStore())
     task.start()
     origin.files["/v.mp4"] = (origin.files["/v.mp4"][0] + bytes(8), {"ETag": '"2"'})
@@ -1113,7 +1113,7 @@ def test_another_file_at_the_link_makes_another_overdub(heygen, origin):
 
 
 def test_a_file_that_changes_while_it_is_fetched(heygen, pauses, origin):
-    """Its length is that of the first look, its bytes are those of the second."""
+    """Its length is that of the first read, its bytes are those of the second."""
     content = origin.files["/v.mp4"][0]
     contents = iter([content, content + b"more"])
     origin.server.answer = lambda _: (200, {}, next(contents))
@@ -1123,7 +1123,7 @@ def test_a_file_that_changes_while_it_is_fetched(heygen, pauses, origin):
 
 
 @LIPSYNCS
-def test_a_large_link_is_uploaded(heygen, origin):
+def test_the_large_file_of_a_url_is_uploaded(heygen, origin):
     content = MP4 + bytes(33 * MB)
     origin.files["/v.mp4"] = (content, {})
     Task(dub_links(origin, wait_for_completion=False), store=StateStore()).start()

@@ -69,7 +69,7 @@ def overdub(status, **members):
     return Overdub(id="od_1", status=status, **members)
 
 
-# --- Looks --------------------------------------------------------------------------------------------
+# --- Polls --------------------------------------------------------------------------------------------
 
 
 def test_the_usual_course():
@@ -86,7 +86,7 @@ def test_the_usual_course():
     ]
 
 
-def test_a_long_wait_says_every_five_minutes_that_it_goes_on(clock):
+def test_a_long_wait_logs_a_line_every_five_minutes(clock):
     watch = watching()
     watch.on_poll(overdub("running"))
     for seconds in range(30, 3600, 30):
@@ -105,7 +105,7 @@ def test_a_long_wait_says_every_five_minutes_that_it_goes_on(clock):
         (2 * 86400, "Waiting here, checking every 10 s until 1970-01-03 01:00 UTC."),
     ],
 )
-def test_what_a_wait_says_when_it_begins(monkeypatch, left, text):
+def test_the_log_line_at_the_start_of_a_wait(monkeypatch, left, text):
     monkeypatch.setattr(waiting, "time", SimpleNamespace(time=lambda: 3600.0))
     assert waiting.waiting_text("here", 10, None if left is None else 3600.0 + left) == text
 
@@ -124,13 +124,13 @@ def test_failed(reason, shown):
     assert end == {"overdub_id": "od_1", "status": "failed", "message": shown}
 
 
-def test_unknown_word_is_not_final_and_logged_once():
+def test_an_unknown_status_is_not_final_and_logged_once():
     watch = watching()
     assert [watch.on_poll(overdub("rendering")) for _ in range(3)] == [10] * 3
     assert watch.log.lines == ["Overdub od_1 is rendering (an unknown status; treated as not final)."]
 
 
-def test_a_status_is_not_trusted_to_be_a_word(clock):
+def test_a_status_may_be_no_text(clock):
     watch = watching(deadline=NOW + 15)
     assert watch.on_poll(overdub(f"see {LINK} {'x' * 9999}")) == 10
     clock.now += 20
@@ -157,7 +157,7 @@ def test_pauses_are_clipped_to_the_deadline(clock):
         assert text in step["message"]
 
 
-def test_failed_looks_are_clipped_too(clock):
+def test_failed_polls_are_limited_too(clock):
     watch = watching(deadline=NOW + 25)
     assert watch.on_error(HeyGenTransientError("busy", retry_after=500)) == 25
     clock.now += 25
@@ -167,7 +167,7 @@ def test_failed_looks_are_clipped_too(clock):
 
 
 @pytest.mark.parametrize("late", [0, 1000])
-def test_what_the_last_look_says_counts_more_than_the_deadline(clock, late):
+def test_the_last_poll_counts_more_than_the_deadline(clock, late):
     clock.now += 100 + late
     watch = watching(deadline=NOW + 100)
     assert watch.on_poll(overdub("completed"))["status"] == "completed"
@@ -176,10 +176,10 @@ def test_what_the_last_look_says_counts_more_than_the_deadline(clock, late):
     assert watch.on_poll(overdub("pending"))["status"] == "timeout"
 
 
-# --- Looks that fail ----------------------------------------------------------------------------------
+# --- Polls that fail ----------------------------------------------------------------------------------
 
 
-def test_404_is_waited_out_while_the_overdub_is_fresh(clock):
+def test_404_means_not_readable_yet_while_the_overdub_is_new(clock):
     watch = watching(not_found_until=NOW + 30)
     for _ in range(15):
         assert watch.on_error(HeyGenNotFoundError("gone")) == 2
@@ -189,7 +189,7 @@ def test_404_is_waited_out_while_the_overdub_is_fresh(clock):
     assert watch.missing_since is not None
 
 
-def test_fresh_is_half_a_minute_after_the_create(heygen, monkeypatch):
+def test_an_overdub_is_new_for_half_a_minute(heygen, monkeypatch):
     monkeypatch.setattr(waiting, "time", time)
     heygen.behaviour.job_seconds = 60
     before = time.time()
@@ -240,7 +240,7 @@ def test_a_wrong_clock_makes_nothing_gone(clock, monkeypatch):
     assert not watch.may_be_gone
 
 
-def test_fresh_404_with_a_short_interval_or_deadline():
+def test_404_of_a_new_overdub_with_a_short_interval_or_deadline():
     assert watching(not_found_until=NOW + 30, poke_interval=0.5).on_error(HeyGenNotFoundError("gone")) == 0.5
     assert watching(not_found_until=NOW + 30, deadline=NOW + 1).on_error(HeyGenNotFoundError("gone")) == 1
 
@@ -283,7 +283,7 @@ def test_what_is_wrong_is_logged_once_per_change():
     assert len(watch.log.lines) == 10
 
 
-def test_links_in_errors_are_not_shown(clock):
+def test_urls_in_errors_are_not_shown(clock):
     watch = watching(deadline=NOW + 1)
     watch.on_error(RuntimeError(f"at {LINK}"))
     clock.now += 2
@@ -426,7 +426,7 @@ def event(status, **members):
 WAIT = WaitMetrics(SimpleNamespace(dag_id="dag", task_id="task"), None)
 
 
-def test_conclusions_from_the_event_alone(heygen):
+def test_results_from_the_event_alone(heygen):
     hook = HeyGenHook()
     assert waiting.resolve_wait(DONE, WAIT, hook) == DONE["overdub"]
     for status, kind in {

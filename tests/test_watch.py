@@ -55,7 +55,7 @@ def dag(airflow_db, tmp_path_factory):
     path = folder / "watched.py"
     path.write_text(DAG_FILE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("airflow.settings.DAGS_FOLDER", str(folder))  # where Airflow looks for DAGs
+        patch.setattr("airflow.settings.DAGS_FOLDER", str(folder))  # where Airflow finds DAGs
         spec = importlib.util.spec_from_file_location("watched", path)
         module = importlib.util.module_from_spec(spec)
         patch.setitem(sys.modules, "watched", module)
@@ -98,7 +98,7 @@ def nobody(api_server):
 
 @pytest.fixture
 def user(nobody):
-    """Somebody who is logged in; the cookie is the one that a browser sends."""
+    """A user who is logged in; the cookie is the one that a browser sends."""
     manager = get_auth_manager()
     nobody.cookies["_token"] = manager.generate_jwt(
         manager.deserialize_user({"sub": "ann", "role": "VIEWER", "teams": []})
@@ -190,7 +190,7 @@ def test_a_running_overdub_has_no_video_yet(heygen, run, user, status):
     assert f"The overdub is {status}; HeyGen has no video of it." in video.text
 
 
-def test_a_failed_overdub_says_why(heygen, run, user):
+def test_a_failed_overdub_reports_the_reason(heygen, run, user):
     link = "https://example.com/a.mp4?Signature=5ecret"
     heygen.force(job(heygen).id, "failed", f"<b>No speaker</b> in {link}")
     page = user.get(address(run))
@@ -268,7 +268,7 @@ def unread(monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["", "/video"])
-def test_nobody_logged_in(run, nobody, unread, path):
+def test_no_user_is_logged_in(run, nobody, unread, path):
     answer = nobody.get(f"{address(run)}{path}", headers={"Accept": "*/*"})
     assert answer.status_code == 401
     answer = nobody.get(f"{address(run)}{path}", headers={"Accept": "text/html,*/*"})
@@ -360,7 +360,7 @@ def test_heygen_does_not_respond(heygen, run, user, monkeypatch):
     assert "HeyGen has not responded within" in answer.text
 
 
-def test_no_database_and_no_look_up_of_names_on_the_event_loop(run, user, monkeypatch):
+def test_no_database_and_no_dns_on_the_event_loop(run, user, monkeypatch):
     called = []
 
     def off_the_loop(name):

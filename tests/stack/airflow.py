@@ -40,7 +40,7 @@ NOTICES_SOON = {
 
 HERE = Path(__file__).resolve().parent
 POSTGRES = os.environ.get("STACK_POSTGRES", "postgresql://postgres@127.0.0.1:5432")
-"""Where a PostgreSQL lets us create databases; without one, SQLite is used."""
+"""A PostgreSQL in which the tests may create databases; without it, SQLite is used."""
 
 COMMON_PARTS = {
     "api-server": ("api-server", "--workers", "1"),
@@ -111,7 +111,7 @@ class Stack:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "TMPDIR": str(temporary),
             "PYTHONUNBUFFERED": "1",
-            "SPT_NOENV": "1",  # else a process that renames itself overwrites the mark the keeper looks for
+            "SPT_NOENV": "1",  # else a process that renames itself overwrites the keeper's mark
             "AIRFLOW_HOME": str(self.home),
             "AIRFLOW__CORE__DAGS_FOLDER": str(HERE / "dags"),
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
@@ -131,7 +131,7 @@ class Stack:
             "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": (self.database or sqlite).replace(
                 "postgresql:", "postgresql+psycopg2:"
             ),
-            # One API server answers all tasks; with 15 connections, the default, a burst locks it up.
+            # One API server serves all tasks; with 15 connections, the default, a burst locks it up.
             "AIRFLOW__DATABASE__SQL_ALCHEMY_POOL_SIZE": "35",
             "AIRFLOW__DATABASE__SQL_ALCHEMY_MAX_OVERFLOW": "5",
             "AIRFLOW__DAG_PROCESSOR__PARSING_PROCESSES": "1",
@@ -141,7 +141,7 @@ class Stack:
             # that is due again by then (deferred or rescheduled for less) is failed by the scheduler.
             "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
             "AIRFLOW__WORKERS__MAX_FAILED_HEARTBEATS": "15",
-            # On a busy machine the API server needs more than 5 s for an answer, and the task would be lost.
+            # On a busy machine the API server needs more than 5 s for a response, and the task would be lost.
             "AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT": "20",
             **(self._celery(self.redis) if self.redis else {}),
             **settings,
@@ -285,7 +285,7 @@ class Stack:
                 metadata.reflect(connection)
 
                 def rows(table: str) -> list[dict[str, Any]]:
-                    # As the database has them, whatever types Airflow gives the columns.
+                    # As stored in the database; the column types differ between Airflow releases.
                     result = connection.execute(sqlalchemy.text(f'SELECT * FROM "{table}"'))
                     return [dict(row) for row in result.mappings()]
 
@@ -333,7 +333,7 @@ def kill_worker(pid: int | None, home: Path, *, supervisor: bool = False) -> boo
 
 
 def why_no_postgres() -> str | None:
-    """Say why PostgreSQL cannot be used; ``None`` if it can."""
+    """Return why PostgreSQL cannot be used; ``None`` if it can."""
     try:
         import psycopg2
     except ImportError:

@@ -49,7 +49,7 @@ class Wire:
         self._ends -= ends
 
     def cut(self, *, down: float = 0) -> None:
-        """Break all connections, and refuse new ones for as many seconds."""
+        """Break all connections, and reject new ones for as many seconds."""
 
         def abort() -> None:
             self._down = True
@@ -62,7 +62,7 @@ class Wire:
 
 
 def why_no_redis() -> str | None:
-    """Say why Redis cannot be used; ``None`` if it can."""
+    """Return why Redis cannot be used; ``None`` if it can."""
     try:
         import redis
     except ImportError:

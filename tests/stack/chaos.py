@@ -90,7 +90,7 @@ class Dubs:
         return {name: task["pid"] for name, task in tasks if task["state"] == "running" and task["pid"]}
 
     def check(self, patience: float = 420) -> None:
-        """Wait for the end: every task succeeded, with one job, the one it gives on."""
+        """Wait for the end: every task succeeded, with one job, whose id it returns."""
         report = self.report(patience)
         assert not report.wrong, report
         assert not report.orphans, report

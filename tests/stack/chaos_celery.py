@@ -27,7 +27,7 @@ def chaos(postgres: None, redis: None) -> Iterator[Chaos]:
 
 
 def test_overdubs_through_10_slots(chaos: Chaos, capsys: pytest.CaptureFixture[str]) -> None:
-    """A 429 on create is waiting, not failing, whatever dies meanwhile, and waiting holds no worker."""
+    """A create request that gets 429 waits without a worker, and no death of a process fails it."""
     dice = random.Random(SEED)
 
     def deal(kind: str) -> bool:
@@ -52,7 +52,7 @@ def test_overdubs_through_10_slots(chaos: Chaos, capsys: pytest.CaptureFixture[s
         print(f"  {turned_away} creates turned away by 429; {len(starts)} starts of a worker,")
         print(f"  each {sum(starts) / len(starts):.2f} s; {cpu / OVERDUBS:.1f} CPU s of worker per overdub")
     assert turned_away
-    # Airflow itself may fail a try when a part of it dies: what matters is that ours did not.
+    # Airflow itself may fail a try when a component of it dies; the provider must not.
     assert not dubs.raised()
     assert report.jobs == report.tasks
     assert not report.wrong

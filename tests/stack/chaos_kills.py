@@ -85,7 +85,7 @@ def test_killed_before_the_request_takes_effect(chaos: Chaos) -> None:
 
 
 @pytest.mark.parametrize("machine", [False, True], ids=["process", "machine"])
-def test_killed_after_the_job_was_created_and_before_the_answer(chaos: Chaos, machine: bool) -> None:
+def test_killed_after_the_job_was_created_and_before_the_response(chaos: Chaos, machine: bool) -> None:
     for server in each_server(chaos):
         server.add_fault("/v3/overdubs", method="POST", count=2, latency=60)
     dubs = chaos.dubs(everywhere())
@@ -107,7 +107,7 @@ def test_killed_before_a_slow_server_creates_the_job(chaos: Chaos) -> None:
 
 
 @needs_state_store
-def test_killed_after_the_answer_and_before_it_is_stored(chaos: Chaos) -> None:
+def test_killed_after_the_response_and_before_it_is_stored(chaos: Chaos) -> None:
     for server in each_server(chaos):
         server.add_fault("/v3/overdubs", method="POST", count=2, latency=5)
     dubs = chaos.dubs(everywhere())
@@ -140,7 +140,7 @@ def test_killed_while_waiting(chaos: Chaos) -> None:
     dubs.check()
 
 
-def test_a_run_in_pieces_gives_what_an_undisturbed_run_gives(chaos: Chaos) -> None:
+def test_an_interrupted_run_returns_what_an_undisturbed_run_returns(chaos: Chaos) -> None:
     undisturbed = chaos.dubs(everywhere())
     undisturbed.check()
     for server in each_server(chaos):
@@ -184,7 +184,7 @@ def test_scheduler_and_its_workers_die(chaos: Chaos) -> None:
     dubs.check()
 
 
-def test_scheduler_dies_and_its_workers_live_on(chaos: Chaos) -> None:
+def test_scheduler_dies_and_its_workers_continue(chaos: Chaos) -> None:
     """The next scheduler starts the tasks again that the old workers are still at."""
     for server in each_server(chaos):
         server.behave(job_seconds=25)
@@ -256,7 +256,7 @@ def test_clearing_a_timed_out_task_makes_none(chaos: Chaos) -> None:
 
 
 def test_the_triggerer_stands_still(chaos: Chaos) -> None:
-    """Airflow takes its triggers from it, and gives them back when it goes on."""
+    """Airflow moves its triggers to another triggerer, and back when it continues."""
     for server in each_server(chaos):
         server.behave(job_seconds=100_000)
     dubs = chaos.dubs([{"heygen_conn_id": SERVERS[i % 2]} for i in range(10)])

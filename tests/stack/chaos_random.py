@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stack.chaos import Dubs
 
 SERVERS = ("honours", "ignores")
-# One API server answers the heartbeats of all; with more tasks at a time it does little else.
+# One API server handles the heartbeats of all tasks; with more tasks at a time it does little else.
 AT_A_TIME = {"AIRFLOW__CORE__MAX_ACTIVE_TASKS_PER_DAG": "16"}
 BLOWS = {
     "kill worker": 12,
@@ -93,7 +93,7 @@ class Storm:
 
 def test_overdubs_in_a_storm(chaos: Chaos, capsys: pytest.CaptureFixture[str]) -> None:
     dice = random.Random(SEED)
-    # A kill costs a retry, and so may the death of a part of Airflow. Nobody shall run out of them by that.
+    # A kill or the death of a component of Airflow may cost a retry, and no task may run out of retries.
     dubs = chaos.dubs(
         (
             {"heygen_conn_id": SERVERS[index % 2], "deferrable": dice.random() < 0.7}
@@ -115,7 +115,7 @@ def test_overdubs_in_a_storm(chaos: Chaos, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_without_durable_there_are_duplicates(chaos: Chaos, capsys: pytest.CaptureFixture[str]) -> None:
-    """The count can tell the difference."""
+    """Without the store there are more: the count shows the difference."""
     for name in SERVERS:
         chaos.servers[name].add_fault("/v3/overdubs", method="POST", latency=60, count=5)
     dubs = chaos.dubs({"heygen_conn_id": SERVERS[index % 2], "durable": False} for index in range(10))

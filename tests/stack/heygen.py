@@ -48,7 +48,7 @@ class HeyGen:
         self.admin("PATCH", "behaviour", behaviour)
 
     def add_fault(self, path: str, **fault: Any) -> None:
-        """Let the next requests for a path fail; the path is a regular expression for all of it."""
+        """Make the next requests for a path fail; the path is a regular expression for all of it."""
         self.admin("POST", "faults", {"path": f"{path}$", **fault})
 
     def clear_faults(self) -> None:

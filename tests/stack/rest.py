@@ -16,7 +16,7 @@ PATIENCE = 300
 
 
 def wait_for(what: str, look: Callable[[], T], patience: float = PATIENCE, pause: float = 0.5) -> T:
-    """Call ``look`` until it gives something true."""
+    """Call ``look`` until it returns a true value."""
     until = time.monotonic() + patience
     while not (found := look()):
         if time.monotonic() > until:
@@ -40,7 +40,7 @@ class Rest:
             return False
 
     def call(self, method: str, path: str, body: Any = None, **params: Any) -> Any:
-        """Make one call; try again while nobody answers."""
+        """Make one call; repeat it while no server responds."""
         until = time.monotonic() + PATIENCE
         while True:
             try:
@@ -81,7 +81,7 @@ class Run:
         return {name: task["state"] for name, task in self.tasks().items()}
 
     def wait(self, patience: float = PATIENCE) -> dict[str, dict[str, Any]]:
-        """Wait for its end; give its task instances."""
+        """Wait for its end; return its task instances."""
         try:
             wait_for("the run's end", lambda: self.state in ("success", "failed"), patience)
         except TimeoutError as error:
@@ -89,7 +89,7 @@ class Run:
         return self.tasks()
 
     def wait_for_state(self, name: str, *states: str) -> dict[str, Any]:
-        """Wait until a task instance is in one of these states; give it."""
+        """Wait until a task instance is in one of these states; return it."""
 
         def look() -> dict[str, Any] | None:
             task = self.tasks().get(name)

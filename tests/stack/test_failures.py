@@ -122,7 +122,7 @@ class Watch:
         return [event for event in found if event["job"]["name"].startswith("observed.")]
 
     def told(self, task_id: str, kind: str = "COMPLETE") -> list[tuple[list[Any], list[Any]]]:
-        """Give the inputs and outputs of a task's events of a kind, as pairs of namespace and name."""
+        """Return the inputs and outputs of a task's events of a kind, as pairs of namespace and name."""
         return [
             tuple(
                 [(found["namespace"], found["name"]) for found in event.get(side, [])]
@@ -135,7 +135,7 @@ class Watch:
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
-    """Let the whole DAG run; everything in this module looks at what it left behind."""
+    """Run the whole DAG; each test of this module checks its results."""
     debug = {"AIRFLOW__LOGGING__LOGGING_LEVEL": "DEBUG"}
     with Stack(postgres=not why_no_postgres(), settings=debug) as stack:
         folder = tmp_path_factory.mktemp("media")
@@ -147,7 +147,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
 
 
 def _run(stack: Stack, folder: Path, watch: Watch) -> Outcome:
-    # A job takes until it is told to end.
+    # A job runs until the test ends it.
     heygen, gone, refusing = (stack.heygen(job_seconds=100_000) for _ in range(3))
     renamed = stack.heygen(resources="lipsyncs")
     servers = {"heygen_default": heygen, "heygen_gone": gone, "heygen_refusing": refusing}
@@ -206,7 +206,7 @@ def _run(stack: Stack, folder: Path, watch: Watch) -> Outcome:
 
 
 def _server(servers: dict[str, HeyGen], name: str) -> HeyGen:
-    """Give the emulator that has the job of a task."""
+    """Return the emulator that has the job of a task."""
     conn_id = CONNECTIONS.get(name.partition("__")[2], "")
     return servers.get(conn_id, servers["heygen_default"])
 
@@ -235,7 +235,7 @@ def names(waiters: tuple[str, ...], cases: Any) -> list[str]:
         *names(("create_deferred",), REFUSED_CREATES),
     ],
 )
-def test_fails_at_once_and_says_why(outcome: Outcome, name: str) -> None:
+def test_fails_at_once_with_the_reason(outcome: Outcome, name: str) -> None:
     task = outcome.tasks[name]
     assert (task["state"], task["try_number"], task["max_tries"]) == ("failed", 1, 2)
     log = outcome.log(name)
@@ -244,7 +244,7 @@ def test_fails_at_once_and_says_why(outcome: Outcome, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", names(SENSORS, TIMEOUTS) + names(CREATES, REFUSED_POLLS))
-def test_waits_until_its_timeout_and_says_why(outcome: Outcome, name: str) -> None:
+def test_waits_until_its_timeout_and_reports_why(outcome: Outcome, name: str) -> None:
     assert outcome.tasks[name]["state"] == "failed"
     log = outcome.log(name)
     assert "HeyGenOverdubTimeoutError" in log

@@ -45,7 +45,7 @@ LINKS = {
     "STACK_AUDIO": "https://user:pa55w0rdOfTheAudio@media.example.com/talk.de.mp3",
     "STACK_CALLBACK": "https://127.0.0.1:1/done?token=t0kenOfTheCallback",
 }
-"""What the DAG `dub_talk` is given, each with something that nobody may see."""
+"""The inputs of the DAG `dub_talk`, each with a secret."""
 SECRETS = ("5ignature0fTheVideo", "pa55w0rdOfTheAudio", "t0kenOfTheCallback", "Signature=")
 WRONG_KEY = "sk_wr0ngKey"
 
@@ -65,7 +65,7 @@ EXTRA_FIELDS = {
 
 
 class Web:
-    """Somebody who uses the web UI, with a browser that records what it is sent."""
+    """A user of the web UI, whose browser records all responses."""
 
     def __init__(self, browser: Browser, stack: Stack, folder: Path) -> None:
         self.url = stack.rest.url
@@ -97,9 +97,9 @@ class Web:
         return self.page.locator("body").inner_text().replace("\N{NO-BREAK SPACE}", " ")
 
     def picture(self, name: str, of: Locator | None = None) -> None:
-        """Take a picture for the documentation, if somebody wants some."""
+        """Save a screenshot for the documentation if SCREENSHOTS is set."""
         if folder := os.environ.get("SCREENSHOTS"):
-            self.page.wait_for_timeout(1000)  # whatever unfolds or fades in
+            self.page.wait_for_timeout(1000)  # until animations have ended
             (of or self.page).screenshot(path=Path(folder, f"{name}.png"), animations="disabled")
 
     def open_connections(self) -> None:
@@ -129,7 +129,7 @@ class Web:
         self.dialog.wait_for(state="detached")
 
     def leave(self) -> str:
-        """Close the browser; give all that it was sent."""
+        """Close the browser; return all that it was sent."""
         self._context.close()
         contents = [
             entry["response"]["content"] for entry in json.loads(self._har.read_text())["log"]["entries"]
@@ -175,7 +175,7 @@ def stack(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 @pytest.fixture(scope="module")
 def heygen(stack: Stack) -> HeyGen:
-    """HeyGen before the renaming; a job takes until it is told to end."""
+    """HeyGen before the renaming; a job runs until the test ends it."""
     return stack.heygen(job_seconds=100_000, resources="overdubs")
 
 
@@ -185,7 +185,7 @@ def browser(chromium: str) -> Iterator[Browser]:
 
     options = [
         *("--disable-gpu", "--disable-quic", "--disable-sync"),
-        # Whatever a page or the browser itself would like to fetch, there is nothing but this machine.
+        # Pages and the browser itself may fetch from this machine only.
         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     ]
     with sync_playwright() as playwright:
@@ -210,7 +210,7 @@ def connected(web: Web, heygen: HeyGen) -> None:
 
 @pytest.fixture(scope="module")
 def runs(web: Web, stack: Stack, heygen: HeyGen, connected: None) -> dict[str, Run]:
-    """A run of each DAG with the connection that was made; HeyGen goes on when both tasks wait for it."""
+    """A run of each DAG with the new connection; the job ends when both tasks wait for it."""
     runs = {dag_id: Run(stack.rest, dag_id) for dag_id in (EXAMPLE, DUB_TALK)}
     for run in runs.values():
         run.wait_for_state("dub", "deferred")
@@ -291,7 +291,7 @@ def test_a_stored_key_is_not_shown_again(web: Web, connected: None, heygen: HeyG
 
 @pytest.fixture(scope="module")
 def testable(stack: Stack, connected: None) -> None:
-    """Airflow 3.3.1 and 3.3.2 refuse to test a connection without a port, as docs/connection.md tells."""
+    """Airflow 3.3.1 and 3.3.2 do not test a connection without a port, see docs/connection.md."""
     for connection in stack.rest.call("GET", "connections")["connections"]:
         conn_id = connection["connection_id"]
         host, _, port = connection["host"].rpartition(":")
@@ -352,7 +352,7 @@ def test_xcom_has_the_id_and_the_details(web: Web, runs: dict[str, Run]) -> None
     web.picture("xcom")
 
 
-def test_the_request_is_shown_without_what_is_secret_in_links(web: Web, runs: dict[str, Run]) -> None:
+def test_the_request_is_shown_without_the_secrets_of_urls(web: Web, runs: dict[str, Run]) -> None:
     web.open_task(runs[DUB_TALK], "rendered_templates")
     web.row("video").wait_for()
     shown = {name: web.row(name).text_content() or "" for name in ("video", "audio", "callback_url", "title")}
@@ -362,7 +362,7 @@ def test_the_request_is_shown_without_what_is_secret_in_links(web: Web, runs: di
     assert "Talk, German" in shown["title"]
 
 
-def test_the_example_says_what_it_does(web: Web, stack: Stack) -> None:
+def test_the_example_has_a_description(web: Web, stack: Stack) -> None:
     web.open(f"dags/{EXAMPLE}")
     web.button("Dag Docs").click()
     web.dialog.get_by_text("Dub one video and save the result").wait_for()
@@ -403,7 +403,7 @@ def shown(page: Page) -> dict[str, str]:
 
 
 def play(page: Page) -> dict[str, float]:
-    """Play the dubbed video for a moment; give what the browser knows of it."""
+    """Play the dubbed video for a moment; return what the browser knows of it."""
     player = page.locator("video").first
     player.evaluate("video => { video.muted = true; return video.play(); }")
     # The page lets no script run that the browser would have to evaluate from a text.
@@ -552,7 +552,7 @@ def guarded(stack: Stack, watched: dict[str, Run]) -> Iterator[str]:
 
 @pytest.fixture
 def visitor(browser: Browser) -> Iterator[Page]:
-    """A browser that nobody has used yet."""
+    """A browser without cookies."""
     with browser.new_context(viewport=VIEWPORT) as context:
         yield context.new_page()
 
