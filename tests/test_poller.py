@@ -365,7 +365,7 @@ def draw_share(dice, share):
     return dice.random() < share
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(worlds())
 def test_every_wait_ends_as_its_overdub_did(world):
     """On any server, a wait ends as its overdub did, and not before it."""
@@ -409,10 +409,10 @@ def test_a_frequent_poller():
     assert late(server, ends)[989] < 1.6
 
 
-def test_ten_thousand_waits_at_the_cap():
-    server = Server(jobs(10_000), rate=20.0)
+def test_three_thousand_waits_at_the_cap():
+    server = Server(jobs(3_000), rate=6.0)  # a sweep of 30 pages takes 5 s; benchmarks/polling.py has 10,000
     ends = run(server, [watch(name) for name in server.ends])
-    assert late(server, ends)[9899] <= 1.3 * 100 / 20.0
+    assert late(server, ends)[2969] <= 1.3 * 30 / 6.0
 
 
 def test_a_thousand_waits_that_stop_and_start_again():
@@ -485,7 +485,7 @@ def test_slow_pages_are_replaced_by_concurrent_gets():
 
 
 def test_the_slower_its_pages_the_less_a_list_is_tried():
-    server = Server(jobs(200, spread=1000), page_latency=25.0, rate=100.0)
+    server = Server(jobs(200, spread=400), page_latency=25.0, rate=100.0)
     ends = run(server, [watch(name) for name in server.ends])
     assert late(server, ends)[180] < 6
 
