@@ -152,7 +152,15 @@ Text = Annotated[
     AfterValidator(_not_none),
 ]
 Flag = Annotated[bool, BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _no_flag(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("must be a number of seconds")
+    return value
+
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_flag)]
 
 
 class CreateOverdubRequest(_Request):
@@ -379,14 +387,15 @@ class ApiKey(_Response):
 
     def limits(self) -> list[str]:
         """Return sentences: what the key may not do, and when it expires if that is within 14 days."""
-        granted = self.scopes or (["*:read"] if self.scope_mode == "read_only" else ["*:*"])
+        default = ["*:read"] if self.scope_mode == "read_only" else ["*:*"]
+        granted = default if self.scopes is None else self.scopes
         sentences = [
             f"It may not {action}: for that, add the scope '{scope}' to it."
             for scope, action in _SCOPES.items()
             if not any(fnmatchcase(scope, pattern) for pattern in granted)
         ]
         if self.expires_at is not None and self.expires_at < time.time() + 14 * 24 * 3600:
-            expiry = datetime.fromtimestamp(self.expires_at, UTC)
+            expiry = datetime.fromtimestamp(max(0, self.expires_at), UTC)
             sentences.append(f"It expires at {expiry:%Y-%m-%d %H:%M} UTC.")
         return sentences
 
@@ -405,7 +414,11 @@ class DirectUpload(_Response):
     asset_id: Annotated[str, BeforeValidator(lambda value: check_id(value, "asset_id"))]
     upload_url: str = Field(min_length=1, repr=False)
     upload_headers: Annotated[
-        dict[str, Annotated[str, BeforeValidator(_text)]], BeforeValidator(lambda headers: headers or {})
+        dict[
+            Annotated[str, Field(pattern=r"^[!-9;-~]+$")],
+            Annotated[str, Field(pattern=r"^[\t -~]*$"), BeforeValidator(_text)],
+        ],
+        BeforeValidator(lambda headers: headers or {}),
     ] = Field(default_factory=dict, repr=False)
     expires_in_seconds: Annotated[float | None, Lenient] = None
     max_bytes: OptionalInt = None
@@ -719,7 +732,7 @@ def asset_ids(value: Any) -> Iterator[str]:
     :raises HeyGenBadInputError: if one of them is not an id.
     """
     value = value.get("asset_id") if isinstance(value, Mapping) else value
-    if isinstance(value, Iterable) and not isinstance(value, str):
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
         for item in value:
             yield from asset_ids(item)
     else:

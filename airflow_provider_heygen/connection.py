@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_HOST = "https://api.heygen.com"
+MAX_TIMEOUT = 86_400.0  # seconds
 
 _ALIASES = {"proxy": "proxies", "verify_ssl": "verify"}
 
@@ -69,11 +70,11 @@ class HeyGenConnection(BaseModel):
     resource: Literal["overdubs", "lipsyncs"] | None = None
     allow_http: bool = False
     allow_private_hosts: bool = False
-    connect_timeout: float = Field(default=10.0, gt=0, allow_inf_nan=False)
-    read_timeout: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    connect_timeout: float = Field(default=10.0, gt=0, le=MAX_TIMEOUT)
+    read_timeout: float = Field(default=30.0, gt=0, le=MAX_TIMEOUT)
     # HeyGen may take 30 s for a create request. Without its response, the hook must search for the overdub.
-    write_timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
-    upload_timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    write_timeout: float = Field(default=120.0, gt=0, le=MAX_TIMEOUT)
+    upload_timeout: float = Field(default=600.0, gt=0, le=MAX_TIMEOUT)
     # HeyGen publishes no limit (contract, ``x-limits``). This one applies to all waits of one triggerer.
     max_requests_per_second: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     # Of the account, at a time. If it is not set, the triggerer's queue learns it from 429 responses.
@@ -143,11 +144,12 @@ class HeyGenConnection(BaseModel):
         except ValueError:
             return "host and port do not make a URL; leave both empty for HeyGen's own API."
         usable = self.base_url.isprintable() and " " not in self.base_url
-        if url.scheme not in ("http", "https") or not host or not usable:
+        # "https:/api.heygen.com" would be a host named "https".
+        if url.scheme not in ("http", "https") or host in (None, "", "http", "https") or not usable:
             return f"host must be an https URL such as {DEFAULT_HOST}, or empty."
-        if url.username is not None or url.query or url.fragment:
+        if url.username is not None or set(self.base_url) & set("?#"):
             return "host must be a plain base URL; the credential belongs in the password."
-        if url.scheme == "http" and not (self.allow_http or is_loopback(host)):
+        if url.scheme == "http" and not (self.allow_http or is_loopback(str(host))):
             return (
                 "plain http would send the credential in the clear; use https, "
                 "or set the extra 'allow_http' to true where the network is trusted."

@@ -53,6 +53,11 @@ _ATOMIC_STORES = {"s3", "s3a", "s3n", "gs", "gcs", "abfs", "abfss", "adl", "az"}
 # Content codings of IANA's registry. Other values, such as S3's "aws-chunked", encode nothing.
 _CODINGS = {"br", "compress", "dcb", "dcz", "deflate", "gzip", "x-compress", "x-gzip", "zstd"}
 
+# The first bytes of HTML, XML and JSON; of a compressed page, a page in UTF-16, zeros, or a message in words.
+_PAGE = rb"(\xef\xbb\xbf)?\s*[<{]"
+_NO_VIDEO = rb"\x1f\x8b|\xff\xfe|\xfe\xff|\0{12}|[\t\r\n!-~]+ [\t\r\n -~]*\Z"
+_HEAD_BYTES = 512
+
 _PAGE_TYPES = {"application/json", "application/xml", "application/xhtml+xml", "text/html", "text/xml"}
 
 
@@ -90,6 +95,7 @@ def save(
     """
     target = _PendingFile(destination)
     existing = existing_size(destination)
+    keeps = existing is not None and not overwrite
     progress = _Progress(log_info, artifact, target)
     furthest = 0
     with target:
@@ -98,24 +104,15 @@ def save(
                 url = new_url()
                 try:
                     with _open_remainder(url, artifact, target, session, settings) as response:
-                        if existing is not None and not overwrite:
-                            head = _read_head(response, CHUNK_BYTES)
+                        head = b""
+                        if not target.written:
+                            head = _read_head(response, CHUNK_BYTES if keeps else _HEAD_BYTES)
                             _check_head(artifact, head)
-                            # Another video may have the same size, but hardly the same first MiB as well.
-                            if existing == target.size and target.begins_with(head):
-                                log_info(
-                                    "Kept %s (%s): it is this %s.", target, size_text(existing), artifact
-                                )
-                                return existing
-                            raise HeyGenPermanentError(
-                                f"{target} exists with {existing} bytes, the {artifact} has"
-                                f" {target.size or 'unknown'}{' others' if existing == target.size else ''}."
-                                " Choose another destination or set overwrite."
-                            )
+                        if keeps and (target.size is not None or not target.begins_with(head)):
+                            return _kept(target, existing, target.size, head, artifact, log_info)
                         # read1 returns what has arrived, so that a break loses nothing.
-                        while chunk := response.raw.read1(CHUNK_BYTES):
-                            if not target.written:
-                                _check_head(artifact, chunk)
+                        while chunk := head or response.raw.read1(CHUNK_BYTES):
+                            head = b""
                             if max_bytes is not None and target.written + len(chunk) > max_bytes:
                                 raise HeyGenBadInputError(
                                     f"The {artifact} has more than {max_bytes >> 20} MiB, the most that"
@@ -127,11 +124,33 @@ def save(
                     if target.written >= furthest + CHUNK_BYTES:
                         furthest, attempt.retry_state.attempt_number = target.written, 1
                 target.check(artifact)
+        if keeps:
+            return _kept(target, existing, target.written, b"", artifact, log_info)
         if not overwrite and existing_size(destination) is not None:
             raise HeyGenError(f"{target} was written by another process while the {artifact} was downloaded.")
         target.publish()
         progress.end()
         return target.written
+
+
+def _kept(
+    target: _PendingFile,
+    existing: int | None,
+    size: int | None,
+    head: bytes,
+    artifact: str,
+    log_info: Callable[..., None],
+) -> int:
+    """Return the size of an existing file that is this artifact; another file is an error."""
+    # Another video may have the same size, but hardly the same first MiB as well.
+    if existing is not None and existing == size and target.begins_with(head):
+        log_info("Kept %s (%s): it is this %s.", target, size_text(existing), artifact)
+        return existing
+    raise HeyGenPermanentError(
+        f"{target} exists with {existing} bytes, the {artifact} has"
+        f" {size or 'unknown'}{' others' if existing == size else ''}."
+        " Choose another destination or set overwrite."
+    )
 
 
 def peek(
@@ -186,6 +205,7 @@ class _PendingFile:
     :ivar written: bytes written so far.
     :ivar size: size of the complete file in bytes; ``None`` if the server does not report it.
     :ivar version: name and value of the header that identifies the version of the file.
+    :ivar delimited: whether HTTP itself marks the end of a file of unknown size (RFC 9112, section 7.1).
     """
 
     def __init__(self, destination: ObjectStoragePath) -> None:
@@ -198,6 +218,7 @@ class _PendingFile:
         self.written = 0
         self.size: int | None = None
         self.version: tuple[str, str] | None = None
+        self.delimited = False
         self._boxes = _Boxes()
 
     def __str__(self) -> str:
@@ -225,12 +246,17 @@ class _PendingFile:
 
     def check(self, artifact: str) -> None:
         """
-        Check that the file is complete. If its size is unknown, a video must be a complete mp4.
+        Check that the file is complete.
+
+        If its size is unknown, a video must be a complete mp4, and so must any file that begins as one; other
+        files need a response whose end is marked.
 
         :raises HeyGenTransientError: if it is not; a file that is too long is discarded.
         """
         written, size = self.written, self.size
-        if written == size or (size is None and written and (artifact != "video" or self._boxes.complete)):
+        is_mp4 = artifact == "video" or self._boxes.is_mp4
+        whole = self._boxes.complete if is_mp4 else self.delimited
+        if written == size or (size is None and written and whole):
             return
         if size is not None and written > size:
             self.discard()
@@ -249,6 +275,7 @@ class _PendingFile:
         """Remove what was written."""
         file, self._file = self._file, None
         self.written, self.size, self.version, self._boxes = 0, None, None, _Boxes()
+        self.delimited = False
         if file is None:
             return
         with contextlib.suppress(Exception):  # the error that led here matters more
@@ -284,12 +311,14 @@ class _Boxes:
     """
     The boxes of an mp4 while it is written (ISO/IEC 14496-12, section 4.2).
 
+    :ivar is_mp4: whether the first box is that of an mp4.
     :ivar complete: whether the file ends at the end of a box and has the boxes of a video. A box that extends
-        to the end of the file by definition proves nothing.
+        to the end of the file by definition proves nothing, and nor do fragments without the index of them
+        that is the last box.
     """
 
     def __init__(self) -> None:
-        self.complete = False
+        self.is_mp4 = self.complete = False
         self._kinds: set[bytes] = set()
         self._head, self._left = b"", 0.0
 
@@ -304,6 +333,7 @@ class _Boxes:
                     break
                 if size == 1:
                     size = int.from_bytes(data[start + 8 : start + 16])
+                self.is_mp4 = self.is_mp4 or (not self._kinds and kind == b"ftyp")
                 self._kinds.add(kind)
                 at += size if size >= length else math.inf
                 if at == math.inf:
@@ -311,7 +341,8 @@ class _Boxes:
             self._head, self._left = data[start:] if at < len(data) else b"", max(0.0, at - len(data))
         else:
             self._left -= len(chunk)
-        self.complete = not self._head and not self._left and self._kinds >= {b"moov", b"mdat"}
+        needed = {b"moov", b"mdat"} | ({b"mfra"} if b"moof" in self._kinds else set())
+        self.complete = not self._head and not self._left and self._kinds >= needed
 
 
 def _remove_leftovers(folder: Path, stem: str) -> None:
@@ -387,10 +418,12 @@ def _check_response(response: requests.Response, host: str, artifact: str, targe
     kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
     encoded = _CODINGS & set(re.split(r"[\s,]+", headers.get("Content-Encoding", "").lower()))
     length = headers.get("Content-Length", "")
+    size = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
     is_page = kind in _PAGE_TYPES or (artifact == "video" and kind.startswith("text/"))
-    if status == 200 and length != "0" and not is_page and not encoded:
+    if status == 200 and size != 0 and not is_page and not encoded:
         target.discard()
-        target.size = int(length) if length.isdigit() else None
+        target.size = size
+        target.delimited = "chunked" in headers.get("Transfer-Encoding", "").lower()
         target.version = _version(headers)
     elif status not in (206, 416) or not target.written:
         raise HeyGenTransientError(
@@ -416,11 +449,11 @@ def _read_head(response: requests.Response, size: int) -> bytes:
 
 def _check_head(artifact: str, head: bytes) -> None:
     """
-    Reject HTML, XML and JSON by their first bytes, because their Content-Type may be wrong.
+    Reject what its first bytes show to be a page or a message, because its Content-Type may be wrong.
 
     :raises HeyGenTransientError: if it is one of them. A new URL may help.
     """
-    if re.match(rb"(\xef\xbb\xbf)?\s*[<{]", head):
+    if re.match(_PAGE, head) or (artifact == "video" and re.match(_NO_VIDEO, head)):
         raise HeyGenTransientError(f"The URL of the {artifact} returned a page instead of the {artifact}.")
 
 

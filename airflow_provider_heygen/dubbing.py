@@ -26,7 +26,7 @@ from airflow_provider_heygen.exceptions import (
 )
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.lineage import media_uri
-from airflow_provider_heygen.media import plain_uri, size_text
+from airflow_provider_heygen.media import same_file, size_text
 from airflow_provider_heygen.metrics import WaitMetrics
 from airflow_provider_heygen.saving import Saving
 from airflow_provider_heygen.submitter import SubmissionStore, submit
@@ -97,7 +97,8 @@ class Dubbing:
             saving = self._saving()
             files = check_inputs(uris, self.hook, self.store.files)
             paths = [file.path for file in files.values() if file.path]
-            if saving and plain_uri(saving.files["video"]) in map(plain_uri, paths):
+            written = saving.files.values() if saving else ()
+            if any(same_file(path, file) for path in paths for file in written):
                 # A retry would dub the saved result instead of the source.
                 raise HeyGenBadInputError(
                     "destination is the file in video or audio. Choose another one; nothing was sent."
@@ -108,6 +109,7 @@ class Dubbing:
                     why = "%s exists (%s) and is not older than its sources: nothing to do."
                     self.task.log.info(why, saving.uri, size_text(size))
                     self.ti.xcom_push(key="overdub", value={"uri": saving.uri, "size": size})
+                    self.ti.xcom_push(key="asset_ids", value=[])
                     return saving.uri
             overdub_id = self._submit(request, files, partial(saving.check, self.hook) if saving else None)
             self.task.overdub_id = overdub_id

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NAMESPACE = "heygen"
 
 # Clients have different schemes for the same store.
-_SCHEMES = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
+SCHEMES = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
 
 
 def overdub_uri(overdub_id: str) -> str:
@@ -72,7 +72,7 @@ def _name(uri: str) -> tuple[str, str]:
     authority = authority.rpartition("@")[2]  # an Airflow connection id, or a user
     if scheme == NAMESPACE:
         return NAMESPACE, f"{authority}/{path}"
-    return f"{_SCHEMES.get(scheme, scheme)}://{authority}", path.strip("/") or "/"
+    return f"{SCHEMES.get(scheme, scheme)}://{authority}", path.strip("/") or "/"
 
 
 def operator_lineage(inputs: Iterable[str | None], outputs: Iterable[Dataset]) -> OperatorLineage[Any, Any]:

@@ -18,6 +18,7 @@ from requests import PreparedRequest
 from airflow_provider_heygen.api import redact_urls
 from airflow_provider_heygen.connection import HeyGenConnection, is_loopback
 from airflow_provider_heygen.exceptions import HeyGenBadInputError, HeyGenError, HeyGenPermanentError
+from airflow_provider_heygen.lineage import SCHEMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -35,12 +36,13 @@ def mask_urls(*values: Any) -> None:
     """
     Register the secrets of URLs for Airflow to mask: the query, and a user with a password.
 
-    :param values: URLs, media inputs with a URL, or anything else, which is skipped.
+    :param values: URLs, mappings and lists with URLs, or anything else, which is skipped.
     """
     from airflow.providers.common.compat.sdk import mask_secret
 
-    for value in values:
-        url = value.get("url") if isinstance(value, dict) else value
+    for url in values:
+        if isinstance(url, (dict, list, tuple)):
+            mask_urls(*(url.values() if isinstance(url, dict) else url))
         if not isinstance(url, str) or "://" not in url:
             continue
         scheme, _, rest = url.partition("://")
@@ -52,11 +54,14 @@ def mask_urls(*values: Any) -> None:
                 mask_secret(secret)
 
 
-def storage_path(path: str | PathLike[str] | ObjectStoragePath, name: str) -> ObjectStoragePath:
+def storage_path(
+    path: str | PathLike[str] | ObjectStoragePath, name: str, *, written: bool = False
+) -> ObjectStoragePath:
     """
     Return the ObjectStoragePath of exactly the file that a local path or a storage URI names.
 
     :param name: what to call the file in an error.
+    :param written: whether the file is to be written, so that the path must not name a version of it.
     :raises HeyGenBadInputError: if the path is empty, relative or a folder, if no installed provider has its
         scheme, or if ObjectStoragePath would read another file.
     """
@@ -69,10 +74,10 @@ def storage_path(path: str | PathLike[str] | ObjectStoragePath, name: str) -> Ob
             f"The path of {name} is empty or the text 'None', which is what a template makes of a missing"
             " value."
         )
-    if text != text.strip():
-        raise HeyGenBadInputError(f"{named} begins or ends with white space. Remove it.")
+    if text != text.strip() or "\0" in text:
+        raise HeyGenBadInputError(f"{named} begins or ends with white space, or has a NUL byte. Remove it.")
     uri = re.sub(r"^[A-Za-z][A-Za-z0-9+.-]*(?=://)", lambda scheme: scheme[0].lower(), text)
-    local = re.sub(r"(?i)^file:(//(localhost)?)?", "", text)
+    local = re.sub(r"(?i)^(file:(//(localhost)?)?|local://)", "", text)
     if local != text or not re.match(r"[a-z][a-z0-9+.-]*://", uri):
         local = os.path.expanduser(local)
         if not local.startswith("/"):
@@ -99,6 +104,8 @@ def storage_path(path: str | PathLike[str] | ObjectStoragePath, name: str) -> Ob
             f"{named} has characters (such as '::' or a line break) that make Airflow's ObjectStoragePath"
             f" read another file, {redact_urls(str(found))!r}. Choose another name."
         )
+    if written and found.protocol.startswith("s3") and found.fs.split_path(found.path)[2]:
+        raise HeyGenBadInputError(f"{named} names a version, which cannot be written. Remove it.")
     return found
 
 
@@ -150,6 +157,21 @@ def plain_uri(path: ObjectStoragePath) -> str:
     if path.protocol in ("", "file"):
         return f"file://{os.path.abspath(path.path)}"
     return f"{path.protocol}://{path.path.lstrip('/')}"
+
+
+def same_file(path: ObjectStoragePath, other: ObjectStoragePath) -> bool:
+    """Return whether two paths lead to the same file, through links, other schemes or versions of it."""
+    return _identity(path) == _identity(other)
+
+
+def _identity(path: ObjectStoragePath) -> object:
+    if path.protocol in ("", "file"):
+        with contextlib.suppress(OSError):
+            found = os.stat(path.path)
+            return found.st_dev, found.st_ino
+        return os.path.realpath(path.path)
+    key = re.sub(r"\?version(ID|Id|id|_id)=.*", "", path.path)  # as s3fs
+    return f"{SCHEMES.get(path.protocol, path.protocol)}://{key.lstrip('/')}"
 
 
 @contextlib.contextmanager

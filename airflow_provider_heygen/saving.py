@@ -54,7 +54,8 @@ class Saving:
         self.overwrite = overwrite or task.overwrite
         text = str(task.destination)
         self.in_folder = text.endswith("/")
-        video = storage_path(f"{text}{self.overdub_id}.mp4" if self.in_folder else text, "the destination")
+        name = f"{text}{self.overdub_id}.mp4" if self.in_folder else text
+        video = storage_path(name, "the destination", written=True)
         self.uri = str(video)
         self.files = {"video": video}
         captions = storage_path(f"{os.path.splitext(self.uri)[0]}.srt", "the captions")

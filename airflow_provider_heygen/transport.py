@@ -25,6 +25,8 @@ from weakref import WeakKeyDictionary
 import aiohttp
 import certifi
 import requests
+from requests.auth import HTTPBasicAuth
+from requests.utils import get_auth_from_url
 from requests_toolbelt.adapters.socket_options import TCPKeepAliveAdapter
 from urllib3.connection import port_by_scheme
 from urllib3.exceptions import HTTPError
@@ -182,7 +184,7 @@ def _fault(
         why = "connection refused"  # aiohttp would add the address
     elif isinstance(error, TimeoutError):
         why = f"timed out after {settings.connect_timeout:g} s (a firewall?)"
-    if refusal := re.match(r"(?:Tunnel connection failed: )?(\d{3})\b", str(error)):
+    if proxy and (refusal := re.match(r"(?:Tunnel connection failed: )?(\d{3})\b", str(error))):
         why = f"the proxy returned {refusal[1]} to CONNECT"
     via = f" through the proxy {proxy}" if proxy else ""
     suspects = ["'proxies'"] if proxy else []
@@ -210,6 +212,8 @@ def new_session(settings: HeyGenConnection, *, credential: bool) -> requests.Ses
     def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
         if credential and _origin(request.url) == origin:
             request.headers[name] = value
+        elif not credential and any(own := get_auth_from_url(str(request.url))):
+            HTTPBasicAuth(*own)(request)  # of a source's own URL
         return request
 
     session = _Session()

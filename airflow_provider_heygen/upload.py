@@ -52,6 +52,10 @@ if TYPE_CHECKING:
 MAX_DIRECT_BYTES = 200 << 20
 """What HeyGen's own uploader accepts (contract, ``max_bytes`` of ``createDirectUpload``): 200 MB."""
 
+# S3's codes of errors with a status of 4xx (Amazon S3 API Reference, "Error Responses").
+_EXPIRED_CODES = ("ExpiredToken", "TokenRefreshRequired", "RequestTimeTooSkewed")
+_TRANSIENT_CODES = ("RequestTimeout", "IncompleteBody", "OperationAborted", "ConditionalRequestConflict")
+
 _BLOCK_BYTES = 4 << 20  # of a read from storage; s3fs would read 50 MB
 _HEAD_BYTES = 512
 
@@ -250,6 +254,8 @@ class UrlSource(Source):
         :raises HeyGenError: see :meth:`Source.of` and :func:`.download.save`.
         """
         redacted = redact_urls(url)
+        if " " in url or not url.isprintable():
+            raise HeyGenBadInputError(f"{redacted!r} has white space. Remove it; nothing was sent.")
         place = _digest(artifact, redacted)
         source = cls(None, 0, "", f"{place}:", url=url, artifact=artifact, hook=hook)
         try:
@@ -384,10 +390,10 @@ def put_file(
     found = re.search(rb"<Code>(\w{1,100})</Code>", page)
     code = found[1].decode() if found else ""
     result = f"{status} {code}".strip()
-    if status in (401, 403, 404, 410):
+    if status in (401, 403, 404, 410) or code in _EXPIRED_CODES:
         return result
     message = f"Storage at {host} returned {result} for the upload of {source}"
-    if status in (408, 429) or status >= 500:
+    if status in (408, 429) or status >= 500 or code in _TRANSIENT_CODES:
         raise HeyGenTransientError(f"{message}.", status_code=status)
     if code in ("BadDigest", "XAmzContentChecksumMismatch"):
         raise HeyGenError(f"{message}: it has changed while it was sent, or was damaged. Try again.")

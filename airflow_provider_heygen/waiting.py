@@ -37,6 +37,9 @@ GONE_SECONDS = 30.0
 MAX_BACKOFF_SECONDS = 120.0
 """Maximum seconds between polls while they fail, unless HeyGen asks for more."""
 
+MAX_SECONDS = 10 * 365.25 * 86400
+"""Maximum of a duration: beyond it, clocks and dates overflow."""
+
 SILENCE_SECONDS = 300.0
 """Maximum seconds without a log line while polls succeed."""
 
@@ -354,15 +357,15 @@ def parse_seconds(value: Any, name: str) -> float:
     """
     Return a duration in seconds from a number, its text (a template renders to text) or a timedelta.
 
-    :raises HeyGenBadInputError: if the duration is not positive.
+    :raises HeyGenBadInputError: if the duration is not positive, or longer than ten years.
     """
     try:
         number = value.total_seconds() if isinstance(value, timedelta) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not (0 < number < math.inf):
+    if isinstance(value, bool) or not (0 < number <= MAX_SECONDS):
         raise HeyGenBadInputError(
-            f"{name} must be a positive number of seconds or a timedelta, not {value!r}."
+            f"{name} must be a positive number of seconds or a timedelta, at most ten years, not {value!r}."
         )
     return number
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import signal
+import socket
 import sys
 import threading
 
 from pydantic import ValidationError
 
 from airflow_provider_heygen.emulator import API_KEY, OAUTH_TOKEN, Behaviour, Emulator
+
+
+def _port(text: str) -> int:
+    if not 0 <= (port := int(text)) < 1 << 16:
+        raise ValueError(text)  # argparse's own message names the option
+    return port
 
 
 def main() -> None:
@@ -24,7 +30,7 @@ def main() -> None:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8000, help="0 for a free port")
+    parser.add_argument("--port", type=_port, default=8000, help="0 for a free port")
     parser.add_argument("--api-key", default=API_KEY, help="the API key that it accepts")
     parser.add_argument("--oauth-token", default=OAUTH_TOKEN, help="the OAuth token that it accepts")
     group = parser.add_argument_group("behaviour", "may be changed later by PATCH /emulator/behaviour")
@@ -52,7 +58,8 @@ def main() -> None:
     try:
         heygen.start()
     except OSError as error:
-        sys.exit(f"Port {server['port']}: {os.strerror(error.errno or 0)}. Choose another one with --port.")
+        wrong = "host" if isinstance(error, socket.gaierror) else "port"
+        sys.exit(f"{wrong.title()} {server[wrong]}: {error.strerror}. Choose another one with --{wrong}.")
     try:
         print(f"HeyGen emulator: {heygen.url}")
         print(f"Admin: {heygen.url}/emulator/state")

@@ -72,6 +72,12 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
+    @field_validator("*")
+    @classmethod
+    def _storable(cls, value: Any) -> Any:
+        # Half of a surrogate pair is valid JSON, but no response can contain it.
+        return value.encode(errors="replace").decode() if isinstance(value, str) else value
+
     def check_known(self, prefix: str = "") -> None:
         """Raise the 400 that names the first unknown field."""
         for name in self.model_extra or ():

@@ -85,7 +85,7 @@ class HeyGenHook(BaseHook):
         self, heygen_conn_id: str = default_conn_name, *, max_attempts: int = 6, longest_pause: float = 60.0
     ) -> None:
         super().__init__()
-        self.heygen_conn_id = heygen_conn_id
+        self.heygen_conn_id = str(heygen_conn_id)  # native rendering makes a number of "2026"
         self.max_attempts = max_attempts
         self.longest_pause = longest_pause
         self.created_under: str | None = None
@@ -371,7 +371,7 @@ class HeyGenHook(BaseHook):
             the same first MiB is kept, and any other file is an error.
         :returns: size in bytes.
         """
-        path = media.storage_path(destination, "the destination")
+        path = media.storage_path(destination, "the destination", written=True)
         return self._download("video", overdub_id, path, overwrite)
 
     def download_captions(
@@ -386,7 +386,7 @@ class HeyGenHook(BaseHook):
 
         HeyGen makes them under ``lipsyncs`` only (contract, ``caption_url``).
         """
-        path = media.storage_path(destination, "the destination of the captions")
+        path = media.storage_path(destination, "the destination of the captions", written=True)
         return self._download("captions", overdub_id, path, overwrite)
 
     def _download(self, artifact: str, overdub_id: str, path: ObjectStoragePath, overwrite: bool) -> int:

@@ -115,7 +115,7 @@ class HeyGenCreateOverdubOperator(UrlsMaskedOperator):
         "poke_interval",
         "timeout",
     )
-    url_fields = ("video", "audio", "callback_url", "destination")
+    url_fields = ("video", "audio", "callback_url", "destination", "extra_body")
     template_fields_renderers = {"video": "json", "audio": "json", "extra_body": "json"}
     operator_extra_links = (WatchLink(),)
     ui_color = "#e3d9ff"

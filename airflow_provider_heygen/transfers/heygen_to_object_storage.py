@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from airflow.providers.common.compat.sdk import BaseOperator
-
+from airflow_provider_heygen.operators.asset import UrlsMaskedOperator
 from airflow_provider_heygen.plugin import WatchLink
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from airflow.providers.openlineage.extractors import OperatorLineage
 
 
-class HeyGenOverdubToObjectStorageOperator(BaseOperator):
+class HeyGenOverdubToObjectStorageOperator(UrlsMaskedOperator):
     """
     Stream the video of a completed overdub to storage, atomically. Returns the URI of the file.
 
@@ -43,6 +42,7 @@ class HeyGenOverdubToObjectStorageOperator(BaseOperator):
     """
 
     template_fields: Sequence[str] = ("overdub_id", "destination", "heygen_conn_id")
+    url_fields = ("destination",)
     operator_extra_links = (WatchLink(),)
     ui_color = "#e3d9ff"
 
