@@ -241,6 +241,11 @@ def _none_if_invalid(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         return None
 
 
+def _none_if_blank(value: Any) -> Any:
+    text = _text(value)
+    return None if isinstance(text, str) and not text.strip() else text
+
+
 def _status(value: Any) -> str:
     # Logs and messages show the status, so it must be short and without secrets.
     status = redact_urls(_text(value)).strip().lower()[:100] if isinstance(value, str) else ""
@@ -249,7 +254,8 @@ def _status(value: Any) -> str:
 
 Lenient = WrapValidator(_none_if_invalid)
 OptionalText = Annotated[str | None, BeforeValidator(_text), Lenient]
-OptionalInt = Annotated[int | None, Lenient]
+# Larger numbers fit neither JSON's nor Airflow's messages between processes.
+OptionalInt = Annotated[int | None, Field(ge=-(2**53), le=2**53), Lenient]
 Id = Annotated[str, Field(min_length=1), BeforeValidator(_text)]
 
 
@@ -289,7 +295,7 @@ class Overdub(_Response):
     duration: Annotated[float | None, Field(allow_inf_nan=False), Lenient] = None
     video_url: Annotated[str | None, Lenient] = Field(default=None, repr=False)
     caption_url: Annotated[str | None, Lenient] = Field(default=None, repr=False)
-    callback_id: OptionalText = None
+    callback_id: Annotated[str | None, BeforeValidator(_none_if_blank), Lenient] = None
     created_at: OptionalInt = None
     failure_message: OptionalText = None
 
@@ -330,8 +336,9 @@ class Overdub(_Response):
 
 class OverdubPage(_Response):
     """
-    One page of the list endpoint; ``next_token`` is ``None`` on the last one.
+    One page of the list endpoint.
 
+    :param has_more: whether there are further pages. If ``next_token`` is ``None`` then, they cannot be read.
     :param server_time: HeyGen's clock in Unix seconds (its ``Date`` header), if known.
     """
 
@@ -351,11 +358,13 @@ class Statuses(NamedTuple):
     The statuses of many overdubs at once, for a poller that reads thousands and needs few.
 
     :param rows: raw rows by overdub id, for :func:`parse_overdub`.
-    :param next_token: token of the next page, ``None`` on the last one.
+    :param next_token: token of the next page.
+    :param has_more: whether there are further pages, even without a token to read them by.
     """
 
     rows: dict[str, dict[str, Any]]
     next_token: str | None
+    has_more: bool
 
 
 class Asset(_Response):
@@ -443,18 +452,18 @@ def _statuses(decoded: Any, id_names: tuple[str, ...] = _ID_NAMES) -> Statuses:
     for row in _data(decoded, list):
         with suppress(ValueError):  # one unreadable row must not hide the others
             rows[_id_of(row, id_names)] = row
-    token = decoded.get("next_token")
-    # HeyGen requires neither member. There is a next page only if there is a token.
+    token = _text(decoded.get("next_token"))
+    # HeyGen requires neither member.
     more = isinstance(token, str) and token and decoded.get("has_more") is not False
-    return Statuses(rows, token if more else None)
+    return Statuses(rows, token if more else None, bool(more or decoded.get("has_more") is True))
 
 
 def _bulk_statuses(decoded: Any) -> Statuses:
-    rows, token = _statuses(decoded, ("video_id", *_ID_NAMES))
-    for row in rows.values():
+    page = _statuses(decoded, ("video_id", *_ID_NAMES))
+    for row in page.rows.values():
         if isinstance(row.get("status"), str):
             row["status"] = _BULK_STATUSES.get(row["status"], row["status"])
-    return Statuses(rows, token)
+    return page
 
 
 def parse_overdub(overdub_id: str, row: Mapping[str, Any]) -> Overdub:
@@ -463,9 +472,9 @@ def parse_overdub(overdub_id: str, row: Mapping[str, Any]) -> Overdub:
 
 
 def _page(decoded: Any) -> OverdubPage:
-    rows, token = _statuses(decoded)
-    data = [parse_overdub(overdub_id, row) for overdub_id, row in rows.items()]
-    return OverdubPage(data=data, has_more=token is not None, next_token=token)
+    page = _statuses(decoded)
+    data = [parse_overdub(overdub_id, row) for overdub_id, row in page.rows.items()]
+    return OverdubPage(data=data, has_more=page.has_more, next_token=page.next_token)
 
 
 # --- Calls --------------------------------------------------------------------------------------------
@@ -567,8 +576,12 @@ def _envelope(decoded: Any) -> Mapping[str, Any]:
     """Return HeyGen's ``error`` envelope, or an empty mapping if the response has none."""
     envelope = decoded.get("error") if isinstance(decoded, dict) else None
     envelope = envelope if isinstance(envelope, dict) else {}
-    texts = (envelope.get(name) for name in ("code", "message"))
-    return envelope if any(isinstance(text, str) and text for text in texts) else {}
+    code, message = envelope.get("code"), envelope.get("message")
+    # A gateway's JSON may have a number as the code.
+    is_heygens = isinstance(code, str | None) and any(
+        isinstance(text, str) and text for text in (code, message)
+    )
+    return envelope if is_heygens else {}
 
 
 _NEXT_STEP: dict[int | str | None, str] = {

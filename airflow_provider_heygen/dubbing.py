@@ -16,6 +16,7 @@ from airflow_provider_heygen.api import CreateOverdubRequest, redact_urls
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
+    HeyGenGatewayError,
     HeyGenNotFoundError,
     HeyGenOverdubFailedError,
     HeyGenOverdubTimeoutError,
@@ -168,28 +169,33 @@ class Dubbing:
     ) -> str:
         """Submit the request, however often HeyGen has no slot for it: that is waiting, not failing."""
         while True:
+            if self.resumed and self.until is not None and time.time() >= self.until:
+                raise self._out_of_time("has ended while the task waited for a free slot")
             try:
                 reuse = self.task.reuse is not None
                 return submit(request, self.hook, self.store, files, check, reuse=reuse)
             except HeyGenTransientError as error:
-                if error.status_code != 429 and error.retry_after is None:
+                # Without a limit, only HeyGen's own request to wait is followed, or that of a rate limit.
+                is_gateways = error.retry_after is None or isinstance(error, HeyGenGatewayError)
+                if error.status_code != 429 and is_gateways:
                     raise
                 pause = retry_delay(1, error, first=SHORTEST_DEFERRAL)
                 if self.until is not None and time.time() + pause > self.until:
-                    doubt = self.store.outcome_unknown
-                    started = (
-                        "whether an overdub was started is unknown" if doubt else "no overdub was started"
-                    )
-                    raise HeyGenOverdubTimeoutError(
-                        f"'execution_timeout' ends before the request may be sent again; {started}. {error}",
-                        retry_after=error.retry_after,
-                        outcome_unknown=doubt,
-                    ) from error
+                    raise self._out_of_time("ends before the request may be sent again", error) from error
                 self.task.log.info("%s Sending the request again in %.0f s at the soonest.", error, pause)
                 if self.task.deferrable:
                     self._defer(error, time.time() + pause)
             time.sleep(pause)
             self.resumed = True
+
+    def _out_of_time(self, why: str, error: HeyGenError | None = None) -> HeyGenOverdubTimeoutError:
+        doubt = self.store.outcome_unknown
+        started = "whether an overdub was started is unknown" if doubt else "no overdub was started"
+        return HeyGenOverdubTimeoutError(
+            f"'execution_timeout' {why}; {started}.{f' {error}' if error else ''}",
+            retry_after=error.retry_after if error else None,
+            outcome_unknown=doubt,
+        )
 
     def _defer(self, error: HeyGenError, not_before: float) -> None:
         trigger: BaseTrigger = HeyGenSlotTrigger(
@@ -257,7 +263,9 @@ class Dubbing:
         # A hook of its own: it reads the connection as it is now, and the wait repeats what fails.
         with HeyGenHook(self.task.heygen_conn_id, max_attempts=1) as hook:
             hook.created_under = self.hook.created_under
-            end = OverdubWait(overdub_id, log=self.task.log, **rules).poll_until_final(hook)
+            watch = OverdubWait(overdub_id, log=self.task.log, **rules)
+            watch.is_known = True
+            end = watch.poll_until_final(hook)
         return self._finish(self._conclude(end, since))
 
     def _conclude(self, end: Any, since: float | None, hook: HeyGenHook | None = None) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def storage_path(
             f"{named} has characters (such as '::' or a line break) that make Airflow's ObjectStoragePath"
             f" read another file, {redact_urls(str(found))!r}. Choose another name."
         )
-    if written and found.protocol.startswith("s3") and found.fs.split_path(found.path)[2]:
+    if written and found.protocol.startswith("s3") and "?versionId=" in found.path:
         raise HeyGenBadInputError(f"{named} names a version, which cannot be written. Remove it.")
     return found
 
@@ -170,7 +170,7 @@ def _identity(path: ObjectStoragePath) -> object:
             found = os.stat(path.path)
             return found.st_dev, found.st_ino
         return os.path.realpath(path.path)
-    key = re.sub(r"\?version(ID|Id|id|_id)=.*", "", path.path)  # as s3fs
+    key = path.path.partition("?versionId=")[0]  # as s3fs
     return f"{SCHEMES.get(path.protocol, path.protocol)}://{key.lstrip('/')}"
 
 

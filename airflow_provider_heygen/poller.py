@@ -14,6 +14,7 @@ import contextvars
 import logging
 import math
 import random
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field
@@ -40,19 +41,28 @@ MAX_FAILURES_PER_TICK = 3  # consecutive failed GETs after which all that are du
 MAX_BACKOFF_SECONDS = 15.0  # between GETs after consecutive failures, unless HeyGen asks for more
 SUSPEND_SECONDS = 600.0  # longest suspension of pages; at once if they are rejected or lag behind
 STALE_SECONDS = 10.0  # how far pages may lag behind a GET
+MAX_JOB_SECONDS = 86_400.0  # after which a job that is not final does not count as running
 BLIND_SECONDS = 120.0  # if the list is suspended for longer, the queue does without it
 PAGE_COST = 2  # in GETs: a page is one request, but takes twice the CPU (measured)
 SEARCH_SECONDS = 10.0  # until pages that cost more than GETs are read again; doubles
 
 _FINAL = ("completed", "failed", api.NOT_FOUND)
+_RUNNING = ("pending", "running")
 _DETAILS = {"title", "duration", "callback_id", "created_at", "failure_message"}
 _AT_ONCE = -math.inf  # when a GET is due that no page can replace
 
 _Pages = AsyncGenerator[api.Statuses, None]
 
 
-def _unfinished(page: api.Statuses) -> set[str]:
-    return {name for name, row in page.rows.items() if row.get("status") not in _FINAL}
+def _running(page: api.Statuses) -> set[str]:
+    """Return the ids of the jobs that occupy a slot. A job of a day ago is one that HeyGen has lost."""
+    oldest = time.time() - MAX_JOB_SECONDS
+
+    def runs(status: Any, created_at: Any) -> bool:
+        is_lost = isinstance(created_at, (int, float)) and created_at < oldest
+        return isinstance(status, str) and status.strip().lower() in _RUNNING and not is_lost
+
+    return {name for name, row in page.rows.items() if runs(row.get("status"), row.get("created_at"))}
 
 
 class _Waiter(NamedTuple):
@@ -165,7 +175,7 @@ class _Poller:
         self.slots = Slots(self._settings.max_concurrent_jobs if self._settings else None, self.slots.places)
         self._list, self._bulk = _Endpoint("the list endpoint"), _Endpoint("the bulk status endpoint")
         self._gets = _Endpoint("GETs")
-        self.survey_at = self._verify_at = self._search_at = self._known_final_at = -math.inf
+        self.survey_at = self._verify_at = self._search_at = self._gone_at = self._known_final_at = -math.inf
         self._known_final = ""  # final in a GET, and not so in a page before
         self._searches = self._missed = 0  # consecutive readings of pages that cost more than GETs
         for job in self.jobs.values():
@@ -207,6 +217,8 @@ class _Poller:
 
     async def _run(self) -> None:
         self._hook, self._under_way = None, set[asyncio.Task[None]]()
+        self._finding_gone: asyncio.Future[None] = self.loop.create_future()
+        self._finding_gone.set_result(None)
         try:
             async with AsyncExitStack() as session, asyncio.TaskGroup() as gets:
                 while True:
@@ -246,6 +258,10 @@ class _Poller:
         self._spacing = 1 / hook.settings.max_requests_per_second
         interval = max(min((job.interval for job in self.jobs.values()), default=0.0), self._spacing)
         await self._read_pages(hook, max(interval, TICK_SECONDS))
+        doubtful = any(waiter.watch.may_be_gone for job in self.jobs.values() for waiter in job.waiters)
+        if doubtful and self._gone_at <= self._tick_at and self._finding_gone.done():
+            self._gone_at = self._tick_at + COUNT_SECONDS
+            self._finding_gone = gets.create_task(self._find_gone(hook))
         with suppress(TimeoutError):
             async with asyncio.timeout(min(interval, TICK_SECONDS) / 2):
                 await self._get_each(hook, gets)
@@ -300,14 +316,10 @@ class _Poller:
             pages = self._bulk_pages(hook, list(filter(None, [self._known_final, *wanted])))
             if await self._read(self._bulk, pages, lambda page: self._take(page) is not None, span):
                 wanted = set()
-        jobs = self.jobs.values()
-        doubtful = {job.overdub_id for job in jobs if any(waiter.watch.may_be_gone for waiter in job.waiters)}
-        if self.survey_at > self._tick_at or not (doubtful or self.slots.places):
-            await self._search(hook, wanted, span)
-        elif doubtful:
-            self._release(await self._find_gone(hook, doubtful))
+        if self.survey_at <= self._tick_at and self.slots.places:
+            self._release(await self._search(hook, wanted, max(span, COUNT_SECONDS), count=True))
         else:
-            self._release(await self._search(hook, wanted, None, count=True))
+            await self._search(hook, wanted, span)
 
     async def _search(
         self, hook: HeyGenHook, wanted: set[str], span: float | None, *, count: bool = False
@@ -322,7 +334,7 @@ class _Poller:
 
         def more(page: api.Statuses) -> bool:
             nonlocal gain, best
-            unfinished = _unfinished(page)
+            unfinished = _running(page)
             running.update(unfinished)
             found = wanted & self._take(page)
             wanted.difference_update(found)
@@ -340,18 +352,20 @@ class _Poller:
             self._search_at = self._tick_at + (delay if self._searches else 0)
         return running
 
-    async def _find_gone(self, hook: HeyGenHook, doubtful: set[str]) -> set[str] | None:
-        """Read the list to its end, even if it lags: overdubs may be gone. Return as :meth:`_search`."""
-        listed, running = set[str](), set[str]()
+    async def _find_gone(self, hook: HeyGenHook) -> None:
+        """Read the list to its end, even if it lags, beside the ticks: overdubs may be gone."""
+        jobs = self.jobs.values()
+        doubtful = {job.overdub_id for job in jobs if any(waiter.watch.may_be_gone for waiter in job.waiters)}
+        listed = set[str]()
 
         def more(page: api.Statuses) -> bool:
             listed.update(page.rows)
-            running.update(_unfinished(page))
-            for job in [self.jobs[name] for name in doubtful & self.jobs.keys() if not page.next_token]:
-                self._dispatch(job, lambda watch: watch.absent(watch.overdub_id in listed))
-            return True
+            if hook is self._hook and not page.has_more:
+                for job in [self.jobs[name] for name in doubtful & self.jobs.keys()]:
+                    self._dispatch(job, lambda watch: watch.absent(watch.overdub_id in listed))
+            return hook is self._hook
 
-        return running if await self._read(self._list, self._list_pages(hook), more, None) else None
+        await self._read(self._list, self._list_pages(hook), more, None)
 
     def _release(self, running: set[str] | None) -> None:
         """Release the create tasks for which there are slots."""
@@ -501,7 +515,10 @@ class _Poller:
             self._hook = None
             await session.aclose()
             if settings != self._settings:
-                self.resource = None if self._settings else self.resource  # perhaps another account
+                if self._settings:  # perhaps it is another account
+                    self.resource = None
+                    for waiter in [waiter for job in self.jobs.values() for waiter in job.waiters]:
+                        waiter.watch.account_changed = True
                 self._settings = settings
                 self._forget()
             await session.enter_async_context(hook)
@@ -516,5 +533,6 @@ class _Poller:
 
     async def _my_turn(self) -> None:
         """Keep to the connection's rate."""
-        await asyncio.sleep(self._next_request_at - self.now())
-        self._next_request_at = max(self._next_request_at, self.now()) + self._spacing
+        turn = max(self._next_request_at, self.now())
+        self._next_request_at = turn + self._spacing
+        await asyncio.sleep(turn - self.now())

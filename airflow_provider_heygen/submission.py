@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from airflow_provider_heygen.exceptions import HeyGenError
+
 if TYPE_CHECKING:
     from airflow_provider_heygen.api import CreateOverdubRequest
 
@@ -46,6 +48,7 @@ class Submission(BaseModel):
     :param callback_id: the author's own ``callback_id`` in the request.
     :param labels: digest of the other labels, to detect a change.
     :param resource: HeyGen's name for the resource in the request, if known.
+    :param doubt_reported: whether a try has failed with the candidates for the overdub in its message.
     :param assets: the id of each uploaded HeyGen asset, by the SHA-256 of its file.
     :param files: SHA-256 and MIME type of each file by its fingerprint, so that a file is read once.
     """
@@ -66,16 +69,32 @@ class Submission(BaseModel):
     callback_id: str | None = None
     labels: str = ""
     resource: str | None = None
+    doubt_reported: bool = False
     assets: dict[str, str] = Field(default_factory=dict)
     files: dict[str, tuple[str, str]] = Field(default_factory=dict)
 
     @classmethod
     def load(cls, stored: Any) -> Submission | None:
-        """Return the stored record, or ``None`` if there is none or it is invalid."""
+        """
+        Return the stored record, or ``None`` if there is none; an invalid optional member has its default.
+
+        :raises HeyGenError: if the record is invalid otherwise, but of a request that may have been sent.
+        """
         try:
             return cls.model_validate(stored)
-        except ValidationError:
-            return None
+        except ValidationError as error:
+            wrong = {str(problem["loc"][0]) for problem in error.errors() if problem["loc"]}
+        required = {name for name, member in cls.model_fields.items() if member.is_required()}
+        if isinstance(stored, dict) and not wrong & required:
+            return cls.model_validate({name: stored[name] for name in stored.keys() - wrong})
+        if isinstance(stored, dict) and (stored.get("sent") or stored.get("overdub_id")):
+            names, overdub_id = ", ".join(sorted(wrong)), stored.get("overdub_id") or "id unknown"
+            raise HeyGenError(
+                f"The submission record of this task cannot be read ({names}). It may have started an overdub"
+                f" ({overdub_id}). Nothing was sent. Check it in HeyGen. To start another one, run the"
+                " task once with durable=False."
+            )
+        return None
 
     def same_request(self, other: str, max_tries: int) -> bool:
         """

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CLOCK_SKEW_SECONDS = 600.0
+"""Seconds by which the clocks of two workers may differ."""
+
 REUSE_SECONDS = 3 * 24 * 60 * 60
 """Maximum age in seconds of an overdub of another task or DAG run that may be reused."""
 
@@ -266,7 +269,8 @@ def _create(
         error.no_slot = error.status_code == 429 and not error.outcome_unknown
         # Even if this try started nothing, an earlier one may have: keep its record.
         if error.outcome_unknown:
-            store.save(submission, sent=True, sent_at=time.time())
+            reported = isinstance(error, HeyGenOutcomeUnknownError)
+            store.save(submission, sent=True, sent_at=time.time(), doubt_reported=reported)
         else:
             store.save(before)
         raise
@@ -349,10 +353,15 @@ def _check_remote(
         request = request.model_copy(update=sent)
     try:
         overdub = hook.find_created(
-            request, submission.key, since=submission.began, sent_at=submission.sent_at
+            request,
+            submission.key,
+            since=submission.began,
+            sent_at=submission.sent_at,
+            skew=CLOCK_SKEW_SECONDS,
         )
     except HeyGenOutcomeUnknownError:
-        if submission.max_tries == store.ti.max_tries:
+        if submission.max_tries == store.ti.max_tries or not submission.doubt_reported:
+            store.save(submission, doubt_reported=True)
             raise
         # A user has read this error and cleared the task, which confirms that no candidate belongs to it.
         return submission.model_copy(update={"sent": False}), "", RemoteState.MISSING

@@ -11,13 +11,14 @@ import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, get_args
 
-from airflow_provider_heygen.api import Overdub, OverdubStatus, redact_urls
+from airflow_provider_heygen.api import Overdub, OverdubStatus, check_id, redact_urls
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
     HeyGenNotFoundError,
     HeyGenOverdubFailedError,
     HeyGenOverdubTimeoutError,
+    HeyGenPermanentError,
     HeyGenTriggerEventError,
     retry_delay,
 )
@@ -79,9 +80,11 @@ class OverdubWait:
     """
 
     __slots__ = (
+        "account_changed",
         "began",
         "deadline",
         "failures",
+        "is_known",
         "log",
         "logged_at",
         "logged_status",
@@ -116,6 +119,10 @@ class OverdubWait:
         self.trouble = ""
         self.missing_since: float | None = None
         self.missing_for = 0.0
+        self.is_known = False
+        """Whether the connection has led to the overdub. Then a wrong setting does not end the wait."""
+        self.account_changed = False
+        """Whether another account may respond now, which does not have the overdub."""
 
     def on_poll(self, overdub: Overdub) -> float | WaitEvent:
         """Handle a successful poll."""
@@ -143,6 +150,7 @@ class OverdubWait:
     def on_unchanged(self) -> float | WaitEvent:
         """Handle a successful poll whose result is not final and the same as before."""
         self.failures, self.trouble, self.missing_since, self.missing_for = 0, "", None, 0.0
+        self.is_known, self.account_changed = True, False
         now = time.monotonic()
         if now - self.logged_at >= SILENCE_SECONDS:
             self.logged_at = now
@@ -188,9 +196,9 @@ class OverdubWait:
 
         :param listed: whether the list contains the overdub; ``None`` if that could not be determined.
         """
-        if listed:
+        if listed or self.account_changed:
             self.missing_since, self.missing_for = None, 0.0
-        if listed is not False:
+        if listed is not False or self.account_changed:
             return None
         return self._end(
             "gone",
@@ -205,11 +213,14 @@ class OverdubWait:
 
     def poll(self, hook: HeyGenHook) -> float | WaitEvent:
         """Poll once with a synchronous hook; return the delay until the next poll, or the end."""
+        check_id(self.overdub_id)
         try:
             return self.on_poll(hook.get_overdub(self.overdub_id))
-        except HeyGenBadInputError:
-            raise
         except Exception as error:
+            if isinstance(error, HeyGenBadInputError) and not self.is_known:
+                raise
+            if isinstance(error, HeyGenPermanentError) and not isinstance(error, HeyGenNotFoundError):
+                hook.forget_settings()
             step = self.on_error(error)
         if self.may_be_gone:
             step = self.absent(hook.is_listed(self.overdub_id)) or step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import unicodedata
 import uuid
 from contextlib import AsyncExitStack, contextmanager, suppress
 from functools import cached_property
@@ -47,6 +48,7 @@ SEARCH_SECONDS = 300.0
 CLOCK_NOISE_SECONDS = 5.0
 MAX_SEARCH_PAGES = 18  # for one lost create request, over all passes of the search
 MAX_CANDIDATE_GETS = 40  # for one lost create request
+MAX_EMPTY_PAGES = 10  # in a row, before a list counts as endless
 MAX_LISTED_PAGES = 100  # to find out whether one overdub is in the list
 KEY_SECONDS = 23 * 60 * 60  # HeyGen keeps an idempotency key for 24 hours
 MAX_UPLOAD_URLS = 3  # for one file, if they expire or are rejected
@@ -123,7 +125,7 @@ class HeyGenHook(BaseHook):
         call = api.create_overdub(request, idempotency_key)
         started_at = sent_at = attempted_at = time.time()
         sent_under = self.resource
-        response_lost = False
+        response_lost, only_pages = False, True
 
         def before() -> None:
             nonlocal attempted_at, sent_under
@@ -136,7 +138,12 @@ class HeyGenHook(BaseHook):
                 try:
                     if response_lost:
                         found = self.find_created(
-                            request, idempotency_key, since=started_at, sent_at=sent_at, sent_under=sent_under
+                            request,
+                            idempotency_key,
+                            since=started_at,
+                            sent_at=sent_at,
+                            sent_under=sent_under,
+                            only_pages=only_pages,
                         )
                         if found is not None:
                             self.log.info(
@@ -149,6 +156,8 @@ class HeyGenHook(BaseHook):
                 except HeyGenError as error:
                     if error.outcome_unknown and error.code is None:
                         sent_at = attempted_at  # HeyGen may still process the create request
+                    is_page = isinstance(error, HeyGenGatewayError) and error.status_code == 404
+                    only_pages = only_pages and (is_page or not error.outcome_unknown)
                     # A later error does not change that a response was lost.
                     response_lost = error.outcome_unknown = response_lost or error.outcome_unknown
                     raise
@@ -175,11 +184,19 @@ class HeyGenHook(BaseHook):
     def _pages(self, page_size: int = api.MAX_PAGE_SIZE) -> Iterator[api.OverdubPage]:
         token: str | None = None
         tokens: set[str | None] = set()
+        empty = 0
         while token not in tokens:  # None after the last page; a repeated token would never end
             tokens.add(token)
             page = self.list_overdubs(page_size, token)
             yield page
+            empty = 0 if page.data else empty + 1
+            if empty > MAX_EMPTY_PAGES:
+                raise HeyGenTransientError(f"HeyGen's list does not end: {empty} pages in a row are empty.")
             token = page.next_token
+            if page.has_more and token is None:
+                raise HeyGenTransientError(
+                    "HeyGen's list has more overdubs, but its response has no 'next_token' to read them by."
+                )
 
     def is_listed(self, overdub_id: str) -> bool | None:
         """Return whether the list has an overdub; ``None`` if that cannot be determined."""
@@ -187,7 +204,7 @@ class HeyGenHook(BaseHook):
             for page in islice(self._pages(), MAX_LISTED_PAGES):
                 if any(overdub.overdub_id == overdub_id for overdub in page.data):
                     return True
-                if page.next_token is None:
+                if not page.has_more:
                     return False
         except HeyGenError as error:
             self.log.warning("%s", error)
@@ -201,6 +218,8 @@ class HeyGenHook(BaseHook):
         since: float,
         sent_at: float = 0.0,
         sent_under: str | None = None,
+        skew: float = 0.0,
+        only_pages: bool = False,
     ) -> api.Overdub | None:
         """
         Find the overdub that a create request with a lost response has started.
@@ -216,14 +235,16 @@ class HeyGenHook(BaseHook):
         :param sent_at: time of the last attempt without any response, in Unix seconds. The overdub may appear
             late, so the search repeats for some time after it, unless HeyGen knows the key.
         :param sent_under: the name of the resource in that attempt.
+        :param skew: seconds by which the clock of the process that sent the request may be wrong.
+        :param only_pages: whether the response to each attempt was a gateway's 404 page.
         :returns: the overdub, or ``None`` if the request may be sent again.
         :raises HeyGenOutcomeUnknownError: if there are candidates. Nothing more was sent; a retry searches
             again.
         :raises HeyGenTransientError: if HeyGen cannot be searched now. A retry may succeed.
         """
         sent_under = sent_under or self._fixed_resource or RESOURCES[0]
-        search = _Search(self, request, idempotency_key, since, max(sent_at, since))
-        settled_at = sent_at + SETTLE_SECONDS
+        search = _Search(self, request, idempotency_key, since - skew, max(sent_at, since))
+        settled_at = SETTLE_SECONDS + (time.time() if abs(time.time() - sent_at) < skew else sent_at)
         delay = 5.0
         while True:
             found = search.run()
@@ -246,15 +267,19 @@ class HeyGenHook(BaseHook):
                 " so that the provider sends a unique one by which it can find an overdub.",
                 outcome_unknown=True,
             )
-        if sent_under == self.resource or not self._is_back(sent_under):
+        if sent_under == self.resource or not self._is_back(sent_under, only_pages):
             return None
-        return self.find_created(request, idempotency_key, since=since, sent_under=sent_under)
+        return self.find_created(request, idempotency_key, since=since, sent_under=sent_under, skew=skew)
 
-    def _is_back(self, name: str) -> bool:
-        """Return whether HeyGen has the resource under a name that returned 404 before."""
+    def _is_back(self, name: str, only_pages: bool) -> bool:
+        """
+        Return whether HeyGen has the resource under a name that returned 404 before.
+
+        :param only_pages: whether a gateway's 404 page proves that it has not: all requests got one.
+        """
         try:
-            return _run(self._has_collection(name, self._send_attempt))
-        except HeyGenPermanentError as error:
+            return _run(self._has_collection(name, self._send_attempt, certain=not only_pages))
+        except HeyGenError as error:
             raise HeyGenTransientError(str(error), outcome_unknown=True) from None
 
     def update_overdub(self, overdub_id: str, title: str) -> api.Overdub:
@@ -492,6 +517,11 @@ class HeyGenHook(BaseHook):
             self._resolved = HeyGenConnection.from_airflow(self.get_connection(self.heygen_conn_id))
         return self._resolved
 
+    def forget_settings(self) -> None:
+        """Read the Airflow connection again before the next call: its key may have been replaced."""
+        self.close()
+        self._resolved = None
+
     async def asettings(self) -> HeyGenConnection:
         """Return :attr:`settings` without blocking the event loop."""
         if self._resolved is None:
@@ -644,7 +674,7 @@ class HeyGenHook(BaseHook):
         """
         is_heygens = isinstance(error, HeyGenNotFoundError)
         of_collection = is_heygens and call.is_collection
-        if self._fixed_resource or (self.known_resource and not of_collection):
+        if self.settings.resource or (self.known_resource and not of_collection):
             return False
         if call.method == "POST":
             of_content = error.param or error.code == "asset_not_found"
@@ -652,7 +682,7 @@ class HeyGenHook(BaseHook):
                 return False
         elif not of_collection and await self._has_collection(name, send):
             return False
-        if await self._has_collection(RESOURCES[1 - RESOURCES.index(name)], send):
+        if await self._has_collection(RESOURCES[1 - RESOURCES.index(name)], send, certain=True):
             return True
         error.message += (
             " Neither 'overdubs' nor 'lipsyncs', HeyGen's names for the resource, is known at"
@@ -661,15 +691,20 @@ class HeyGenHook(BaseHook):
         error.args = (error.message,)
         return False
 
-    async def _has_collection(self, name: str, send: _Send) -> bool:
-        """Return whether HeyGen has a collection of that name, and remember the name."""
+    async def _has_collection(self, name: str, send: _Send, *, certain: bool = False) -> bool:
+        """
+        Return whether HeyGen has a collection of that name, and remember the name.
+
+        :param certain: raise the error if a gateway, and not HeyGen, returns 404.
+        """
         try:
             await send(api.list_overdubs(1, None).under(name))
         except HeyGenError as error:
-            if error.status_code != 404:
+            if error.status_code != 404 or (certain and isinstance(error, HeyGenGatewayError)):
                 raise
             return False
         _detected[self._account] = name
+        self.created_under = self.created_under and name
         return True
 
 
@@ -734,7 +769,7 @@ class _Search:
             if overdub is not None and self._is_match(overdub):
                 return overdub
             # HeyGen may choose the title of an overdub whose request has none.
-            if overdub is None or (overdub.callback_id is None and self.title in (None, overdub.title)):
+            if overdub is None or (overdub.callback_id is None and self._has_title(overdub.title)):
                 self.candidates.append(overdub_id)
         return None
 
@@ -744,7 +779,7 @@ class _Search:
 
         :returns: row, time of creation, and distance from the last attempt in seconds (``None``: too old).
         """
-        newest_first, previous = True, math.inf
+        newest_first, falls, previous = True, False, math.inf
         for page in self.hook._pages():
             self.pages, self.pages_left = self.pages + 1, self.pages_left - 1
             # HeyGen's clock may differ widely from this machine's.
@@ -753,13 +788,16 @@ class _Search:
             for row in page.data:
                 created_at = math.inf if row.created_at is None else row.created_at
                 newest_first = newest_first and created_at <= previous and created_at < math.inf
+                falls = falls or created_at < previous < math.inf
                 previous = created_at
-                is_old = created_at < self.first + offset - SEARCH_SECONDS
+                # Old by both clocks, because one of them may have been set in the meantime.
+                is_old = created_at < self.first + min(offset, 0.0) - SEARCH_SECONDS
                 any_old = any_old or is_old
                 distance = max(0.0, abs(created_at - self.last - offset) - CLOCK_NOISE_SECONDS)
                 yield row, created_at, None if is_old else distance
             # HeyGen does not document the order. A full page of falling times is sufficient evidence.
-            if page.next_token is None or (newest_first and any_old and len(page.data) >= api.MAX_PAGE_SIZE):
+            is_full = len(page.data) >= api.MAX_PAGE_SIZE
+            if not page.has_more or (newest_first and falls and any_old and is_full):
                 return
             if self.pages_left <= 0:
                 break
@@ -773,6 +811,13 @@ class _Search:
         if not self.is_unique:
             self.candidates.append(overdub.overdub_id)
         return self.is_unique
+
+    def _has_title(self, title: str | None) -> bool:
+        """Return whether a title may be that of the request; HeyGen may have trimmed or shortened it."""
+        wanted, found = (
+            " ".join(unicodedata.normalize("NFC", text or "").split()) for text in (self.title, title)
+        )
+        return not wanted or bool(found and (wanted.startswith(found) or found.startswith(wanted)))
 
     def _get(self, overdub_id: str) -> api.Overdub | None:
         if overdub_id not in self._overdubs and self.gets_left > 0:

@@ -12,6 +12,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from airflow_provider_heygen import poller
 from airflow_provider_heygen.api import OverdubStatus
+from airflow_provider_heygen.exceptions import MAX_RETRY_AFTER
 from airflow_provider_heygen.waiting import OverdubWait
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class HeyGenSlotTrigger(_Trigger):
         now = time.time()
         with suppress(TimeoutError):
             async with asyncio.timeout(None if self.deadline is None else max(0.0, self.deadline - now)):
-                pause = self.not_before - now
+                pause = min(self.not_before - now, MAX_RETRY_AFTER)  # the worker's clock may be ahead
                 await poller.queue(
                     self.heygen_conn_id, self.since, pause, resumed=self.resumed, log=self.logger()
                 )
