@@ -53,9 +53,9 @@ _ATOMIC_STORES = {"s3", "s3a", "s3n", "gs", "gcs", "abfs", "abfss", "adl", "az"}
 # Content codings of IANA's registry. Other values, such as S3's "aws-chunked", encode nothing.
 _CODINGS = {"br", "compress", "dcb", "dcz", "deflate", "gzip", "x-compress", "x-gzip", "zstd"}
 
-# The first bytes of HTML, XML and JSON; of a compressed page, a page in UTF-16, zeros, or a message in words.
+# The first bytes of HTML, XML and JSON; of a compressed page, a page in UTF-16, or a message in words.
 _PAGE = rb"(\xef\xbb\xbf)?\s*[<{]"
-_NO_VIDEO = rb"\x1f\x8b|\xff\xfe|\xfe\xff|\0{12}|[\t\r\n!-~]+ [\t\r\n -~]*\Z"
+_NO_VIDEO = rb"\x1f\x8b|\xff\xfe|\xfe\xff|[\t\r\n!-~]+ [\t\r\n -~]*\Z"
 _HEAD_BYTES = 512
 
 _PAGE_TYPES = {"application/json", "application/xml", "application/xhtml+xml", "text/html", "text/xml"}
@@ -233,7 +233,8 @@ class _PendingFile:
     def begins_with(self, head: bytes) -> bool:
         """Return whether the file at the destination begins with ``head``."""
         with translate_storage_errors(self, "read"):
-            return bool(self._fs.cat_file(self._path.path, start=0, end=len(head)) == head)
+            # With an end of 0, s3fs would read the whole file.
+            return not head or bool(self._fs.cat_file(self._path.path, start=0, end=len(head)) == head)
 
     def write(self, chunk: bytes) -> None:
         """Append a chunk."""

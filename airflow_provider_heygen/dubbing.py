@@ -170,7 +170,7 @@ class Dubbing:
         """Submit the request, however often HeyGen has no slot for it: that is waiting, not failing."""
         while True:
             if self.resumed and self.until is not None and time.time() >= self.until:
-                raise self._out_of_time("has ended while the task waited for a free slot")
+                raise self._out_of_time("'execution_timeout' has ended while the task waited for a free slot")
             try:
                 reuse = self.task.reuse is not None
                 return submit(request, self.hook, self.store, files, check, reuse=reuse)
@@ -181,7 +181,9 @@ class Dubbing:
                     raise
                 pause = retry_delay(1, error, first=SHORTEST_DEFERRAL)
                 if self.until is not None and time.time() + pause > self.until:
-                    raise self._out_of_time("ends before the request may be sent again", error) from error
+                    raise self._out_of_time(
+                        "'execution_timeout' ends before the request may be sent again", error
+                    ) from error
                 self.task.log.info("%s Sending the request again in %.0f s at the soonest.", error, pause)
                 if self.task.deferrable:
                     self._defer(error, time.time() + pause)
@@ -192,7 +194,7 @@ class Dubbing:
         doubt = self.store.outcome_unknown
         started = "whether an overdub was started is unknown" if doubt else "no overdub was started"
         return HeyGenOverdubTimeoutError(
-            f"'execution_timeout' {why}; {started}.{f' {error}' if error else ''}",
+            f"{why}; {started}.{f' {error}' if error else ''}",
             retry_after=error.retry_after if error else None,
             outcome_unknown=doubt,
         )

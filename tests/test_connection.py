@@ -640,6 +640,7 @@ MAY_NOT = {
         ({"scope_mode": "read_only"}, MAY_NOT),
         ({"scope_mode": "custom", "scopes": ["lipsync:write", "account:read"]}, ("assets:write",)),
         ({"scope_mode": "custom", "scopes": ["assets:*", "lipsync:read"]}, ("lipsync:write",)),
+        ({"scope_mode": "custom", "scopes": []}, MAY_NOT),
         ({"scopes": "odd", "scope_mode": 5, "expires_at": "soon"}, ()),
         ({}, ()),
         *(({"status": status, "scope_mode": "read_only"}, ()) for status in (403, 500)),
@@ -654,7 +655,9 @@ def test_what_a_key_may_do(listen, connect, key, missing):
     assert "expires" not in message
 
 
-@pytest.mark.parametrize(("days", "told"), [(1, True), (13, True), (15, False), (10**9, False)])
+@pytest.mark.parametrize(
+    ("days", "told"), [(1, True), (13, True), (15, False), (10**9, False), (-(10**6) // 60, True)]
+)
 def test_when_a_key_expires(listen, connect, days, told):
     moment = time.time() + days * 86400
     connect(key_of(listen, scope_mode="full", expires_at=int(moment)).url)
@@ -677,6 +680,12 @@ def test_good_token(heygen, connect):
         ({"auth_type": "oauth"}, ("401", "'auth_type' ('oauth')")),
         ({"password": "emulator-oauth-token"}, ("401", "'auth_type' ('api_key')")),
         ({"resource": "lipsyncs"}, ("404", "Remove the extra 'resource' ('lipsyncs')")),
+        ({"host": "https:/api.heygen.com"}, ("host must be an https URL",)),
+        ({"host": "https//api.heygen.com"}, ("host must be an https URL",)),
+        ({"host": "https://api.heygen.com#"}, ("host must be a plain base URL",)),
+        ({"host": "https://api.heygen.com/?"}, ("host must be a plain base URL",)),
+        ({"read_timeout": 1e300}, ("extra 'read_timeout'",)),
+        ({"host": "http://127.0.0.1.:9", "allow_http": True}, ("nothing was sent", "Check the host")),
         ({"host": "http://127.0.0.1:1"}, ("http://127.0.0.1:1", "nothing was sent")),
         ({"host": "http://nowhere.localhost.invalid", "allow_http": True}, ("nothing was sent",)),
     ],

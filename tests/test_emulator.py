@@ -1147,13 +1147,30 @@ def test_command_line(number, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_command_line_rejects_invalid_options():
-    command = [sys.executable, "-m", "airflow_provider_heygen.emulator", "--list-order", "sideways"]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--list-order", "sideways"], "list_order"),
+        (["--port", "99999"], "argument --port"),
+        (["--host", "::1", "--port", "0"], "Host ::1: .* Choose another one with --host"),
+    ],
+)
+def test_command_line_rejects_invalid_options(options, message):
+    command = [sys.executable, "-m", "airflow_provider_heygen.emulator", *options]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
-    assert done.returncode == 1
-    assert "list_order" in done.stderr
+    assert done.returncode
+    assert re.search(message, done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_half_a_character_is_stored_as_a_question_mark(heygen):
+    media = '"video": {"type": "url", "url": "https://x.y/v.mp4"}, "audio": {"type": "url", "url": "https://x.y/a"}'
+    headers = {"X-Api-Key": heygen.api_key, "Content-Type": "application/json"}
+    url = f"{heygen.url}/v3/overdubs"
+    requests.post(url, data=f'{{{media}, "title": "\\ud800"}}', headers=headers, timeout=10)
+    assert [row["title"] for row in requests.get(url, headers=headers, timeout=10).json()["data"]] == ["?"]
 
 
 def test_a_missing_dependency_is_named(monkeypatch):

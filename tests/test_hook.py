@@ -820,16 +820,12 @@ def test_iter_over_pages_that_shift(heygen):
 @pytest.mark.parametrize(
     "pages",
     [
-        [page("a", has_more=True, next_token=None)],
-        [page("a", has_more=True)],
         [page("a", has_more=False, next_token="1")],
         [page("a", has_more=True, next_token="1"), page("a", has_more=True, next_token="1")],
         [page("a", next_token="1"), page("b", next_token="2"), page("b", next_token="1")],
         [page("a", next_token="1"), page(next_token=None)],
     ],
     ids=[
-        "more, no token",
-        "more, no member",
         "no more, token",
         "same token",
         "a circle of tokens",
@@ -842,6 +838,26 @@ def test_iter_ends(heygen, pages):
     ids = [overdub.overdub_id for overdub in HeyGenHook().iter_overdubs()]
     assert ids == sorted(set(ids))
     assert len(heygen.requests) == len(pages)
+
+
+@pytest.mark.parametrize(
+    ("pages", "message"),
+    [
+        ([page("a", has_more=True, next_token=None)], "has no 'next_token'"),
+        ([page("a", has_more=True)], "has no 'next_token'"),
+        ([page(has_more=True, next_token=str(number)) for number in range(20)], "does not end: 11 pages"),
+    ],
+    ids=["no token", "no member", "empty pages"],
+)
+def test_a_list_that_cannot_be_read_to_its_end(heygen, pages, message):
+    for fault in pages:
+        heygen.fail_next(**fault)
+    with pytest.raises(HeyGenTransientError, match=message):
+        list(HeyGenHook().iter_overdubs())
+    heygen.clear_faults()
+    for fault in pages:
+        heygen.fail_next(**fault)
+    assert HeyGenHook().is_listed("b") is None
 
 
 def test_iter_reads_no_page_too_early(heygen):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -140,8 +141,14 @@ def test_urls_are_masked_where_rendered_fields_are_stored():
         video="https://x.y/v.mp4?X-Amz-Signature={{ secret }}",
         audio={"type": "url", "url": "https://user:RENDERED2@x.y/a.mp3?sig=RENDERED3"},
         callback_url="https://x.y/hook?token=RENDERED4",
+        extra_body={"backgrounds": [{"url": "https://x.y/b.png?sig=RENDERED5"}]},
     )
     operator.render_template_fields({"secret": "RENDERED1"}, jinja2.Environment(autoescape=True))
+    transfer = HeyGenOverdubToObjectStorageOperator(
+        task_id="save", overdub_id="od_1", destination="s3://key:RENDERED6@bucket/{{ name }}"
+    )
+    transfer.render_template_fields({"name": "v.mp4"}, jinja2.Environment(autoescape=True))
+    assert "RENDERED" not in str(redact(transfer.destination))
     assert "RENDERED1" in operator.video
     stored = str([redact(getattr(operator, name)) for name in operator.template_fields])
     assert "RENDERED" not in stored
@@ -170,6 +177,19 @@ def test_what_a_native_template_renders(fields, sent):
 def test_rename_to_a_number(heygen, overdub_id):
     run(HeyGenUpdateOverdubOperator, overdub_id=overdub_id, title=2026.5)
     assert heygen.jobs[0].title == "2026.5"
+
+
+@pytest.mark.parametrize("name", ["start_time", "end_time", "timeout", "poke_interval"])
+def test_a_flag_is_no_number_of_seconds(heygen, name):
+    with pytest.raises(HeyGenTaskFailedError, match=f"{name}.* must be a (positive )?number of seconds"):
+        run(HeyGenCreateOverdubOperator, **MEDIA, **{name: True})
+    assert heygen.requests == []
+
+
+def test_a_connection_id_that_a_native_template_made_a_number(heygen, monkeypatch):
+    monkeypatch.setenv("AIRFLOW_CONN_2026", os.environ["AIRFLOW_CONN_HEYGEN_DEFAULT"])
+    run(HeyGenCreateOverdubOperator, **MEDIA, heygen_conn_id=2026, wait_for_completion=False)
+    assert len(heygen.jobs) == 1
 
 
 @pytest.mark.parametrize("mode", ["poke", "reschedule"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from pathlib import Path
 
 import pytest
 from airflow.providers.common.compat.sdk import AirflowFailException, ObjectStoragePath, TaskDeferred
@@ -241,7 +242,7 @@ def test_what_is_up_to_date_is_not_made_again(heygen, storage, files, deferrable
     for again in (lambda: another_run(task), task.clear):
         again()
         assert task.start() == uri
-        assert task.xcoms == {"overdub": {"uri": uri, "size": len(before)}}
+        assert task.xcoms == {"overdub": {"uri": uri, "size": len(before)}, "asset_ids": []}
     assert len(heygen.requests) == requests
     told = task.made[-1].get_openlineage_facets_on_complete(task.ti)
     assert told.outputs == []
@@ -298,6 +299,32 @@ def test_the_destination_is_not_a_source(heygen, storage, files, how):
     uri = storage.uri("v.mp4")
     with pytest.raises(HeyGenTaskFailedError, match="destination is the file in video or audio"):
         run(dubbing(uri, **{how: True, "video": ObjectStoragePath(uri), "audio": files["audio"]}))
+    assert heygen.requests == []
+
+
+@pytest.mark.parametrize("how", ["overwrite", "skip_existing"])
+@pytest.mark.parametrize("alias", ["link/v.mp4", "other.mp4", "local", "s3a", "a version"])
+def test_the_destination_is_not_a_source_by_another_name(heygen, tmp_path, s3, files, alias, how):
+    source = Path(files["video"].removeprefix("file://"))
+    (tmp_path / "link").symlink_to(source.parent)
+    (tmp_path / "other.mp4").symlink_to(source)
+    destination = {"local": f"local://{source}"}.get(alias, f"file://{tmp_path}/{alias}")
+    if alias in ("s3a", "a version"):
+        s3.write("v.mp4", source.read_bytes())
+        source = ObjectStoragePath(s3.uri("v.mp4"))
+        destination = str(source).replace("s3://", "s3a://")
+        source = source if alias == "s3a" else ObjectStoragePath(f"{source}?versionId=null")
+    before = source.read_bytes() if alias != "a version" else b""
+    video = source if alias in ("s3a", "a version") else files["video"]
+    with pytest.raises(HeyGenTaskFailedError, match="destination is the file in video or audio"):
+        run(dubbing(destination, **{how: True, "video": video, "audio": files["audio"]}))
+    assert heygen.requests == []
+    assert alias == "a version" or source.read_bytes() == before
+
+
+def test_a_version_cannot_be_written(heygen, s3):
+    with pytest.raises(HeyGenTaskFailedError, match="names a version, which cannot be written"):
+        run(dubbing(f"{s3.uri('v.mp4')}?versionId=1"))
     assert heygen.requests == []
 
 

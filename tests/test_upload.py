@@ -597,6 +597,20 @@ def test_what_storage_rejects(heygen, pauses, direct, listen, status):
 
 
 @LIPSYNCS
+def test_what_storage_rejects_for_a_moment(heygen, pauses, direct, listen):
+    """S3 has codes with a status of 400 or 409 for what a repeat, or another URL, mends."""
+    codes = ["RequestTimeout", "IncompleteBody", "OperationAborted", "ExpiredToken"]
+    for code in codes:
+        answers = [(400, {}, f"<Error><Code>{code}</Code></Error>".encode()), (200, {}, b"")]
+        storage = listen(lambda _, answers=answers: answers.pop(0))
+        upload_to(heygen, storage.url, count=2 if code == "ExpiredToken" else 1)
+        with contextlib.suppress(HeyGenNotFoundError):  # the emulator does not have storage's asset
+            HeyGenHook(max_attempts=2).upload_asset(direct)
+        heygen.clear_faults()
+        assert len(storage.seen) == 2, code
+
+
+@LIPSYNCS
 def test_an_error_page_that_breaks_off(heygen, pauses, direct, listen):
     storage = listen(lambda _: b"HTTP/1.1 507 Full\r\nContent-Length: 999\r\n\r\n<Error>")
     upload_to(heygen, storage.url)
@@ -976,6 +990,36 @@ def test_a_url_of_no_video(heygen, pauses, origin, content, kind, error):
         Task(dub_links(origin), store=StateStore()).start()
     assert heygen.requests == []
     assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("/v.mp4", "video"), ("/a.mp3", "audio")])
+def test_half_of_a_file_of_unknown_length_is_not_uploaded(heygen, pauses, origin, name, kind):
+    content, _ = origin.files[name]
+    cut = b"HTTP/1.0 200 OK\r\n\r\n" + content[: len(content) // 2]
+    answer, origin.server.answer = (
+        origin.server.answer,
+        lambda seen: cut if name in seen.path else answer(seen),
+    )
+    with pytest.raises(HeyGenTransientError, match=f"download of the source {kind} ended after"):
+        Task(dub_links(origin), store=StateStore()).start()
+    assert heygen.requests == []
+
+
+def test_a_url_with_white_space(heygen, origin):
+    for url in (f"{origin.server.url}/v.mp4\n", f"{origin.server.url}/v v.mp4"):
+        with pytest.raises(HeyGenTaskFailedError, match=r"video: .* has white space"):
+            Task(dub_links(origin, video=url), store=StateStore()).start()
+    assert origin.server.seen == heygen.requests == []
+
+
+def test_the_password_of_a_url_goes_to_its_host_only(heygen, origin, listen):
+    other = listen(origin.answer)
+    origin.files["/moved.mp4"] = (b"", {"Location": f"{other.url}/v.mp4"})
+    url = origin.server.url.replace("://", "://user:pass@")
+    Task(dub_links(origin, video=f"{url}/moved.mp4"), store=StateStore()).start()
+    basic = "Basic dXNlcjpwYXNz"
+    assert {seen.headers["Authorization"] for seen in origin.server.seen if "moved" in seen.path} == {basic}
+    assert {seen.headers["Authorization"] for seen in other.seen} == {None}
 
 
 def test_a_url_whose_download_breaks_is_resumed(heygen, pauses, origin):

@@ -682,7 +682,7 @@ class HeyGenHook(BaseHook):
                 return False
         elif not of_collection and await self._has_collection(name, send):
             return False
-        if await self._has_collection(RESOURCES[1 - RESOURCES.index(name)], send, certain=True):
+        if await self._has_collection(RESOURCES[1 - RESOURCES.index(name)], send, certain=is_heygens):
             return True
         error.message += (
             " Neither 'overdubs' nor 'lipsyncs', HeyGen's names for the resource, is known at"
