@@ -23,6 +23,7 @@ from airflow_provider_heygen import upload, waiting
 from airflow_provider_heygen.emulator import media
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
+    HeyGenGatewayError,
     HeyGenNotFoundError,
     HeyGenOutcomeUnknownError,
     HeyGenOverdubFailedError,
@@ -1342,3 +1343,52 @@ def test_a_bad_reuse_sends_nothing(heygen, changes, error):
     with fails_for_good(HeyGenBadInputError, match=error):
         night(**{"reuse": "content"} | changes).start()
     assert heygen.requests == []
+
+
+def test_a_clear_confirms_nothing_before_the_candidates_were_reported(heygen, pauses):
+    """The worker was killed just after its request, so no message has named the candidate."""
+    heygen.behaviour.idempotency = False
+    task = Task(dub(callback_id="nightly", wait_for_completion=False), store=StateStore())
+    task.start()
+    kept = task.store.get("heygen_overdub")
+    task.store.set("heygen_overdub", kept | {"overdub_id": None, "answered": 0.0, "delivered": False})
+    task.clear()
+    for _ in range(2):
+        with pytest.raises(HeyGenOutcomeUnknownError, match=heygen.jobs[0].id):
+            task.start()
+    assert len(heygen.jobs) == 1
+    task.clear()
+    assert task.start() == heygen.jobs[1].id
+
+
+def test_nothing_is_started_after_execution_timeout(heygen):
+    heygen.fail_next(method="POST", path="/v3/overdubs", status=429)
+    task = Task(dub(deferrable=True, execution_timeout=timedelta(seconds=100)), store=StateStore())
+    deferred = task.start()
+    deferred.kwargs["until"] = time.time() - 1
+    with pytest.raises(HeyGenOverdubTimeoutError, match=r"has ended.*no overdub was started"):
+        task.resume(deferred, {"status": "ready"})
+    assert heygen.jobs == []
+
+
+@MODES
+def test_a_gateways_page_with_retry_after_is_not_waited_for_without_end(heygen, pauses, deferrable):
+    page = {"status": 503, "html": True, "headers": {"Retry-After": "30"}}
+    heygen.fail_next(method="POST", path="/v3/overdubs", count=1000, **page)
+    with pytest.raises(HeyGenGatewayError):
+        Task(dub(deferrable=deferrable), store=StateStore()).start()
+    assert heygen.jobs == []
+
+
+def test_an_overdub_is_found_after_heygen_has_dropped_the_name_of_its_request(heygen, connect, monkeypatch):
+    connect(heygen.url)
+    monkeypatch.setattr(heygen_hook, "_detected", {})
+    monkeypatch.setattr(waiting, "NOT_FOUND_GRACE_SECONDS", 0)
+    task = Task(dub(deferrable=True), store=StateStore())
+    task.start()
+    heygen.force(heygen.jobs[0].id, "completed")
+    heygen.behaviour.resources = "lipsyncs"
+    monkeypatch.setattr(heygen_hook, "_detected", {})  # another worker
+    task.make = dub(timeout=5)
+    assert task.start() == heygen.jobs[0].id
+    assert len(heygen.jobs) == 1

@@ -11,7 +11,9 @@ import re
 import socket
 import threading
 import time
+import unicodedata
 import wave
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from test_connection import Authority
 from werkzeug.test import EnvironBuilder
 
 from airflow_provider_heygen import __version__, transport
+from airflow_provider_heygen.api import CreateOverdubRequest
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
@@ -1470,3 +1473,86 @@ def test_neither_name_responds_with_certainty(listen, connect, pauses, monkeypat
         HeyGenHook().create_overdub(REQUEST)
     assert raised.value.outcome_unknown
     assert names.count("POST o") + names.count("POST l") == 1
+
+
+def search(**changes):
+    """Search for a create request whose response was lost a moment ago."""
+    request = CreateOverdubRequest.of(REQUEST | {"title": changes.pop("title", "Talk")})
+    moment = time.time() + changes.pop("ahead", 0.0)
+    return HeyGenHook().find_created(request, "k:1", since=moment, sent_at=moment, **changes)
+
+
+def unnamed_job(heygen, title):
+    """Create an overdub that may be that of the search, as far as its fields show."""
+    fill(heygen, 1)
+    heygen.jobs[0].request.callback_id, heygen.jobs[0].title = None, title
+
+
+@pytest.mark.parametrize("sent", ["Talk ", "Talk\n of  May", "T" * 300, "Cafe\u0301", "Talk"])
+def test_a_title_that_heygen_has_tidied_is_a_candidate(heygen, pauses, sent):
+    unnamed_job(heygen, " ".join(unicodedata.normalize("NFC", sent).split())[:255])
+    with pytest.raises(HeyGenOutcomeUnknownError, match=heygen.jobs[0].id):
+        search(title=sent)
+
+
+def test_another_title_is_no_candidate(heygen, pauses):
+    unnamed_job(heygen, "Another talk")
+    assert search(title="Talk") is None
+
+
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_a_blank_callback_id_is_none(heygen, pauses, blank):
+    unnamed_job(heygen, "Talk")
+    heygen.jobs[0].request.callback_id = blank
+    with pytest.raises(HeyGenOutcomeUnknownError, match=heygen.jobs[0].id):
+        search()
+
+
+@pytest.mark.parametrize("ahead", [400, 599])
+def test_the_clock_of_the_worker_that_sent_the_request_may_be_ahead(heygen, pauses, ahead):
+    unnamed_job(heygen, "Talk")
+    with pytest.raises(HeyGenOutcomeUnknownError, match=heygen.jobs[0].id):
+        search(ahead=ahead, skew=600.0)
+
+
+@pytest.mark.parametrize("wrong", [-900, 900])
+def test_a_wrong_date_header_hides_no_candidate(heygen, wire, pauses, wrong):
+    unnamed_job(heygen, "Talk")
+    pass_on = wire.answer
+
+    def answer(seen):
+        status, headers, body = pass_on(seen)
+        return status, headers | {"Date": formatdate(time.time() + wrong, usegmt=True)}, body
+
+    wire.answer = answer
+    with pytest.raises(HeyGenOutcomeUnknownError, match=heygen.jobs[0].id):
+        search()
+
+
+def test_equal_times_are_no_order(heygen, pauses):
+    heygen.behaviour.list_order = "asc"
+    heygen.behaviour.idempotency = False
+    fill(heygen, 100)
+    for job in heygen.jobs:
+        job.created_at -= 86400 + heygen.jobs.index(job) / 1e6
+    heygen.fail_next(method="POST", drop="after")
+    assert HeyGenHook().create_overdub(REQUEST) == heygen.jobs[100].id
+    assert len(heygen.jobs) == 101
+
+
+def test_a_page_under_the_old_name_leads_to_no_second_request_under_the_other(heygen, unnamed, pauses):
+    """The worker was killed after its request, so it is not known that HeyGen accepted it."""
+    none = 200, {}, b'{"data": [], "has_more": false, "next_token": null}'
+    page = 404, {"Content-Type": "text/html"}, b"<html>Not Found</html>"
+    unnamed.answer = lambda seen: none if "lipsyncs" in seen.path else page
+    with pytest.raises(HeyGenTransientError) as caught:
+        search()
+    assert caught.value.outcome_unknown
+
+
+def test_one_page_under_the_other_name_is_not_final(unnamed):
+    ours = 404, {}, b'{"error": {"code": "not_found", "message": "No route."}}'
+    page = 404, {}, b"<html>Not Found"
+    unnamed.answer = lambda seen: page if "lipsyncs" in seen.path else ours
+    with pytest.raises(HeyGenTransientError):
+        HeyGenHook(max_attempts=1).create_overdub(REQUEST)

@@ -27,7 +27,7 @@ from conftest import forward
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from airflow_provider_heygen import poller, transport, waiting
+from airflow_provider_heygen import api, poller, transport, waiting
 from airflow_provider_heygen.connection import HeyGenConnection
 from airflow_provider_heygen.exceptions import HeyGenTransientError
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
@@ -1571,3 +1571,49 @@ def test_lines_go_to_the_log_of_their_own_trigger(heygen, monkeypatch, no_leak):
 
 async def gather(function, values):
     return await asyncio.gather(*map(function, values))
+
+
+def test_what_occupies_a_slot():
+    rows = {
+        "new": {"status": "pending", "created_at": int(time.time())},
+        "capitals": {"status": " Running "},
+        "lost by HeyGen": {"status": "running", "created_at": int(time.time()) - 2 * 86400},
+        "canceled": {"status": "canceled"},
+        "COMPLETED": {"status": "COMPLETED"},
+        "none": {"status": None},
+        "nothing": {},
+    }
+    assert poller._running(api.Statuses(rows, None, False)) == {"new", "capitals"}
+
+
+def test_a_key_of_another_account_for_a_while_ends_no_wait():
+    """Its account does not have the overdub, but the one that was seen running is not deleted."""
+    server = Server({"od_0": (400.0, "completed")})
+    answer = server.answer
+
+    async def exchange():
+        for key, other in (("key-2", True), ("key-3", False)):
+            await asyncio.sleep(100)
+            server.key = key
+            if other:
+                server.answer = lambda call, key: (
+                    (404, {}, {"error": {"code": "not_found"}})
+                    if call.path.endswith("/od_0")
+                    else (200, {}, {"data": [], "has_more": False})
+                )
+            else:
+                server.answer = answer
+
+    (end,) = run(server, [watch("od_0", 10.0)], meanwhile=exchange)
+    assert end.event["status"] == "completed"
+
+
+def test_a_long_search_for_what_may_be_gone_delays_no_poll():
+    server = Server(
+        {"od_0": (60.0, "completed"), "od_1": (5.0, "gone")}
+        | {f"o_{n}": (-1.0, "completed") for n in range(2000)},
+        page_latency=2.0,
+    )
+    ends = run(server, [watch("od_0", 1.0), watch("od_1", 1.0)])
+    assert [end.event["status"] for end in ends] == ["completed", "gone"]
+    assert ends[0].at < 64

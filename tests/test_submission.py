@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from airflow_provider_heygen.api import CreateOverdubRequest
+from airflow_provider_heygen.exceptions import HeyGenError, HeyGenPermanentError
 from airflow_provider_heygen.submission import (
     LABELS,
     STATE_KEY,
@@ -234,3 +235,20 @@ def test_what_is_billed_makes_another_overdub(field):
 def test_a_record_keeps_no_callback_url():
     kept = labels(CreateOverdubRequest.of(FIELDS | {"callback_url": "https://x.y/hook?token=SECRET1"}))
     assert "SECRET1" not in str(kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("sent_at", None), ("answered", None), ("assets", None), ("labels", {}), ("files", {"a": [1, 2, 3]})],
+)
+def test_an_invalid_member_does_not_hide_the_overdub(name, value):
+    stored = submission(sent=True, overdub_id="od_1").model_dump(mode="json") | {name: value}
+    assert Submission.load(stored).overdub_id == "od_1"
+
+
+@pytest.mark.parametrize("known", [{"sent": True}, {"overdub_id": "od_1"}])
+def test_an_unreadable_record_of_a_request_that_was_sent_stops_the_task(known):
+    with pytest.raises(HeyGenError, match=r"cannot be read \(.*digest.*\)") as caught:
+        Submission.load(known | {"digest": None})
+    assert not isinstance(caught.value, HeyGenPermanentError)  # so that a retry checks it again
+    assert "od_1" in str(caught.value) or "overdub_id" not in known

@@ -592,3 +592,26 @@ def test_execution_deadline(execution_timeout, started, deadline):
 def test_backstop_is_later_than_the_deadline(deadline, seconds):
     found = waiting.deferral_timeout(deadline, 10)
     assert found == (None if seconds is None else timedelta(seconds=seconds))
+
+
+def test_a_worker_reads_the_connection_again_after_a_rejected_poll(heygen, connect):
+    heygen.behaviour.job_seconds = 0
+    overdub_id = HeyGenHook().create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
+    connect(heygen.url, "a-wrong-key")
+    with HeyGenHook(max_attempts=1) as hook:
+        rules = watching()
+        rules.overdub_id = overdub_id
+        assert isinstance(rules.poll(hook), float)
+        connect(heygen.url)
+        assert rules.poll(hook)["status"] == "completed"
+
+
+def test_a_setting_that_is_wrong_for_a_moment_ends_no_wait_that_has_begun(heygen, connect):
+    overdub_id = HeyGenHook().create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
+    rules, other = watching(), watching()
+    rules.overdub_id = other.overdub_id = overdub_id
+    rules.poll(HeyGenHook(max_attempts=1))
+    connect(heygen.url, proxies={"http": "ftp://x.y"}, trust_env=False)
+    assert isinstance(rules.poll(HeyGenHook(max_attempts=1)), float)
+    with pytest.raises(HeyGenBadInputError):
+        other.poll(HeyGenHook(max_attempts=1))
