@@ -595,8 +595,8 @@ def test_backstop_is_later_than_the_deadline(deadline, seconds):
 
 
 def test_a_worker_reads_the_connection_again_after_a_rejected_poll(heygen, connect):
-    heygen.behaviour.job_seconds = 0
     overdub_id = HeyGenHook().create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
+    heygen.force(overdub_id, "completed")
     connect(heygen.url, "a-wrong-key")
     with HeyGenHook(max_attempts=1) as hook:
         rules = watching()
