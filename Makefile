@@ -65,7 +65,7 @@ clean:
 	rm -rf .venv .venv-bench .venv-dist .matrix .local dist
 
 .venv/done: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 to 3.13 is needed: make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 to 3.14 is needed: make PYTHON=...")'
 	@tests/environment.sh $(PYTHON) .venv --constraint constraints.txt --editable '.[emulator,dev]'
 	@touch $@
 

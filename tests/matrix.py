@@ -23,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
+NEWEST = "3.3-3.14"  # Airflow declares Python 3.14 from 3.3 on
 CONSTRAINTS = {
     "3.1": "constraints/3.1.txt",
     "3.2": "constraints/3.2.txt",
@@ -95,6 +96,7 @@ def main() -> int:
     asked_for = [argument for argument in sys.argv[1:] if argument != "--chaos"]
     parts = CHAOS if "--chaos" in sys.argv[1:] else PARTS
     names = asked_for or [f"{airflow}-{python}" for airflow in CONSTRAINTS for python in PYTHONS]
+    names += [] if asked_for else [NEWEST]
     outcomes = {name: run(name, parts) for name in names}
     if asked_for:
         outcomes = {name: (good and text != ABSENT, text) for name, (good, text) in outcomes.items()}

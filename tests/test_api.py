@@ -369,6 +369,13 @@ def test_statuses(word, status, final):
     assert isinstance(overdub.status, api.OverdubStatus) == (status in list(api.OverdubStatus))
 
 
+def test_a_number_that_no_message_can_carry_is_no_time():
+    """Airflow's frames hold 64 bits; one larger number would end all triggers of the process."""
+    for created_at in (2**70, -(2**70), 10**400):
+        overdub = answer("get", {"data": {"id": "od_1", "status": "completed", "created_at": created_at}})
+        assert overdub.details()["created_at"] is None
+
+
 def test_list_keeps_the_rows_it_can_read():
     rows = [None, 5, "x", [], {}, {"id": None}, {"id": ""}, {"id": "od_1"}, {"id": True}, {"id": "od_2"}]
     assert [row.overdub_id for row in answer("list", {"data": rows}).data] == ["od_1", "od_2"]
@@ -586,6 +593,7 @@ def test_errors(heygen, status, code, kind, step):
         ({"error": {"code": "c"}}, "HeyGen"),
         ({"error": {"code": "", "message": None}}, "a gateway"),
         ({"error": "M"}, "a gateway"),
+        ({"error": {"code": 403, "message": "M", "status": "PERMISSION_DENIED"}}, "a gateway"),
         ({}, "a gateway"),
         ([], "a gateway"),
         (None, "a gateway"),
