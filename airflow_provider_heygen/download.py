@@ -106,13 +106,10 @@ def save(
                     with _open_remainder(url, artifact, target, session, settings) as response:
                         head = b""
                         if not target.written:
-                            head = _read_head(response, CHUNK_BYTES if keeps else _HEAD_BYTES)
-                            _check_head(artifact, head)
+                            head = _read_head(response, CHUNK_BYTES if keeps else _HEAD_BYTES, artifact)
                         if keeps and (target.size is not None or not target.begins_with(head)):
                             return _kept(target, existing, target.size, head, artifact, log_info)
-                        # read1 returns what has arrived, so that a break loses nothing.
-                        while chunk := head or response.raw.read1(CHUNK_BYTES):
-                            head = b""
+                        for chunk in _chunks(response, head):
                             if max_bytes is not None and target.written + len(chunk) > max_bytes:
                                 raise HeyGenBadInputError(
                                     f"The {artifact} has more than {max_bytes >> 20} MiB, the most that"
@@ -171,8 +168,7 @@ def peek(
     target = _PendingFile(storage_path(os.devnull, artifact))  # nothing is written
     for attempt in attempts:
         with attempt, _open_remainder(url, artifact, target, session, settings) as response:
-            head = _read_head(response, 1 << 16)
-            _check_head(artifact, head)
+            head = _read_head(response, 1 << 16, artifact)
             return head, target.size, target.version
     raise AssertionError
 
@@ -440,22 +436,27 @@ def _check_response(response: requests.Response, host: str, artifact: str, targe
         )
 
 
-def _read_head(response: requests.Response, size: int) -> bytes:
-    """Read the first bytes; unlike urllib3's ``read``, raise if the connection breaks."""
+def _chunks(response: requests.Response, head: bytes) -> Iterator[bytes]:
+    """Yield ``head`` and then the rest as it arrives, so that a break loses nothing."""
+    if head:
+        yield head
+    while chunk := response.raw.read1(CHUNK_BYTES):
+        yield chunk
+
+
+def _read_head(response: requests.Response, size: int, artifact: str) -> bytes:
+    """
+    Read the first bytes; unlike urllib3's ``read``, raise if the connection breaks.
+
+    :raises HeyGenTransientError: if they are those of a page or a message, because the Content-Type may be
+        wrong. A new URL may help.
+    """
     head = b""
     while chunk := response.raw.read1(size - len(head)):
         head += chunk
-    return head
-
-
-def _check_head(artifact: str, head: bytes) -> None:
-    """
-    Reject what its first bytes show to be a page or a message, because its Content-Type may be wrong.
-
-    :raises HeyGenTransientError: if it is one of them. A new URL may help.
-    """
     if re.match(_PAGE, head) or (artifact == "video" and re.match(_NO_VIDEO, head)):
         raise HeyGenTransientError(f"The URL of the {artifact} returned a page instead of the {artifact}.")
+    return head
 
 
 def _version(headers: Mapping[str, str]) -> tuple[str, str] | None:

@@ -177,6 +177,17 @@ def _fault(
                 f" {connection}."
             )
         return HeyGenTransientError(f"{event}, no readable response arrived.", outcome_unknown=call.writes)
+    via = f" through the proxy {proxy}" if proxy else ""
+    suspects = ["'proxies'"] if proxy else []
+    suspects += ["'verify'", "'cert'"] if isinstance(error, ssl.SSLError) else []
+    suspects += ["the host"]
+    why = _why_not_sent(error, settings, proxy)
+    return HeyGenUnreachableError(
+        f"{event}, nothing was sent{via}: {why}. Check {' or '.join(suspects)} {connection}."
+    )
+
+
+def _why_not_sent(error: Exception, settings: HeyGenConnection, proxy: str | None) -> str:
     why = getattr(error, "strerror", None) or "no connection"
     if isinstance(error, socket.gaierror):
         why = f"host name not resolved ({why})"
@@ -186,13 +197,7 @@ def _fault(
         why = f"timed out after {settings.connect_timeout:g} s (a firewall?)"
     if proxy and (refusal := re.match(r"(?:Tunnel connection failed: )?(\d{3})\b", str(error))):
         why = f"the proxy returned {refusal[1]} to CONNECT"
-    via = f" through the proxy {proxy}" if proxy else ""
-    suspects = ["'proxies'"] if proxy else []
-    suspects += ["'verify'", "'cert'"] if isinstance(error, ssl.SSLError) else []
-    suspects += ["the host"]
-    return HeyGenUnreachableError(
-        f"{event}, nothing was sent{via}: {why}. Check {' or '.join(suspects)} {connection}."
-    )
+    return str(why)
 
 
 # --- Sessions of the worker -----------------------------------------------------------------------------

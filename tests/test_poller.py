@@ -1068,7 +1068,7 @@ def test_an_absurd_interval_affects_no_other_wait(poke_interval, phase, monkeypa
 
     with simulation(server) as runner:
         odd, *ends = runner.run(main())
-    assert odd["status"] in ("completed", "timeout", "error")
+    assert isinstance(odd, OverflowError) or odd["status"] in ("completed", "timeout", "error")
     assert {end["status"] for end in ends} == {"completed"}
 
 

@@ -728,6 +728,10 @@ def _unless_done(lost: list[bool]) -> Iterator[None]:
             raise
 
 
+def _falls(times: list[float]) -> bool:
+    return times == sorted(times, reverse=True) and math.inf > times[0] > times[-1]
+
+
 class _Search:
     """
     The search for the overdub of a create request whose response was lost, in several passes.
@@ -779,7 +783,7 @@ class _Search:
 
         :returns: row, time of creation, and distance from the last attempt in seconds (``None``: too old).
         """
-        newest_first, falls, previous = True, False, math.inf
+        times: list[float] = []
         for page in self.hook._pages():
             self.pages, self.pages_left = self.pages + 1, self.pages_left - 1
             # HeyGen's clock may differ widely from this machine's.
@@ -787,9 +791,7 @@ class _Search:
             any_old = False
             for row in page.data:
                 created_at = math.inf if row.created_at is None else row.created_at
-                newest_first = newest_first and created_at <= previous and created_at < math.inf
-                falls = falls or created_at < previous < math.inf
-                previous = created_at
+                times.append(created_at)
                 # Old by both clocks, because one of them may have been set in the meantime.
                 is_old = created_at < self.first + min(offset, 0.0) - SEARCH_SECONDS
                 any_old = any_old or is_old
@@ -797,7 +799,7 @@ class _Search:
                 yield row, created_at, None if is_old else distance
             # HeyGen does not document the order. A full page of falling times is sufficient evidence.
             is_full = len(page.data) >= api.MAX_PAGE_SIZE
-            if not page.has_more or (newest_first and falls and any_old and is_full):
+            if not page.has_more or (is_full and any_old and _falls(times)):
                 return
             if self.pages_left <= 0:
                 break
