@@ -364,7 +364,8 @@ def _check_remote(
             store.save(submission, doubt_reported=True)
             raise
         # A user has read this error and cleared the task, which confirms that no candidate belongs to it.
-        return submission.model_copy(update={"sent": False}), "", RemoteState.MISSING
+        confirmed = {"sent": False, "doubt_reported": False}
+        return submission.model_copy(update=confirmed), "", RemoteState.MISSING
     if overdub is None:
         return submission, "", RemoteState.MISSING
     failed = overdub.is_final and not overdub.is_completed
