@@ -89,11 +89,13 @@ class _Endpoint:
     name: str
     failures: int = 0
     usable_from: float = -math.inf
+    lags: bool = False  # it is suspended only because its statuses are old
 
     def suspend(self, error: Exception, began: float, now: float, first: float, longest: float) -> None:
         if began >= self.usable_from and not getattr(error, "retry_after", None):
             self.failures += 1  # of several that failed together, one counts
         delay = retry_delay(self.failures, error, first=first, longest=longest)
+        self.lags = isinstance(error, HeyGenPermanentError) and error.status_code is None
         self.usable_from = max(self.usable_from, now + delay)
 
 
@@ -365,7 +367,7 @@ class _Poller:
                     self._dispatch(job, lambda watch: watch.absent(watch.overdub_id in listed))
             return hook is self._hook
 
-        await self._read(self._list, self._list_pages(hook), more, None)
+        await self._read(self._list, self._list_pages(hook), more, None, statuses=False)
 
     def _release(self, running: set[str] | None) -> None:
         """Release the create tasks for which there are slots."""
@@ -380,11 +382,21 @@ class _Poller:
             self.survey_at = min(self.survey_at, self.slots.go_at)
 
     async def _read(
-        self, endpoint: _Endpoint, pages: _Pages, more: Callable[[api.Statuses], bool], span: float | None
+        self,
+        endpoint: _Endpoint,
+        pages: _Pages,
+        more: Callable[[api.Statuses], bool],
+        span: float | None,
+        *,
+        statuses: bool = True,
     ) -> bool:
-        """Read pages while more are needed, unless they are suspended; return whether that succeeded."""
+        """
+        Read pages while more are needed, unless they are suspended; return whether that succeeded.
+
+        :param statuses: whether the statuses are needed, or only which overdubs there are.
+        """
         began = self.now()
-        if endpoint.usable_from > began:
+        if endpoint.usable_from > began and (statuses or not endpoint.lags):
             return False
         try:
             async with asyncio.timeout(span), aclosing(pages):

@@ -284,7 +284,8 @@ def run(server, watches, joins=None, leaves=None, meanwhile=None):
         tasks = [asyncio.create_task(one(number, rules)) for number, rules in enumerate(watches)]
         if meanwhile:
             tasks.append(asyncio.create_task(meanwhile()))
-        ends = await asyncio.gather(*tasks)
+        async with asyncio.timeout(20_000):  # a wait that never ends must fail the test, not hang it
+            ends = await asyncio.gather(*tasks)
         assert asyncio.all_tasks() == {asyncio.current_task()}
         return ends[: len(watches)]
 
@@ -648,6 +649,14 @@ def test_a_deleted_overdub_ends_its_own_wait_only():
     assert "404" in by_id["gone"].event["message"]
     assert 20 + waiting.GONE_SECONDS <= by_id["gone"].at < 20 + 2 * waiting.GONE_SECONDS
     assert Counter(end.event["status"] for end in ends) == {"completed": 30, "gone": 1}
+
+
+def test_what_is_gone_is_found_although_the_list_lags():
+    others = jobs(20) | jobs(20, first_end=2000.0, prefix="late")
+    server = Server(others | {"gone": (200.0, "gone")}, page_lag=1e9, rate=100.0)
+    *ends, gone = run(server, [watch(name) for name in server.ends])
+    assert {end.event["status"] for end in ends} == {"completed"}
+    assert (gone.event["status"], gone.at < 300) == ("gone", True)
 
 
 @pytest.mark.parametrize("list_status", [200, 403, 503])
