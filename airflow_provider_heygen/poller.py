@@ -260,10 +260,11 @@ class _Poller:
         self._spacing = 1 / hook.settings.max_requests_per_second
         interval = max(min((job.interval for job in self.jobs.values()), default=0.0), self._spacing)
         await self._read_pages(hook, max(interval, TICK_SECONDS))
-        doubtful = any(waiter.watch.may_be_gone for job in self.jobs.values() for waiter in job.waiters)
+        jobs = self.jobs.values()
+        doubtful = {job.overdub_id for job in jobs if any(waiter.watch.may_be_gone for waiter in job.waiters)}
         if doubtful and self._gone_at <= self._tick_at and self._finding_gone.done():
             self._gone_at = self._tick_at + COUNT_SECONDS
-            self._finding_gone = gets.create_task(self._find_gone(hook))
+            self._finding_gone = gets.create_task(self._find_gone(hook, doubtful))
         with suppress(TimeoutError):
             async with asyncio.timeout(min(interval, TICK_SECONDS) / 2):
                 await self._get_each(hook, gets)
@@ -336,7 +337,7 @@ class _Poller:
 
         def more(page: api.Statuses) -> bool:
             nonlocal gain, best
-            unfinished = _running(page)
+            unfinished = _running(page) if count else set()
             running.update(unfinished)
             found = wanted & self._take(page)
             wanted.difference_update(found)
@@ -354,10 +355,8 @@ class _Poller:
             self._search_at = self._tick_at + (delay if self._searches else 0)
         return running
 
-    async def _find_gone(self, hook: HeyGenHook) -> None:
+    async def _find_gone(self, hook: HeyGenHook, doubtful: set[str]) -> None:
         """Read the list to its end, even if it lags, beside the ticks: overdubs may be gone."""
-        jobs = self.jobs.values()
-        doubtful = {job.overdub_id for job in jobs if any(waiter.watch.may_be_gone for waiter in job.waiters)}
         listed = set[str]()
 
         def more(page: api.Statuses) -> bool:
