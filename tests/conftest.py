@@ -80,6 +80,11 @@ _NETWORK = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the file that sleeps the longest, so that it does not run alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_other_server.py")
+
+
 @pytest.fixture(scope="session")
 def _emulator() -> Iterator[Emulator]:
     with Emulator(Behaviour(job_seconds=0.05)) as emulator:

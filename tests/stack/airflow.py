@@ -48,6 +48,9 @@ COMMON_PARTS = {
     "dag-processor": ("dag-processor",),
 }
 TRIGGERER = ("triggerer", "--skip-serve-logs")
+# A Celery worker may end when it acknowledges a message while its lost connection to Redis is made anew
+# (observed with kombu 5.7), so it runs under a supervisor, as in production.
+SUPERVISOR = ("sh", "-c", 'while :; do "$@"; sleep 1; done', "supervisor")
 WORKER = ("celery", "worker", "--skip-serve-logs", "--without-mingle", "--celery-hostname")
 LOCAL_PARTS = {**COMMON_PARTS, "triggerer": TRIGGERER}
 CELERY_PARTS = {
@@ -195,10 +198,11 @@ class Stack:
         wait_for("the DAGs", known)
 
     def start_part(self, part: str) -> None:
+        command = (sys.executable, "-m", "airflow", *self.parts[part])
         with (self.home / f"{part}.stdout").open("ab") as output:
             self._said[part] = output.tell()
             self._parts[part] = subprocess.Popen(
-                [sys.executable, "-m", "airflow", *self.parts[part]],
+                [*SUPERVISOR, *command] if part.startswith("worker") else command,
                 env=self.env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
