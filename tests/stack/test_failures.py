@@ -252,19 +252,23 @@ def test_waits_until_its_timeout_and_reports_why(outcome: Outcome, name: str) ->
     assert re.search(SAYS[name.partition("__")[2]], log)
 
 
+def tries(name: str) -> set[int]:
+    """Airflow may fail a try that is rescheduled for a second before its worker has reported that."""
+    return {1, 2} if "reschedule" in name else {1}
+
+
 @pytest.mark.parametrize("name", names(SENSORS, SKIPS))
 def test_is_skipped(outcome: Outcome, name: str) -> None:
     task = outcome.tasks[name]
-    # Airflow may fail a try that is rescheduled for a second before its worker has reported that.
-    tries = {1, 2} if "reschedule" in name else {1}
     assert task["state"] == "skipped"
-    assert task["try_number"] in tries, outcome.run.log(name, 1)
+    assert task["try_number"] in tries(name), outcome.run.log(name, 1)
 
 
 @pytest.mark.parametrize("name", names(CREATES + SENSORS, ["survives_trouble"]))
 def test_survives_trouble(outcome: Outcome, name: str) -> None:
     task = outcome.tasks[name]
-    assert (task["state"], task["try_number"]) == ("success", 1)
+    assert task["state"] == "success"
+    assert task["try_number"] in tries(name), outcome.run.log(name, 1)
     job = next(job for job in outcome.heygen.jobs() if job["title"] == name)
     looks = outcome.heygen.requests("GET", f"/v3/overdubs/{job['id']}")
     # Each trouble was met, one of them a web page with status 200, and then the end.
