@@ -109,7 +109,13 @@ class Account:
         """Return a job as HeyGen shows it."""
         done = self.jobs[overdub_id] <= self.loop.now
         row = {"id": overdub_id, "status": "completed" if done else "running", "title": None}
-        return row | {"duration": 1.0, "callback_id": None, "created_at": 1, "failure_message": None}
+        created_at = EPOCH + self.jobs[overdub_id] - self.case.job
+        return row | {
+            "duration": 1.0,
+            "callback_id": None,
+            "created_at": created_at,
+            "failure_message": None,
+        }
 
     def respond(self, path: str, params: Any) -> Any:
         """Return the response to a GET of a job, or of a page of the list, newest first."""
@@ -240,7 +246,7 @@ def simulate(case: Case, seed: int = 1) -> dict[str, float]:
         await asyncio.gather(*map(task, range(case.n)))
 
     with ExitStack() as patches:
-        for module in (dubbing, submitter, waiting, triggers):
+        for module in (dubbing, poller, submitter, waiting, triggers):
             patches.enter_context(mock.patch.object(module, "time", clock))
         patches.enter_context(mock.patch.object(heygen.HeyGenHook, "_send", send))
         patches.enter_context(mock.patch.object(poller, "HeyGenHook", Hook))
