@@ -198,7 +198,7 @@ class OverdubWait:
         """
         if listed or self.account_changed:
             self.missing_since, self.missing_for = None, 0.0
-        if listed is not False or self.account_changed:
+        if listed is not False or not self.may_be_gone:  # a poll during the search may have found it
             return None
         return self._end(
             "gone",

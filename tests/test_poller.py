@@ -1626,3 +1626,23 @@ def test_a_long_search_for_what_may_be_gone_delays_no_poll():
     ends = run(server, [watch("od_0", 1.0), watch("od_1", 1.0)])
     assert [end.event["status"] for end in ends] == ["completed", "gone"]
     assert ends[0].at < 64
+
+
+def test_an_overdub_that_was_read_during_the_search_is_not_gone():
+    """A replica of HeyGen lags for a minute; the list does not have the overdub, and takes long to read."""
+    others = {f"o_{n}": (-1.0, "completed") for n in range(2000)}
+    server = Server({"od_0": (400.0, "completed")} | others, page_latency=4.0)
+    answer, page = server.answer, server.page
+
+    def lagging(call, key):
+        if call.path.endswith("/od_0") and server.loop.now < 60:
+            return 404, {}, {"error": {"code": "not_found"}}
+        return answer(call, key)
+
+    def lacking(token, now):
+        found = page(token, now)
+        return found | {"data": [row for row in found["data"] if row["id"] != "od_0"]}
+
+    server.answer, server.page = lagging, lacking
+    (end,) = run(server, [watch("od_0", 10.0)])
+    assert end.event["status"] == "completed"

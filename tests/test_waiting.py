@@ -227,6 +227,7 @@ def test_a_sign_of_life_after_a_404(clock, news):
     assert watch.may_be_gone
     news(watch)
     assert not watch.may_be_gone
+    assert watch.absent(False) is None, "a search that began before the sign of life"
     watch.on_error(HeyGenNotFoundError("gone"))
     assert not watch.may_be_gone, "the time counts anew"
 
