@@ -307,12 +307,13 @@ class fails_task:
     """
     Fail the task without a retry if HeyGen rejects a request, or an overdub failed or is gone.
 
-    :raises HeyGenTaskFailedError: in place of a :class:`.HeyGenPermanentError`.
+    :raises HeyGenTaskFailedError: in place of a certain :class:`.HeyGenPermanentError`.
     """
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, HeyGenPermanentError):
+        # After a lost response, an earlier request may have started an overdub, which a retry searches for.
+        if isinstance(error, HeyGenPermanentError) and not error.outcome_unknown:
             raise HeyGenTaskFailedError.of(error) from error

@@ -445,6 +445,25 @@ def test_a_certain_rejection_proves_nothing_about_an_earlier_try(heygen, pauses)
     assert len(heygen.jobs) == 1
 
 
+def test_a_rejected_repeat_after_a_lost_response_is_retryable(heygen, pauses, monkeypatch):
+    """What the first request starts may be why there is no credit left for the second, and appear late."""
+    monkeypatch.setattr("airflow_provider_heygen.hooks.heygen.SETTLE_SECONDS", 0)
+    heygen.behaviour.idempotency = False
+    heygen.fail_next(method="POST", status=500)
+    heygen.fail_next(method="POST", status=402, code="insufficient_credit")
+    task = Task(dub(), store=StateStore())
+    with pytest.raises(HeyGenPermanentError) as caught:
+        task.start()
+    assert not isinstance(caught.value, AirflowFailException)
+    with HeyGenHook() as hook:
+        late = hook.create_overdub(
+            {"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"},
+            idempotency_key=task.store.get("heygen_overdub")["key"],
+        )
+    assert task.start() == late
+    assert len(heygen.jobs) == 1
+
+
 @pytest.mark.parametrize("store", [False])
 def test_a_create_that_outlives_our_patience_is_waited_for(heygen, connect, monkeypatch, store):
     monkeypatch.setattr("airflow_provider_heygen.hooks.heygen.SETTLE_SECONDS", 10)
@@ -1046,7 +1065,7 @@ def test_an_unknown_outcome_is_noted_and_nothing_is_uploaded_again(heygen, files
     monkeypatch.setattr(HeyGenHook, "create_overdub", lost)
     task = Task(dub(**files), store=StateStore())
     began = time.time()
-    with fails_for_good(HeyGenNotFoundError):
+    with pytest.raises(HeyGenNotFoundError):
         task.start()
     assert uploads(heygen) == 2
     assert record_of(task)["sent"] is True

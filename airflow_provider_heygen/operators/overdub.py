@@ -104,6 +104,8 @@ class HeyGenCreateOverdubOperator(UrlsMaskedOperator):
     :raises HeyGenTransientError: if HeyGen was unreachable for too long. Retry.
     :raises HeyGenOutcomeUnknownError: if it cannot be determined whether a lost create request started an
         overdub. Nothing more was sent; a retry searches again.
+    :raises HeyGenPermanentError: if HeyGen rejected the repetition of a lost create request. A retry searches
+        for the overdub again.
     :raises HeyGenOverdubTimeoutError: if ``timeout`` passed. A retry continues to wait for the same overdub.
     """
 
