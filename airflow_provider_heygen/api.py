@@ -322,7 +322,7 @@ class Overdub(_Response):
         """
         if self.status == OverdubStatus.FAILED:
             reason = redact_urls(self.failure_message or DEFAULT_FAILURE_MESSAGE)
-            named = f"{self.overdub_id} ({self.title!r})" if self.title else self.overdub_id
+            named = f"{self.overdub_id} ({redact_urls(self.title)!r})" if self.title else self.overdub_id
             raise HeyGenOverdubFailedError(f"Overdub {named} failed: {reason}", overdub_id=self.overdub_id)
         return self
 

@@ -393,5 +393,5 @@ def _relabel(
     except HeyGenError as error:
         log.warning("Overdub %s keeps its title: %s", overdub_id, error)
         return submission
-    log.info("Renamed overdub %s to %r.", overdub_id, title)
+    log.info("Renamed overdub %s to %r.", overdub_id, redact_urls(title))
     return submission.model_copy(update={"title": title})

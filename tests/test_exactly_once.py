@@ -381,6 +381,19 @@ def test_a_changed_label_is_not_another_overdub(heygen, caplog, deferrable, fiel
     assert [request.method for request in heygen.requests].count("PATCH") == (field == "title")
 
 
+def test_a_rename_logs_no_secret(heygen, caplog, capsys):
+    caplog.set_level("INFO")
+    heygen.behaviour.job_seconds = 60
+    with pytest.raises(HeyGenOverdubTimeoutError):
+        (task := Task(dub(timeout=0.1, title="one"), store=StateStore())).start()
+    heygen.force(heygen.jobs[0].id, "completed")
+    task.make = dub(title="https://x.y/v.mp4?sig=SECRET1")
+    task.start()
+    text = caplog.text + capsys.readouterr().out
+    assert "Renamed overdub" in text
+    assert "SECRET1" not in text
+
+
 def test_a_rejected_rename_does_not_matter(heygen):
     heygen.behaviour.job_seconds = 60
     task = Task(dub(timeout=0.1, title="one"), store=StateStore())

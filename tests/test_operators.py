@@ -319,6 +319,14 @@ def test_rename(heygen, overdub_id):
     assert "http" not in str(xcoms)
 
 
+def test_rename_to_a_url_logs_no_secret(heygen, overdub_id, caplog, capsys):
+    caplog.set_level("INFO")
+    run(HeyGenUpdateOverdubOperator, overdub_id=overdub_id, title="https://x.y/v.mp4?sig=SECRET1")
+    text = caplog.text + capsys.readouterr().out
+    assert "https://x.y/v.mp4?***" in text
+    assert "SECRET1" not in text
+
+
 @pytest.mark.parametrize("title", ["", " ", None])
 def test_rename_to_nothing_sends_nothing(heygen, title):
     with fails_for_good(HeyGenBadInputError, match="title"):

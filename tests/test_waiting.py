@@ -124,6 +124,11 @@ def test_failed(reason, shown):
     assert end == {"overdub_id": "od_1", "status": "failed", "message": shown}
 
 
+def test_a_title_that_is_a_url_is_redacted_where_an_overdub_has_failed():
+    end = watching().on_poll(overdub("failed", title=LINK, failure_message="No"))
+    assert end["message"] == "Overdub od_1 ('https://files.heygen.ai/v.mp4?***') failed: No"
+
+
 def test_an_unknown_status_is_not_final_and_logged_once():
     watch = watching()
     assert [watch.on_poll(overdub("rendering")) for _ in range(3)] == [10] * 3

@@ -279,12 +279,13 @@ class HeyGenUpdateOverdubOperator(BaseOperator):
 
     def execute(self, context: Context) -> str:
         """Rename the overdub."""
+        from airflow_provider_heygen.api import redact_urls
         from airflow_provider_heygen.dubbing import fails_task
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
 
         with fails_task(), HeyGenHook(self.heygen_conn_id) as hook:
             overdub = hook.update_overdub(self.overdub_id, self.title)
-        self.log.info("Overdub %s is now called %r.", self.overdub_id, self.title)
+        self.log.info("Overdub %s is now called %r.", self.overdub_id, redact_urls(str(self.title)))
         context["ti"].xcom_push(key="overdub", value=overdub.details())
         return self.overdub_id
 
