@@ -11,6 +11,7 @@ Airflow imports this module when it creates an Airflow Asset. Its heavy imports 
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -51,6 +52,14 @@ def media_uri(value: Any) -> str | None:
     return str(value) if value else None
 
 
+def local_path(text: str) -> str | None:
+    """Return the local path that a path or a URI names; ``None`` for the URI of another storage."""
+    path = re.sub(r"(?i)^(file:(//(localhost)?)?|local://)", "", text)
+    if path == text and re.match(r"(?i)[a-z][a-z0-9+.-]*://", text):
+        return None
+    return os.path.expanduser(path)
+
+
 def dataset(uri: str) -> Dataset:
     """Return the dataset of a URI or a local path."""
     from airflow.providers.common.compat.openlineage.facet import Dataset
@@ -61,14 +70,14 @@ def dataset(uri: str) -> Dataset:
 def _name(uri: str) -> tuple[str, str]:
     from airflow_provider_heygen.api import redact_urls
 
-    scheme, separator, rest = uri.partition("://")
+    if (local := local_path(uri)) is not None:
+        return "file", os.path.abspath(local)
+    scheme, _, rest = uri.partition("://")
     scheme = scheme.lower()
-    if not separator or scheme == "file":
-        return "file", os.path.abspath(rest if separator else uri)
     if scheme in ("http", "https"):
         parts = urlsplit(redact_urls(uri))  # redacted first, because an error of urlsplit quotes the URL
         return f"{scheme}://{parts.netloc.rpartition('@')[2]}", parts.path or "/"
-    authority, _, path = redact_urls(rest).partition("/")
+    authority, _, path = redact_urls(rest.partition("?versionId=")[0]).partition("/")
     authority = authority.rpartition("@")[2]  # an Airflow connection id, or a user
     if scheme == NAMESPACE:
         return NAMESPACE, f"{authority}/{path}"

@@ -18,7 +18,7 @@ from requests import PreparedRequest
 from airflow_provider_heygen.api import redact_urls
 from airflow_provider_heygen.connection import HeyGenConnection, is_loopback
 from airflow_provider_heygen.exceptions import HeyGenBadInputError, HeyGenError, HeyGenPermanentError
-from airflow_provider_heygen.lineage import SCHEMES
+from airflow_provider_heygen.lineage import SCHEMES, local_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -77,9 +77,7 @@ def storage_path(
     if text != text.strip() or "\0" in text:
         raise HeyGenBadInputError(f"{named} begins or ends with white space, or has a NUL byte. Remove it.")
     uri = re.sub(r"^[A-Za-z][A-Za-z0-9+.-]*(?=://)", lambda scheme: scheme[0].lower(), text)
-    local = re.sub(r"(?i)^(file:(//(localhost)?)?|local://)", "", text)
-    if local != text or not re.match(r"[a-z][a-z0-9+.-]*://", uri):
-        local = os.path.expanduser(local)
+    if (local := local_path(text)) is not None:
         if not local.startswith("/"):
             raise HeyGenBadInputError(
                 f"{named} is neither absolute nor the URI of a file (file:///data/talk.mp4,"
@@ -94,9 +92,10 @@ def storage_path(
         found = ObjectStoragePath(uri)
         _ = found.fs  # resolves the scheme here, where the error can name the file
     except (ImportError, ValueError) as error:
-        raise HeyGenBadInputError(
-            f"{named} cannot be used: {error}. Check that the Airflow provider of that storage is installed."
-        ) from None
+        advice = "Check that the Airflow provider of that storage is installed."
+        if uri.startswith(("http://", "https://")):
+            advice = "Name the file by the URI of its storage, such as s3://bucket/talk.mp4."
+        raise HeyGenBadInputError(f"{named} cannot be used: {error}. {advice}") from None
     # It drops what follows "::", line breaks and a final "?" or "#". Its paths may omit a host.
     whole = re.sub(r"^[^:/]*://([^/?#]*@)?", "", uri)
     if found.path.strip("/") not in (whole.strip("/"), whole.partition("/")[2]):

@@ -707,6 +707,7 @@ WRONG = {
     "C:\\talks\\v.mp4": "neither absolute",
     "\\\\server\\v.mp4": "neither absolute",
     "warehouse://b/v.mp4?x=pw": "provider of that storage",
+    "https://bucket.s3.amazonaws.com/v.mp4": "by the URI of its storage",
 }
 
 

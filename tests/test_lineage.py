@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 
 import pytest
 from airflow.providers.common.compat.sdk import TaskDeferred
@@ -39,6 +40,11 @@ NAMES = {
     "abfs://conn@container/talk.mp4": ("abfs://container", "talk.mp4"),
     "file:///data/talk.mp4": ("file", "/data/talk.mp4"),
     "/data/../data/talk.mp4": ("file", "/data/talk.mp4"),
+    "file:/data/talk.mp4": ("file", "/data/talk.mp4"),
+    "FILE://localhost/data/talk.mp4": ("file", "/data/talk.mp4"),
+    "local:///data/talk.mp4": ("file", "/data/talk.mp4"),
+    "~/talk.mp4": ("file", os.path.expanduser("~/talk.mp4")),
+    "s3://media/talk.mp4?versionId=3": ("s3://media", "talk.mp4"),
     "heygen://overdubs/od_1": ("heygen", "overdubs/od_1"),
     "heygen://assets/asset_1": ("heygen", "assets/asset_1"),
 }
@@ -53,7 +59,9 @@ def test_names():
     assert "SECRET" not in str(NAMES.values())
 
 
-@pytest.mark.parametrize("uri", [uri for uri in NAMES if uri.startswith(("s3://media", "file:", "heygen:"))])
+@pytest.mark.parametrize(
+    "uri", [uri for uri in NAMES if uri.startswith(("s3://media/a", "file:///", "heygen:"))]
+)
 def test_names_are_those_of_airflows_converters(uri):
     assert named([translate_airflow_asset(Asset(uri=uri), None)]) == named([lineage.dataset(uri)])
 
