@@ -15,7 +15,7 @@ import requests
 from airflow.api_fastapi.app import cached_app, get_auth_manager
 from airflow.models.renderedtifields import RenderedTaskInstanceFields as Rendered
 from airflow.utils.session import create_session
-from sqlalchemy import delete
+from sqlalchemy import delete, select
 from starlette.testclient import TestClient
 
 from airflow_provider_heygen import watch
@@ -329,6 +329,19 @@ def test_the_api_server_lacks_the_connection(run, user, monkeypatch):
     answer = user.get(address(run))
     assert answer.status_code == 502
     assert "The API server has no Airflow connection &#x27;heygen_default&#x27;." in answer.text
+
+
+def test_native_rendering_makes_a_number_of_a_connection_id(heygen, run, user, monkeypatch):
+    monkeypatch.setenv("AIRFLOW_CONN_2026", json.dumps(heygen.connection()))
+    with create_session() as session:
+        rows = session.scalars(select(Rendered).where(Rendered.run_id == run.run_id)).all()
+        kept = [row.rendered_fields for row in rows]
+        for row in rows:
+            row.rendered_fields = row.rendered_fields | {"heygen_conn_id": 2026}
+    assert details(user.get(address(run)))["Overdub"] == job(heygen).id
+    with create_session() as session:
+        for row, fields in zip(rows, kept, strict=True):
+            session.merge(row).rendered_fields = fields
 
 
 def test_a_wrong_connection(heygen, run, user, connect):
