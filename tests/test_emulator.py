@@ -746,6 +746,8 @@ def test_without_ffmpeg(monkeypatch, caplog, files):
         video, audio = (api.upload(files / name)["asset_id"] for name in ("v.mp4", "short.mp3"))
         job = api.ended(api.create({"video": asset(video), "audio": asset(audio)}))
         assert requests.get(job["video_url"], timeout=10).content == (files / "v.mp4").read_bytes()
+        captions = requests.get(api.job(job["id"], "lipsyncs")["caption_url"], timeout=10).text
+        assert captions.startswith("1\n00:00:00,000 --> ")
         assert api.ended(api.create())["status"] == "completed"
 
 

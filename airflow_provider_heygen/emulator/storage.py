@@ -39,8 +39,8 @@ async def get_file(name: str, request: Request, state: StateHere) -> Response:
     if credential_of(request.headers) is not None:
         raise StorageError(400, "InvalidArgument", "Only one auth mechanism allowed: omit the credential.")
     job = state.jobs.get(name.removesuffix(".srt"))
-    if job is not None and job.duration is not None:
-        return Response(_captions(job.duration), media_type="application/x-subrip")
+    if job is not None and name.endswith(".srt"):
+        return Response(_captions(job.duration or 0.0), media_type="application/x-subrip")
     path = state.file(name)
     if path is None or not path.exists():
         raise StorageError(404, "NoSuchKey", "The specified key does not exist.")
