@@ -20,7 +20,7 @@ test: lint             ## lint, types, tests
 test-matrix:           ## the tests on every supported Airflow and Python that is on this machine
 	$(PYTHON) tests/matrix.py $(CELLS)
 
-test-oldest:           ## the tests on the oldest Airflow, with the oldest of what we depend on
+test-oldest:           ## the tests on the oldest Airflow, with the oldest dependencies
 	@$(MAKE) test-matrix CELLS=3.1-3.11
 
 test-stack: .venv/done ## kill the parts of a real Airflow at the worst moments; needs PostgreSQL and Redis
@@ -29,19 +29,19 @@ test-stack: .venv/done ## kill the parts of a real Airflow at the worst moments;
 chaos_kills chaos_random chaos_celery night: .venv/done
 	$(BIN)/python -m pytest tests/stack/$@.py
 
-bench: .venv/done .venv-bench/done  ## what importing, waiting and moving files cost, beside others; 14 minutes
+bench: .venv/done .venv-bench/done  ## what importing, waiting and moving files cost, compared with other providers; 14 minutes
 	.venv-bench/bin/python benchmarks/import_cost.py --runs 5
 	$(BIN)/python benchmarks/media.py
 	.venv-bench/bin/python benchmarks/polling.py
 	$(BIN)/python benchmarks/queueing.py
 
 live-check: .venv/done ## dub VIDEO with AUDIO on HeyGen itself, with the key in HEYGEN_API_KEY; asks first
-	@$(BIN)/python tests/live_check.py $(VIDEO) $(AUDIO)
+	@$(BIN)/python tests/live_check.py $(if $(VIDEO),'$(VIDEO)') $(if $(AUDIO),'$(AUDIO)')
 
 docs: .venv/done       ## the documentation, in .local/docs/index.html
 	$(BIN)/python -m sphinx -q -W --keep-going docs .local/docs
 
-screenshots: .venv/done ## the documentation's pictures of the web UI, anew; needs Chromium
+screenshots: .venv/done ## take the documentation's pictures of the web UI; needs Chromium
 	SCREENSHOTS=docs/images $(BIN)/python -m pytest tests/stack/test_web_ui.py
 
 lint: .venv/done
@@ -53,7 +53,7 @@ format: .venv/done
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-dist: .venv/done       ## wheel and sdist, checked as who installs them will meet them; takes some minutes
+dist: .venv/done       ## wheel and sdist, checked by installing them; takes some minutes
 	rm -rf dist .venv-dist
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m twine check --strict dist/*

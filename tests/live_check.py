@@ -51,6 +51,7 @@ def main() -> int:
         overdub_id = hook.create_overdub({**media, "title": "airflow-provider-heygen live check"})
         print(f"Started overdub {overdub_id} under the name '{hook.resource}'")
         began = time.monotonic()
+        time.sleep(arguments.poke_interval)  # a new overdub may be a 404 for a moment
         while not (overdub := hook.get_overdub(overdub_id)).is_final:
             print(f"  {overdub.status} after {time.monotonic() - began:.0f} s", flush=True)
             time.sleep(arguments.poke_interval)

@@ -18,7 +18,8 @@ SCRIPT = Path(__file__).with_name("live_check.py")
 def test_it_asks_and_leaves_nothing_behind(heygen, tmp_path, reply):
     make_video(tmp_path / "v.mp4", seconds=1)
     make_audio(tmp_path / "a.mp3", seconds=1)
-    command = [sys.executable, SCRIPT, "v.mp4", "a.mp3", "--host", heygen.url, "--poke-interval", "0.2"]
+    heygen.behaviour.get_lag = 0.3
+    command = [sys.executable, SCRIPT, "v.mp4", "a.mp3", "--host", heygen.url, "--poke-interval", "0.5"]
     env = {**os.environ, "HEYGEN_API_KEY": heygen.connection()["password"]}
     done = subprocess.run(
         command, input=f"{reply}\n", env=env, cwd=tmp_path, text=True, capture_output=True, check=False
