@@ -32,7 +32,7 @@ from airflow_provider_heygen.metrics import WaitMetrics
 from airflow_provider_heygen.saving import Saving
 from airflow_provider_heygen.submitter import SubmissionStore, submit
 from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger, HeyGenSlotTrigger
-from airflow_provider_heygen.upload import check_inputs, storage_uris
+from airflow_provider_heygen.upload import check_inputs, is_link, storage_uris
 from airflow_provider_heygen.waiting import (
     OverdubWait,
     check_event,
@@ -96,8 +96,10 @@ class Dubbing:
             self._deadline()
             parse_seconds(self.task.poke_interval, "poke_interval")
             saving = self._saving()
-            files = check_inputs(uris, self.hook, self.store.files)
-            paths = [file.path for file in files.values() if file.path]
+            links = {name: uri for name, uri in uris.items() if is_link(uri)}
+            stored = {name: uri for name, uri in uris.items() if name not in links}
+            files = check_inputs(stored, self.hook, self.store.files)
+            paths = [file.path for file in files.values()]
             written = saving.files.values() if saving else ()
             if any(same_file(path, file) for path in paths for file in written):
                 # A retry would dub the saved result instead of the source.
@@ -112,6 +114,8 @@ class Dubbing:
                     self.ti.xcom_push(key="overdub", value={"uri": saving.uri, "size": size})
                     self.ti.xcom_push(key="asset_ids", value=[])
                     return saving.uri
+            # Only now, because a URL that has expired does not matter for a result that is current.
+            files |= check_inputs(links, self.hook, self.store.files)
             overdub_id = self._submit(request, files, partial(saving.check, self.hook) if saving else None)
             self.task.overdub_id = overdub_id
             self.ti.xcom_push(key="overdub_id", value=overdub_id)

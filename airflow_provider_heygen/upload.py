@@ -433,6 +433,11 @@ def storage_uris(fields: Mapping[str, Any], *, links: bool = False) -> dict[str,
     return found
 
 
+def is_link(uri: Any) -> bool:
+    """Return whether a file is behind an ``http`` or ``https`` URL."""
+    return isinstance(uri, str) and re.match(r"(?i)https?://", uri) is not None
+
+
 def check_inputs(
     uris: Mapping[str, Any], hook: HeyGenHook, known: Mapping[str, tuple[str, str]]
 ) -> dict[str, Source]:
@@ -447,7 +452,7 @@ def check_inputs(
     sources: dict[str, Source] = {}
     for name, uri in uris.items():
         try:
-            if isinstance(uri, str) and re.match(r"(?i)https?://", uri):
+            if is_link(uri):
                 sources[name] = UrlSource.from_url(uri, f"source {name}", hook, known)
             else:
                 sources[name] = Source.of(uri, hook.settings, known)

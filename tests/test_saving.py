@@ -272,6 +272,14 @@ def test_where_a_time_is_not_known_what_is_there_counts(heygen, tmp_path):
     assert len(heygen.jobs) == 1
 
 
+@pytest.mark.parametrize("expired", ["video", "audio"])
+def test_an_expired_url_does_not_matter_where_the_result_is_current(heygen, tmp_path, files, expired):
+    (tmp_path / "v.mp4").write_bytes(b"a video")
+    files[expired] = f"{heygen.url}/files/gone?Signature=expired"
+    run(dubbing(f"{tmp_path}/v.mp4", skip_existing=True, upload_links=True, **files))
+    assert heygen.requests == []
+
+
 @LIPSYNCS
 def test_a_missing_part_is_made_again(heygen, tmp_path):
     task = dubbing(f"{tmp_path}/v.mp4", skip_existing=True)
