@@ -22,7 +22,13 @@ with DAG(
     "example_heygen_localisation",
     description="Dub all videos of a folder or bucket into many languages",
     params={
-        "media": Param(MEDIA, type="string", title="Folder", description="URI of a folder or bucket"),
+        "media": Param(
+            MEDIA,
+            type="string",
+            pattern="[^/]$",
+            title="Folder",
+            description="URI of a folder or bucket, without a final slash",
+        ),
         "mode": Param("speed", enum=["speed", "precision"], title="Mode", description="See *Cost and quota*"),
     },
     tags=["example", "heygen"],

@@ -96,8 +96,8 @@ def night(request, heygen, airflow, media, tmp_path, connect, monkeypatch):
     for name in ("talk.mp4", *(f"talk.{language}.mp3" for language in LANGUAGES)):
         storage.write(name, (media / name).read_bytes())
 
-    def run_it():
-        state, tasks = run("example_heygen_localisation", media=storage.base)
+    def run_it(base=storage.base):
+        state, tasks = run("example_heygen_localisation", media=base)
         return state, {f"{task}[{index}]": state for (task, index), (state, _) in tasks.items()}
 
     run_it.storage = storage
@@ -130,6 +130,14 @@ def test_a_night(night, heygen, media, tmp_path):
     assert secrets != []
     assert night.storage.uri("dubbed/talk.de.mp4") in stored
     assert [secret for secret in secrets if secret in stored or secret.rpartition("=")[2] in stored] == []
+
+
+@pytest.mark.parametrize("night", ["s3"], indirect=True)
+def test_a_final_slash_of_the_folder_is_rejected_before_any_task(night, heygen):
+    """It would be a part of each key: `talks//talk.mp4` is another object."""
+    with pytest.raises(ValueError, match="does not match"):
+        night(f"{night.storage.base}/")
+    assert heygen.requests == []
 
 
 @pytest.mark.parametrize("night", ["s3"], indirect=True)
