@@ -92,10 +92,13 @@ def storage_path(
         found = ObjectStoragePath(uri)
         _ = found.fs  # resolves the scheme here, where the error can name the file
     except (ImportError, ValueError) as error:
-        advice = "Check that the Airflow provider of that storage is installed."
         if uri.startswith(("http://", "https://")):
-            advice = "Name the file by the URI of its storage, such as s3://bucket/talk.mp4."
-        raise HeyGenBadInputError(f"{named} cannot be used: {error}. {advice}") from None
+            raise HeyGenBadInputError(
+                f"{named} is an http URL. Name the file by the URI of its storage, such as s3://bucket/talk.mp4."
+            ) from None
+        raise HeyGenBadInputError(
+            f"{named} cannot be used: {error}. Check that the Airflow provider of that storage is installed."
+        ) from None
     # It drops what follows "::", line breaks and a final "?" or "#". Its paths may omit a host.
     whole = re.sub(r"^[^:/]*://([^/?#]*@)?", "", uri)
     if found.path.strip("/") not in (whole.strip("/"), whole.partition("/")[2]):
