@@ -52,7 +52,7 @@ TRIGGERER = ("triggerer", "--skip-serve-logs")
 # (observed with kombu 5.7), so it runs under a supervisor, as in production.
 SUPERVISOR = ("sh", "-c", 'while :; do "$@"; sleep 1; done', "supervisor")
 WORKER = ("celery", "worker", "--skip-serve-logs", "--without-mingle", "--celery-hostname")
-LOCAL_PARTS = {**COMMON_PARTS, "triggerer": TRIGGERER}
+PARTS = {**COMMON_PARTS, "triggerer": TRIGGERER}
 CELERY_PARTS = {
     **COMMON_PARTS,
     **{f"triggerer-{number}": TRIGGERER for number in (1, 2)},
@@ -72,7 +72,7 @@ class Stack:
     def __init__(
         self, *, postgres: bool, celery: bool = False, settings: dict[str, str] | None = None
     ) -> None:
-        self.parts = CELERY_PARTS if celery else LOCAL_PARTS
+        self.parts = CELERY_PARTS if celery else PARTS
         self.redis = Wire() if celery else None
         self.home = Path(tempfile.mkdtemp(prefix="heygen-stack-"))
         self.database = f"{POSTGRES}/heygen_stack_{secrets.token_hex(6)}" if postgres else None
