@@ -103,7 +103,8 @@ class Dubs:
             report.jobs += len(jobs)
             report.jobs_per_task[len(jobs)] += 1
             if tasks[name]["state"] != "success":
-                report.wrong.append(f"{name} {tasks[name]['state']} (try {tasks[name]['try_number']})")
+                ended = f"{tasks[name]['state']} (try {tasks[name]['try_number']})"
+                report.wrong.append(f"{name} {ended}, raised {dict(self.raised(name))}")
                 followed = None
             else:
                 followed = self.run.xcoms(name)["return_value"]
@@ -111,9 +112,9 @@ class Dubs:
             report.tries[tasks[name]["try_number"]] += 1
         return report
 
-    def raised(self) -> Counter[str]:
+    def raised(self, *names: str) -> Counter[str]:
         """Count the exceptions in the logs of all tries; a try that was failed by Airflow itself has none."""
-        logs = [self.run.log(name, number) for name in self.names for number in self.run.tries(name)]
+        logs = [self.run.log(name, number) for name in names or self.names for number in self.run.tries(name)]
         return Counter(found for log in logs for found in re.findall(r"'exc_type': '(\w+)'", log))
 
 

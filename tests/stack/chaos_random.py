@@ -108,7 +108,7 @@ def test_overdubs_in_a_storm(chaos: Chaos, capsys: pytest.CaptureFixture[str]) -
     report = dubs.report()
     with capsys.disabled():
         print(f"\nStorm, seed {SEED}, {time.monotonic() - began:.0f} s, {dealt.total()} blows:")
-        print(f"  {dict(dealt)}\n  {report}")
+        print(f"  {dict(dealt)}\n  {report}\n  raised: {dict(dubs.raised())}")
     assert report.jobs == report.tasks
     assert not report.wrong
     assert not report.orphans

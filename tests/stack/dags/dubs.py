@@ -9,8 +9,9 @@ from airflow.sdk import DAG, get_current_context, task
 
 from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
 
-# While Airflow's API server is down, no task can start, and each attempt costs a retry.
-for dag_id, retries in {"dubs": 3, "dubs_patient": 12}.items():
+# While Airflow's API server is down, no task can start, and each attempt costs a retry. When all others are
+# deferred, each kill of a worker hits the same task.
+for dag_id, retries in {"dubs": 3, "dubs_patient": 30}.items():
     with DAG(dag_id, schedule=None, default_args={"retries": retries, "retry_delay": timedelta(seconds=1)}):
 
         @task
