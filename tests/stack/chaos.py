@@ -144,7 +144,7 @@ def rage(
     blows: Mapping[str, int],
     deal: Callable[[str], bool],
     pause: tuple[float, float],
-    limit: float = 240.0,
+    limit: float = 80.0 + OVERDUBS,
 ) -> Counter[str]:
     """
     Deal blows until nearly all tasks have ended, for ``limit`` seconds at most; return how many of each.
