@@ -26,6 +26,7 @@ from airflow_provider_heygen.exceptions import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from airflow_provider_heygen.connection import HeyGenConnection
     from airflow_provider_heygen.hooks.heygen import HeyGenHook
     from airflow_provider_heygen.metrics import WaitMetrics
 
@@ -93,6 +94,7 @@ class OverdubWait:
         "not_found_until",
         "overdub_id",
         "poke_interval",
+        "settings",
         "status",
         "trouble",
     )
@@ -123,6 +125,7 @@ class OverdubWait:
         """Whether the connection has led to the overdub. Then a wrong setting does not end the wait."""
         self.account_changed = False
         """Whether another account may respond now, which does not have the overdub."""
+        self.settings: HeyGenConnection | None = None  # of the last poll on a worker
 
     def on_poll(self, overdub: Overdub) -> float | WaitEvent:
         """Handle a successful poll."""
@@ -215,11 +218,15 @@ class OverdubWait:
         """Poll once with a synchronous hook; return the delay until the next poll, or the end."""
         check_id(self.overdub_id)
         try:
+            if self.settings not in (None, hook.settings):
+                self.account_changed = True  # perhaps
+            self.settings = hook.settings
             return self.on_poll(hook.get_overdub(self.overdub_id))
         except Exception as error:
             if isinstance(error, HeyGenBadInputError) and not self.is_known:
                 raise
-            if isinstance(error, HeyGenPermanentError) and not isinstance(error, HeyGenNotFoundError):
+            rejected = isinstance(error, HeyGenPermanentError) and not isinstance(error, HeyGenNotFoundError)
+            if rejected or self.account_changed:
                 hook.forget_settings()
             step = self.on_error(error)
         if self.may_be_gone:

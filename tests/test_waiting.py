@@ -16,6 +16,7 @@ from test_exactly_once import dub
 
 from airflow_provider_heygen import exceptions, waiting
 from airflow_provider_heygen.api import DEFAULT_FAILURE_MESSAGE, Overdub
+from airflow_provider_heygen.emulator import Emulator
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
@@ -609,6 +610,24 @@ def test_a_worker_reads_the_connection_again_after_a_rejected_poll(heygen, conne
         rules.overdub_id = overdub_id
         assert isinstance(rules.poll(hook), float)
         connect(heygen.url)
+        assert rules.poll(hook)["status"] == "completed"
+
+
+def test_a_key_of_another_account_for_a_while_ends_no_wait(heygen, connect, monkeypatch):
+    """Its 404 prove nothing, until a poll finds the overdub again."""
+    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.001)
+    create = {"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"}
+    overdub_id = HeyGenHook().create_overdub(create)
+    rules = watching()
+    rules.overdub_id = overdub_id
+    with Emulator() as other, HeyGenHook(max_attempts=1) as hook:
+        assert isinstance(rules.poll(hook), float)
+        heygen.fail_next(status=401, code="unauthorized")
+        assert isinstance(rules.poll(hook), float)
+        connect(other.url)
+        assert [isinstance(rules.poll(hook), float) for _ in range(3)] == [True] * 3
+        connect(heygen.url)
+        heygen.force(overdub_id, "completed")
         assert rules.poll(hook)["status"] == "completed"
 
 
