@@ -72,9 +72,10 @@ def find(dag_id: str, run_id: str, task_id: str, map_index: int) -> Dub:
     of_sensor = result.get("overdub_id") if isinstance(result, dict) else None
     overdub_id = fields.get("overdub_id") or xcoms.get("overdub_id") or of_sensor
     # Never from an XCom, because a user who may edit XComs must not choose the account.
-    conn_id = str(rendered.rendered_fields.get("heygen_conn_id") or "") if rendered else ""
+    conn_id = rendered.rendered_fields.get("heygen_conn_id") if rendered else None
     if not overdub_id or not conn_id:
         raise HTTPException(404, "Airflow has no overdub of this task instance (yet).")
+    conn_id = str(conn_id)  # native rendering makes a number of digits
     try:
         # Before Airflow 3.2, a connection cannot belong to a team.
         connection = Connection.get_connection_from_secrets(conn_id, **({"team_name": team} if team else {}))
