@@ -616,6 +616,7 @@ def test_a_worker_reads_the_connection_again_after_a_rejected_poll(heygen, conne
 def test_a_key_of_another_account_for_a_while_ends_no_wait(heygen, connect, monkeypatch):
     """Its 404 prove nothing, until a poll finds the overdub again."""
     monkeypatch.setattr(waiting, "GONE_SECONDS", 0.001)
+    heygen.behaviour.job_seconds = 60
     create = {"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"}
     overdub_id = HeyGenHook().create_overdub(create)
     rules = watching()
@@ -632,6 +633,7 @@ def test_a_key_of_another_account_for_a_while_ends_no_wait(heygen, connect, monk
 
 
 def test_a_setting_that_is_wrong_for_a_moment_ends_no_wait_that_has_begun(heygen, connect):
+    heygen.behaviour.job_seconds = 60
     overdub_id = HeyGenHook().create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
     rules, other = watching(), watching()
     rules.overdub_id = other.overdub_id = overdub_id
