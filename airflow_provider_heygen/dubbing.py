@@ -31,13 +31,14 @@ from airflow_provider_heygen.media import same_file, size_text
 from airflow_provider_heygen.metrics import WaitMetrics
 from airflow_provider_heygen.saving import Saving
 from airflow_provider_heygen.submitter import SubmissionStore, submit
-from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger, HeyGenSlotTrigger
+from airflow_provider_heygen.triggers.overdub import HeyGenSlotTrigger, wait_in_triggerer
 from airflow_provider_heygen.upload import check_inputs, is_link, storage_uris
 from airflow_provider_heygen.waiting import (
     OverdubWait,
     check_event,
     completion_summary,
     deferral_timeout,
+    ended_early,
     execution_deadline,
     parse_seconds,
     resolve_wait,
@@ -126,11 +127,15 @@ class Dubbing:
             self.store.mark_delivered()
             return overdub_id
 
-    def finish(self, event: Any, since: float | None) -> str:
+    def finish(self, event: Any, since: float | None, deadline: float | None) -> str:
         """Handle the event of the trigger. Return what the task returns."""
         checked = check_event(event)
         with fails_task(), self.hook:
             self.hook.created_under = self.store.record.resource if self.store.record else None
+            if ended_early(checked, deadline, self.task.log):
+                poke_interval = parse_seconds(self.task.poke_interval, "poke_interval")
+                rules: Any = {"poke_interval": poke_interval, "deadline": deadline}
+                raise wait_in_triggerer(self.hook, checked["overdub_id"], since, rules, again=True)
             return self._finish(self._conclude(checked, since, self.hook))
 
     def _request(self) -> tuple[CreateOverdubRequest, dict[str, Any]]:
@@ -254,18 +259,7 @@ class Dubbing:
         where = "in the triggerer" if self.task.deferrable else "on this worker"
         self.task.log.info("%s", waiting_text(where, poke_interval, deadline))
         if self.task.deferrable:
-            conn_id = self.task.heygen_conn_id
-            raise TaskDeferred(
-                trigger=HeyGenOverdubTrigger(
-                    heygen_conn_id=conn_id,
-                    overdub_id=overdub_id,
-                    resource=self.hook.known_resource,
-                    **rules,
-                ),
-                method_name="execute_complete",
-                kwargs={"since": since},
-                timeout=deferral_timeout(deadline, poke_interval),
-            )
+            raise wait_in_triggerer(self.hook, overdub_id, since, rules)
         # A hook of its own: it reads the connection as it is now, and the wait repeats what fails.
         with HeyGenHook(self.task.heygen_conn_id, max_attempts=1) as hook:
             hook.created_under = self.hook.created_under

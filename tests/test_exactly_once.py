@@ -11,9 +11,10 @@ import shutil
 import time
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import pytest
-from airflow.providers.common.compat.sdk import AirflowFailException, TaskDeferred
+from airflow.providers.common.compat.sdk import AirflowFailException, AirflowSkipException, TaskDeferred
 from airflow.providers.standard.triggers.temporal import DateTimeTrigger
 from airflow.sdk import ObjectStoragePath
 from airflow_task import StateStore, Task
@@ -38,6 +39,7 @@ from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.media import storage_path
 from airflow_provider_heygen.operators.asset import HeyGenUploadAssetOperator
 from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
+from airflow_provider_heygen.sensors.overdub import HeyGenOverdubSensor
 from airflow_provider_heygen.submitter import SubmissionStore
 from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
 
@@ -1204,13 +1206,45 @@ def test_an_event_of_an_older_provider_is_accepted(heygen):
     """Rows of an older release may be in the metadata database: these names are frozen."""
     task, deferred, event = waiting_task(heygen)
     heygen.force(heygen.jobs[0].id, "completed")
-    assert (deferred.method_name, deferred.kwargs.keys()) == ("execute_complete", {"since"})
+    assert (deferred.method_name, deferred.kwargs.keys()) == ("execute_complete", {"since", "deadline"})
     kwargs = {"event": event, "since": 1.0}
     assert task.make().resume_execution("execute_complete", kwargs, task.context) == heygen.jobs[0].id
     again = {"event": None, "since": time.time(), "until": None, "kept": None}
     with pytest.raises(TaskDeferred) as found:
         task.make().resume_execution("execute_again", again, task.context)
     assert found.value.trigger.overdub_id == heygen.jobs[0].id
+
+
+@pytest.mark.parametrize(("waits", "end"), [("operator", "completed"), ("sensor", "time out")])
+def test_a_triggerer_whose_clock_is_ahead_ends_no_wait(heygen, monkeypatch, waits, end):
+    heygen.behaviour.job_seconds = 10_000
+    task = Task(dub(deferrable=True, timeout=1800), store=StateStore())
+    if waits == "sensor":
+        overdub_id = HeyGenHook().create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
+        task.make = partial(
+            HeyGenOverdubSensor,
+            task_id="wait",
+            overdub_id=overdub_id,
+            deferrable=True,
+            timeout=1800,
+            never_fail=True,
+        )
+    deferred = task.start()
+    with monkeypatch.context() as triggerer:
+        triggerer.setattr(time, "time", lambda real=time.time: real() + 3600)
+        event = asyncio.run(anext(deferred.trigger.run())).payload
+    assert event["status"] == "timeout"
+    again = task.resume(deferred, event)
+    assert 1800 - 60 < again.timeout.total_seconds() < 1800 + 120  # Airflow's own
+    if end == "completed":
+        heygen.force(heygen.jobs[0].id, "completed")
+        with monkeypatch.context() as triggerer:
+            triggerer.setattr(time, "time", lambda real=time.time: real() + 3600)
+            event = asyncio.run(anext(again.trigger.run())).payload
+        assert task.resume(again, event)
+    else:
+        with pytest.raises(AirflowSkipException):
+            task.make().resume_execution("__fail__", {"error": "Trigger timeout"}, task.context)
 
 
 def test_a_new_overdub_that_is_not_readable_yet_is_not_gone(heygen):

@@ -434,9 +434,9 @@ def test_constructors_only_assign():
 def test_what_airflow_stores_during_a_deferral_keeps_its_names():
     """Frozen: a task that was deferred by an older release is resumed by this one."""
     methods = {
-        HeyGenCreateOverdubOperator.execute_complete: ["event", "since"],
+        HeyGenCreateOverdubOperator.execute_complete: ["event", "since", "deadline"],
         HeyGenCreateOverdubOperator.execute_again: ["event", "since", "until", "kept"],
-        HeyGenOverdubSensor.execute_complete: ["event", "since"],
+        HeyGenOverdubSensor.execute_complete: ["event", "since", "deadline"],
     }
     for method, names in methods.items():
         assert list(signature(method).parameters) == ["self", "context", *names]

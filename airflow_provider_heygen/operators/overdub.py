@@ -221,11 +221,17 @@ class HeyGenCreateOverdubOperator(UrlsMaskedOperator):
 
         return Dubbing(self, context, since=since, until=until, kept=kept).start()
 
-    def execute_complete(self, context: Context, event: Any = None, since: float | None = None) -> str:
+    def execute_complete(
+        self,
+        context: Context,
+        event: Any = None,
+        since: float | None = None,
+        deadline: float | None = None,
+    ) -> str:
         """Return the result when the trigger has fired."""
         from airflow_provider_heygen.dubbing import Dubbing
 
-        return Dubbing(self, context).finish(event, since)
+        return Dubbing(self, context).finish(event, since, deadline)
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
         """Poll once more if Airflow itself ended the deferral because no triggerer was running."""

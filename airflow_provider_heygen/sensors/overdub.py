@@ -13,7 +13,6 @@ from airflow.providers.common.compat.sdk import (
     AirflowSkipException,
     BaseOperator,
     BaseSensorOperator,
-    TaskDeferred,
     conf,
 )
 
@@ -67,10 +66,9 @@ class HeyGenOverdubSensor(BaseSensorOperator):
 
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.metrics import WaitMetrics
-        from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger
+        from airflow_provider_heygen.triggers.overdub import wait_in_triggerer
         from airflow_provider_heygen.waiting import (
             OverdubWait,
-            deferral_timeout,
             execution_deadline,
             resolve_wait,
             waiting_text,
@@ -96,28 +94,26 @@ class HeyGenOverdubSensor(BaseSensorOperator):
                 again = datetime.now(UTC) + timedelta(seconds=step)
                 raise AirflowRescheduleException(again)  # type: ignore[no-untyped-call]
         self.log.info("%s", waiting_text("in the triggerer", poke_interval, deadline))
-        raise TaskDeferred(
-            trigger=HeyGenOverdubTrigger(
-                heygen_conn_id=self.heygen_conn_id,
-                overdub_id=self.overdub_id,
-                resource=hook.known_resource,
-                **rules,
-            ),
-            method_name="execute_complete",
-            kwargs={"since": since},
-            timeout=deferral_timeout(deadline, poke_interval),
-        )
+        raise wait_in_triggerer(hook, self.overdub_id, since, rules)
 
     def execute_complete(
-        self, context: Context, event: Any = None, since: float | None = None
+        self,
+        context: Context,
+        event: Any = None,
+        since: float | None = None,
+        deadline: float | None = None,
     ) -> dict[str, Any]:
         """Return the details when the trigger has fired."""
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.metrics import WaitMetrics
-        from airflow_provider_heygen.waiting import check_event, resolve_wait
+        from airflow_provider_heygen.triggers.overdub import wait_in_triggerer
+        from airflow_provider_heygen.waiting import check_event, ended_early, resolve_wait
 
         checked = check_event(event, self.overdub_id)
         with HeyGenHook(self.heygen_conn_id, longest_pause=0.0) as hook:
+            if ended_early(checked, deadline, self.log):
+                rules: Any = {"poke_interval": self.poke_interval or 1.0, "deadline": deadline}
+                raise wait_in_triggerer(hook, self.overdub_id, since, rules, again=True)
             return self._done(resolve_wait(checked, WaitMetrics(context["ti"], since), hook))
 
     def _done(self, details: dict[str, Any]) -> dict[str, Any]:

@@ -8,15 +8,18 @@ from contextlib import suppress
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from airflow.providers.common.compat.sdk import TaskDeferred
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from airflow_provider_heygen import poller
 from airflow_provider_heygen.api import OverdubStatus
 from airflow_provider_heygen.exceptions import MAX_RETRY_AFTER
-from airflow_provider_heygen.waiting import OverdubWait
+from airflow_provider_heygen.waiting import OverdubWait, deferral_timeout
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from airflow_provider_heygen.hooks.heygen import HeyGenHook
 
 
 class _Trigger(BaseTrigger):
@@ -76,6 +79,32 @@ class HeyGenOverdubTrigger(_Trigger):
         )
         event = await poller.wait(self.heygen_conn_id, watch, self.resource)
         yield TriggerEvent(event)  # type: ignore[no-untyped-call]
+
+
+def wait_in_triggerer(
+    hook: HeyGenHook, overdub_id: str, since: float | None, rules: dict[str, Any], *, again: bool = False
+) -> TaskDeferred:
+    """
+    Return the deferral of a task until the wait for its overdub ends.
+
+    :param since: Unix seconds when the wait began.
+    :param rules: ``poke_interval``, ``deadline`` and perhaps ``not_found_until`` of the trigger.
+    :param again: whether the triggerer has ended the wait too early. Then Airflow ends it, by its own clock.
+    """
+    deadline = None if again else rules["deadline"]
+    trigger = HeyGenOverdubTrigger(
+        heygen_conn_id=hook.heygen_conn_id,
+        overdub_id=overdub_id,
+        # A connection that is wrong by now must not end the wait.
+        resource=None if again else hook.known_resource,
+        **{**rules, "deadline": deadline},
+    )
+    return TaskDeferred(
+        trigger=trigger,
+        method_name="execute_complete",
+        kwargs={"since": since, "deadline": deadline},
+        timeout=deferral_timeout(rules["deadline"], rules["poke_interval"]),
+    )
 
 
 class HeyGenSlotTrigger(_Trigger):
