@@ -138,8 +138,9 @@ class Stack:
             "AIRFLOW__DATABASE__SQL_ALCHEMY_POOL_SIZE": "35",
             "AIRFLOW__DATABASE__SQL_ALCHEMY_MAX_OVERFLOW": "5",
             "AIRFLOW__DAG_PROCESSOR__PARSING_PROCESSES": "1",
+            "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "120",  # the files do not change
             "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
-            "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",
+            "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.5",
             # Airflow's supervisor may notice the end of a task's process only at its next heartbeat. A task
             # that is due again by then (deferred or rescheduled for less) is failed by the scheduler.
             "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",

@@ -228,6 +228,11 @@ def names(waiters: tuple[str, ...], cases: Any) -> list[str]:
     return [f"{waiter}__{case}" for waiter in waiters for case in cases]
 
 
+def tries(name: str) -> set[int]:
+    """Airflow may fail a try that is rescheduled for a second before its worker has reported that."""
+    return {1, 2} if "reschedule" in name else {1}
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -237,7 +242,8 @@ def names(waiters: tuple[str, ...], cases: Any) -> list[str]:
 )
 def test_fails_at_once_with_the_reason(outcome: Outcome, name: str) -> None:
     task = outcome.tasks[name]
-    assert (task["state"], task["try_number"], task["max_tries"]) == ("failed", 1, 2)
+    assert (task["state"], task["max_tries"]) == ("failed", 2)
+    assert task["try_number"] in tries(name)
     log = outcome.log(name)
     assert re.search(SAYS[name.partition("__")[2]], log)
     assert "HeyGenTaskFailedError" in log
@@ -252,23 +258,18 @@ def test_waits_until_its_timeout_and_reports_why(outcome: Outcome, name: str) ->
     assert re.search(SAYS[name.partition("__")[2]], log)
 
 
-def tries(name: str) -> set[int]:
-    """Airflow may fail a try that is rescheduled for a second before its worker has reported that."""
-    return {1, 2} if "reschedule" in name else {1}
-
-
 @pytest.mark.parametrize("name", names(SENSORS, SKIPS))
 def test_is_skipped(outcome: Outcome, name: str) -> None:
     task = outcome.tasks[name]
     assert task["state"] == "skipped"
-    assert task["try_number"] in tries(name), outcome.run.log(name, 1)
+    assert task["try_number"] in tries(name), (task, outcome.run.tries(name))
 
 
 @pytest.mark.parametrize("name", names(CREATES + SENSORS, ["survives_trouble"]))
 def test_survives_trouble(outcome: Outcome, name: str) -> None:
     task = outcome.tasks[name]
     assert task["state"] == "success"
-    assert task["try_number"] in tries(name), outcome.run.log(name, 1)
+    assert task["try_number"] in tries(name), (task, outcome.run.tries(name))
     job = next(job for job in outcome.heygen.jobs() if job["title"] == name)
     looks = outcome.heygen.requests("GET", f"/v3/overdubs/{job['id']}")
     # Each trouble was met, one of them a web page with status 200, and then the end.

@@ -73,6 +73,7 @@ class Web:
         self._context = browser.new_context(
             viewport=VIEWPORT,
             color_scheme="light",
+            reduced_motion="reduce",  # animations cost CPU time
             record_har_path=self._har,
             record_har_url_filter=re.compile(r"/(api|ui)/"),
         )
@@ -210,23 +211,36 @@ def connected(web: Web, heygen: HeyGen) -> None:
 
 @pytest.fixture(scope="module")
 def runs(web: Web, stack: Stack, heygen: HeyGen, connected: None) -> dict[str, Run]:
-    """A run of each DAG with the new connection; the job ends when both tasks wait for it."""
-    runs = {dag_id: Run(stack.rest, dag_id) for dag_id in (EXAMPLE, DUB_TALK)}
+    """Runs with the new connection, by DAG or status; the jobs get on when each task waits for its own."""
+    path = "connections/heygen_default"
+    extra = json.loads(stack.rest.call("GET", path)["extra"])
+    extra["price_per_second"] = {"speed": 0.05, "precision": 0.1}
+    body = {"connection_id": "heygen_default", "conn_type": "heygen", "extra": json.dumps(extra)}
+    stack.rest.call("PATCH", path, body, update_mask=["extra"])
+    runs = {dag_id: Run(stack.rest, dag_id) for dag_id in (EXAMPLE, DUB_TALK, REVIEW)}
+    for status in ("completed", "running", "failed"):
+        runs[status] = Run(stack.rest, WATCH_TALK, title=f"Talk, {status}")
     for run in runs.values():
         run.wait_for_state("dub", "deferred")
+    jobs = {name: run.xcoms("dub")["overdub_id"] for name, run in runs.items()}
+    heygen.force(jobs[REVIEW], "completed")
+    for status in ("completed", "running", "failed"):
+        heygen.force(jobs[status], status, "No speaker <detected> in the video")
     web.open(f"dags/{EXAMPLE}/runs/{runs[EXAMPLE].run_id}")
     web.row("dub").get_by_text("Deferred").wait_for()
     web.picture("run")
 
     def all_say(text: str) -> bool:
-        return all(text in run.log("dub") for run in runs.values())
+        return all(text in runs[dag_id].log("dub") for dag_id in (EXAMPLE, DUB_TALK))
 
     for status, text in {"running": "is running", "completed": "Dubbed"}.items():
-        for job in heygen.jobs():
-            heygen.force(job["id"], status)
+        for dag_id in (EXAMPLE, DUB_TALK):
+            heygen.force(jobs[dag_id], status)
         wait_for(f"the tasks to see that it is {status}", partial(all_say, text))
-    for run in runs.values():
-        assert {task["state"] for task in run.wait().values()} == {"success"}
+    for dag_id in (EXAMPLE, DUB_TALK):
+        assert {task["state"] for task in runs[dag_id].wait().values()} == {"success"}
+    assert runs["failed"].wait()["dub"]["state"] == "failed"
+    assert runs["completed"].wait()["wait"]["state"] == "success"
     return runs
 
 
@@ -334,7 +348,7 @@ def test_the_log_has_a_line_for_each_step(web: Web, runs: dict[str, Run]) -> Non
         "Started overdub ID 'Talk, German', mode precision.",
         "Waiting in the triggerer, checking every 1 s until N UTC.",
         "Overdub ID is running.",
-        "Dubbed 2.5 s of video in N precision: overdub ID 'Talk, German'.",
+        "Dubbed 2.5 s of video in N precision, $0.25: overdub ID 'Talk, German'.",
     ]
     web.page.keyboard.press("w")  # wraps the lines
     web.picture("task-log", web.page.get_by_role("code").first)
@@ -372,26 +386,6 @@ def test_the_example_has_a_description(web: Web, stack: Stack) -> None:
     web.dialog.get_by_text("waits for it in the triggerer").wait_for()
 
 
-@pytest.fixture(scope="module")
-def watched(stack: Stack, heygen: HeyGen, runs: dict[str, Run]) -> dict[str, Run]:
-    """Runs whose overdubs have got so far."""
-    path = "connections/heygen_default"
-    extra = json.loads(stack.rest.call("GET", path)["extra"])
-    extra["price_per_second"] = {"speed": 0.05, "precision": 0.1}
-    body = {"connection_id": "heygen_default", "conn_type": "heygen", "extra": json.dumps(extra)}
-    stack.rest.call("PATCH", path, body, update_mask=["extra"])
-    watched = {
-        status: Run(stack.rest, WATCH_TALK, title=f"Talk, {status}")
-        for status in ("completed", "running", "failed")
-    }
-    for status, run in watched.items():
-        run.wait_for_state("dub", "deferred")
-        heygen.force(run.xcoms("dub")["overdub_id"], status, "No speaker <detected> in the video")
-    assert watched["failed"].wait()["dub"]["state"] == "failed"
-    assert watched["completed"].wait()["wait"]["state"] == "success"
-    return watched
-
-
 def page_of(run: Run, task_id: str = "dub") -> str:
     return watch_path(run.dag_id, run.run_id, task_id, -1)
 
@@ -419,17 +413,17 @@ def plays(page: Page) -> bool:
 
 @pytest.mark.parametrize("task_id", ["dub", "wait"])
 def test_the_link_in_the_ui_leads_to_the_video(
-    web: Web, stack: Stack, watched: dict[str, Run], task_id: str
+    web: Web, stack: Stack, runs: dict[str, Run], task_id: str
 ) -> None:
     source = Path(stack.env["HEYGEN_EXAMPLE_MEDIA"], "talk.mp4")
     web.page.route("https://media.example.com/**", lambda route: route.fulfill(path=source))
-    web.open(f"dags/{WATCH_TALK}/runs/{watched['completed'].run_id}/tasks/{task_id}/details")
+    web.open(f"dags/{WATCH_TALK}/runs/{runs['completed'].run_id}/tasks/{task_id}/details")
     web.page.get_by_role("link", name="Watch", exact=True).click()
-    web.page.wait_for_url(f"{web.url}/{page_of(watched['completed'], task_id)}")
+    web.page.wait_for_url(f"{web.url}/{page_of(runs['completed'], task_id)}")
     assert web.page.get_by_role("heading").inner_text() == "Talk, completed"
     assert plays(web.page)
     details = shown(web.page)
-    assert details.pop("Overdub") == watched["completed"].xcoms("dub")["overdub_id"]
+    assert details.pop("Overdub") == runs["completed"].xcoms("dub")["overdub_id"]
     assert details.pop("Status") == "completed"
     assert details.pop("Length") == "2.5 s"
     assert details == ({"Mode": "precision", "Cost": "$0.25"} if task_id == "dub" else {})
@@ -441,10 +435,8 @@ def test_the_link_in_the_ui_leads_to_the_video(
         web.picture("watch")
 
 
-def test_a_person_watches_and_decides(web: Web, stack: Stack, heygen: HeyGen, runs: dict[str, Run]) -> None:
-    run = Run(stack.rest, REVIEW)
-    run.wait_for_state("dub", "deferred")
-    heygen.force(run.xcoms("dub")["overdub_id"], "completed")
+def test_a_person_watches_and_decides(web: Web, stack: Stack, runs: dict[str, Run]) -> None:
+    run = runs[REVIEW]
     run.wait_for_state("review", "awaiting_input", "deferred")
     question = f"dags/{REVIEW}/runs/{run.run_id}/tasks/review/required_actions"
     web.open(question)
@@ -462,8 +454,8 @@ def test_a_person_watches_and_decides(web: Web, stack: Stack, heygen: HeyGen, ru
     assert Path(stack.env["HEYGEN_EXAMPLE_MEDIA"], "published", "talk.de.mp4").stat().st_size > 1000
 
 
-def test_a_running_overdub_can_be_watched_from_its_deferred_task(web: Web, watched: dict[str, Run]) -> None:
-    run = watched["running"]
+def test_a_running_overdub_can_be_watched_from_its_deferred_task(web: Web, runs: dict[str, Run]) -> None:
+    run = runs["running"]
     assert run.tasks()["dub"]["state"] == "deferred"
     web.open_task(run, "details")
     web.page.get_by_role("link", name="Watch", exact=True).click()
@@ -472,15 +464,15 @@ def test_a_running_overdub_can_be_watched_from_its_deferred_task(web: Web, watch
     assert web.page.locator("video").count() == 0
 
 
-def test_a_failed_overdub_shows_the_reason(web: Web, watched: dict[str, Run]) -> None:
-    web.open(page_of(watched["failed"]))
+def test_a_failed_overdub_shows_the_reason(web: Web, runs: dict[str, Run]) -> None:
+    web.open(page_of(runs["failed"]))
     assert shown(web.page)["Status"] == "failed"
     assert shown(web.page)["Reason"] == "No speaker <detected> in the video"
     assert web.page.locator("video").count() == 0
 
 
 def test_each_load_of_the_page_plays_by_a_new_url(
-    web: Web, stack: Stack, heygen: HeyGen, watched: dict[str, Run]
+    web: Web, stack: Stack, heygen: HeyGen, runs: dict[str, Run]
 ) -> None:
     """And none of them is anywhere: not in a log, not in the database, not in the page."""
     followed: list[str] = []
@@ -490,7 +482,7 @@ def test_each_load_of_the_page_plays_by_a_new_url(
         lambda response: followed.append(response.headers["location"]) if response.status == 302 else None,
     )
     for _ in range(2):
-        web.open(page_of(watched["completed"]))
+        web.open(page_of(runs["completed"]))
         assert plays(web.page)
         pages.append(web.page.content())
     queries = {urlsplit(url).query for url in followed}
@@ -513,16 +505,16 @@ def logs_of(stack: Stack) -> list[Path]:
     return found
 
 
-def test_the_button_leads_to_the_video(web: Web, heygen: HeyGen, watched: dict[str, Run]) -> None:
+def test_the_button_leads_to_the_video(web: Web, heygen: HeyGen, runs: dict[str, Run]) -> None:
     """The emulator does not send it as an attachment, so the browser opens it."""
-    web.open(page_of(watched["completed"]))
+    web.open(page_of(runs["completed"]))
     web.page.get_by_role("link", name="Download").click()
     web.page.wait_for_url(f"{heygen.url}/files/*")
     assert plays(web.page)
 
 
 @pytest.fixture(scope="module")
-def guarded(stack: Stack, watched: dict[str, Run]) -> Iterator[str]:
+def guarded(stack: Stack, runs: dict[str, Run]) -> Iterator[str]:
     """A second API server of the same Airflow, with a login: only ann may read the DAG."""
     port = _free_port()
     users = {"ann": "viewer", "bob": "viewer"}
@@ -564,9 +556,9 @@ def log_in(page: Page, name: str) -> None:
 
 
 def test_a_browser_without_a_login_is_led_there_and_back(
-    guarded: str, visitor: Page, watched: dict[str, Run]
+    guarded: str, visitor: Page, runs: dict[str, Run]
 ) -> None:
-    page = f"{guarded}/{page_of(watched['completed'])}"
+    page = f"{guarded}/{page_of(runs['completed'])}"
     visitor.goto(page)
     assert "/login" in visitor.url
     log_in(visitor, "ann")
@@ -576,11 +568,11 @@ def test_a_browser_without_a_login_is_led_there_and_back(
 
 
 def test_a_user_who_may_not_read_the_dag_sees_nothing_of_it(
-    guarded: str, visitor: Page, heygen: HeyGen, watched: dict[str, Run]
+    guarded: str, visitor: Page, heygen: HeyGen, runs: dict[str, Run]
 ) -> None:
-    overdub_id = watched["completed"].xcoms("dub")["overdub_id"]
+    overdub_id = runs["completed"].xcoms("dub")["overdub_id"]
     asked = heygen.requests(path=f"/v3/overdubs/{overdub_id}")
-    page = f"{guarded}/{page_of(watched['completed'])}"
+    page = f"{guarded}/{page_of(runs['completed'])}"
     visitor.goto(page)
     log_in(visitor, "bob")
     visitor.wait_for_url(re.compile("/heygen/watch/"))
