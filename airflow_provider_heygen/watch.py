@@ -49,6 +49,16 @@ class Dub(NamedTuple):
     fields: dict[str, Any]
 
 
+def _value(row: Any) -> Any:
+    if not isinstance(row.value, str):
+        return row.value  # no object is deserialized here
+    try:
+        return XCom.deserialize_value(row)  # a text may refer to an XCom backend's storage
+    except Exception as error:
+        reason = f"Airflow's XCom backend cannot read '{row.key}' ({type(error).__name__})."
+        raise HTTPException(502, reason) from None
+
+
 def find(dag_id: str, run_id: str, task_id: str, map_index: int) -> Dub:
     """Find the overdub in Airflow's database, and read the connection; FastAPI calls this in a thread."""
     with create_session() as session:
@@ -61,11 +71,7 @@ def find(dag_id: str, run_id: str, task_id: str, map_index: int) -> Dub:
         ).first()
         query = XComModel.get_many(run_id=run_id, dag_ids=dag_id, task_ids=task_id, map_indexes=map_index)
         rows: Any = session.scalars(query.where(XComModel.key.in_(("overdub_id", "return_value"))))
-        xcoms = {
-            # Only a text may refer to an XCom backend's storage. No object is deserialized here.
-            row.key: XCom.deserialize_value(row) if isinstance(row.value, str) else row.value
-            for row in rows
-        }
+        xcoms = {row.key: _value(row) for row in rows}
         team = DagModel.get_team_name(dag_id, session=session)
     fields = rendered.rendered_fields if rendered and rendered.run_id == run_id else {}
     result = xcoms.get("return_value")

@@ -324,6 +324,17 @@ def test_a_connection_of_another_type_is_left_alone(heygen, run, user, monkeypat
     assert len(heygen.requests) == asked
 
 
+def test_an_xcom_backend_that_cannot_be_read(run, user, monkeypatch):
+    def deserialize_value(row):
+        raise PermissionError("s3://bucket/key?X-Amz-Signature=5ecret")
+
+    monkeypatch.setattr(watch.XCom, "deserialize_value", deserialize_value)
+    answer = user.get(address(run))
+    assert answer.status_code == 502
+    assert "cannot read 'return_value' (PermissionError)" in html.unescape(answer.text)
+    assert "5ecret" not in answer.text
+
+
 def test_the_api_server_lacks_the_connection(run, user, monkeypatch):
     monkeypatch.delenv("AIRFLOW_CONN_HEYGEN_DEFAULT")
     answer = user.get(address(run))
