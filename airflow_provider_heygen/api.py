@@ -455,7 +455,9 @@ def _statuses(decoded: Any, id_names: tuple[str, ...] = _ID_NAMES) -> Statuses:
     token = _text(decoded.get("next_token"))
     # HeyGen requires neither member.
     more = isinstance(token, str) and token and decoded.get("has_more") is not False
-    return Statuses(rows, token if more else None, bool(more or decoded.get("has_more") is True))
+    # A list with an error is incomplete: an overdub that it lacks may exist.
+    has_more = more or decoded.get("has_more") is True or decoded.get("error")
+    return Statuses(rows, token if more else None, bool(has_more))
 
 
 def _bulk_statuses(decoded: Any) -> Statuses:
@@ -546,7 +548,7 @@ class Call(Generic[T]):
             decoded = json.loads(body)
         except (ValueError, RecursionError):
             decoded = None
-        if 200 <= status < 300 and _envelope(decoded) and not decoded.get("data"):
+        if 200 <= status < 300 and _envelope(decoded) and not _has_data(decoded):
             # HeyGen's older endpoints report errors with status 200. The code implies the real status.
             status = _STATUS_BY_CODE.get(str(decoded["error"].get("code")), 400)
         if not 200 <= status < 300:
@@ -570,6 +572,11 @@ class Call(Generic[T]):
             status_code=status,
             outcome_unknown=self.writes,
         )
+
+
+def _has_data(decoded: Mapping[str, Any]) -> bool:
+    data = decoded.get("data")
+    return any(data.values()) if isinstance(data, dict) else bool(data)
 
 
 def _envelope(decoded: Any) -> Mapping[str, Any]:

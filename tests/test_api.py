@@ -636,7 +636,7 @@ def test_1xx_is_no_response(status):
 )
 def test_an_error_with_status_200_keeps_heygens_message(code, status, kind):
     error = {"code": code, "message": "Your account has 5 credits but this video requires 10 credits."}
-    for call, data in itertools.product(("create", "get"), ({}, {"data": None})):
+    for call, data in itertools.product(("create", "get"), ({}, {"data": None}, {"data": {"id": None}})):
         with pytest.raises(kind, match="requires 10 credits") as raised:
             answer(call, {"error": error, **data}, 200)
         assert raised.value.status_code == status
