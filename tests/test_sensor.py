@@ -15,6 +15,7 @@ from airflow.providers.common.compat.sdk import (
     AirflowSkipException,
     TaskDeferred,
 )
+from airflow.sdk import DAG
 from airflow_task import Task
 from conftest import each_value
 
@@ -102,6 +103,14 @@ def test_an_id_that_a_template_made_a_number(heygen, mode, monkeypatch):
         hook.create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
     details, _ = wait(4711, mode)
     assert (details["overdub_id"], details["status"]) == ("4711", "completed")
+
+
+@pytest.mark.parametrize("mode", ["speed", "precision"])
+def test_default_args_with_the_mode_of_create_tasks(mode):
+    with DAG("dag", schedule=None, default_args={"mode": mode}):
+        assert HeyGenOverdubSensor(task_id="wait", overdub_id="od_1").mode == "poke"
+    with DAG("dag", schedule=None, default_args={"mode": "reschedule"}):
+        assert HeyGenOverdubSensor(task_id="wait", overdub_id="od_1").mode == "reschedule"
 
 
 def test_no_deferral_when_it_has_ended_already(heygen, overdub_id):

@@ -54,9 +54,12 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         heygen_conn_id: str = "heygen_default",
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         poke_interval: timedelta | float = 30,
+        mode: str = "poke",
         **kwargs: Any,
     ) -> None:
-        super().__init__(poke_interval=poke_interval, **kwargs)
+        # From default_args for create tasks, which have a mode of their own.
+        mode = "poke" if mode in ("speed", "precision") else mode
+        super().__init__(poke_interval=poke_interval, mode=mode, **kwargs)
         self.overdub_id = overdub_id
         self.heygen_conn_id = heygen_conn_id
         self.deferrable = deferrable
