@@ -567,6 +567,8 @@ class Call(Generic[T]):
             reason = f"it has no usable '{error.errors()[0]['loc'][0]}'"
         except ValueError as error:
             reason = str(error)
+        if quoted := _printable(_quoted(decoded), connection):
+            reason += f' (it says "{quoted}")'
         raise HeyGenTransientError(
             f"HeyGen's response to {self.description} cannot be used: {reason}.",
             status_code=status,
@@ -589,6 +591,13 @@ def _envelope(decoded: Any) -> Mapping[str, Any]:
         isinstance(text, str) and text for text in (code, message)
     )
     return envelope if is_heygens else {}
+
+
+def _quoted(decoded: Any) -> Any:
+    """Return the message of an error in any form: HeyGen's older endpoints and gateways have others."""
+    decoded = decoded if isinstance(decoded, dict) else {}
+    error = decoded.get("error") or decoded
+    return error.get("message") if isinstance(error, dict) else error
 
 
 _NEXT_STEP: dict[int | str | None, str] = {
@@ -645,12 +654,12 @@ def _error(
 ) -> HeyGenError:
     envelope = _envelope(decoded)
     facts: dict[str, Any] = {
-        name: _printable(envelope.get(name), connection) for name in ("code", "message", "param", "doc_url")
+        name: _printable(envelope.get(name), connection) for name in ("code", "param", "doc_url")
     }
     facts["status_code"] = status
     facts["request_id"] = _printable(headers.get("X-Request-Id"), connection)
     facts["retry_after"] = _retry_after(headers.get("Retry-After"))
-    quoted, code = facts.pop("message"), facts["code"]
+    quoted, code = _printable(_quoted(decoded), connection), facts["code"]
     message = f"HeyGen returned {status}{f' {code}' if code else ''} for {call.description}"
     message += f": {quoted}" if quoted else ""
     message += "" if message.endswith((".", "!", "?")) else "."

@@ -643,6 +643,23 @@ def test_an_error_with_status_200_keeps_heygens_message(code, status, kind):
     assert answer("create", {"error": error, "data": {"overdub_id": "od_1"}}) == "od_1"
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"code": 400543, "message": "needs 10 credits"}, "data": None},
+        {"code": 400543, "message": "needs 10 credits", "data": None},
+        {"error": "needs 10 credits"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("status", [200, 400])
+def test_an_error_of_another_form_is_quoted(body, status):
+    for call in ("create", "get", "list"):
+        with pytest.raises(TRANSIENT, match="needs 10 credits") as raised:
+            answer(call, body, status)
+        assert raised.value.outcome_unknown == (call == "create")
+
+
 @both_resources
 def test_missing_route_names_the_setting(heygen, resource):
     heygen.behaviour.resources = OTHER[resource]
