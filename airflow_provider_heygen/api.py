@@ -658,7 +658,7 @@ def _error(
     }
     facts["status_code"] = status
     facts["request_id"] = _printable(headers.get("X-Request-Id"), connection)
-    facts["retry_after"] = _retry_after(headers.get("Retry-After"))
+    facts["retry_after"] = _retry_after(headers)
     quoted, code = _printable(_quoted(decoded), connection), facts["code"]
     message = f"HeyGen returned {status}{f' {code}' if code else ''} for {call.description}"
     message += f": {quoted}" if quoted else ""
@@ -719,12 +719,15 @@ def _next_step(
     return step + (f"; see {facts['doc_url']}" if facts["doc_url"] else "")
 
 
-def _retry_after(value: str | None) -> float | None:
+def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds in ``Retry-After``: a whole number (HeyGen's page) or an HTTP date (RFC 9110)."""
+    value = headers.get("Retry-After")
     if value and value.isascii() and value.strip().isdigit():
         return float(value) if len(value) < 10 else None  # a timedelta cannot hold a much larger number
     moment = _http_date(value)
-    return None if moment is None else max(0.0, moment - time.time())
+    # This machine's clock may be wrong by minutes.
+    now = _http_date(headers.get("Date")) or time.time()
+    return None if moment is None else max(0.0, moment - now)
 
 
 def _http_date(value: str | None) -> float | None:

@@ -735,6 +735,9 @@ def test_retry_after_as_a_date():
     with pytest.raises(HeyGenGatewayError) as raised:
         answer("get", b"", 503, {"Retry-After": in_an_hour})
     assert raised.value.retry_after is None
+    with pytest.raises(TRANSIENT) as raised:  # HeyGen's clock counts
+        answer("get", b"", 429, {"Retry-After": in_an_hour, "Date": in_an_hour})
+    assert raised.value.retry_after == 0
 
 
 @pytest.mark.parametrize(
