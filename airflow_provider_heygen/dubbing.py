@@ -28,6 +28,7 @@ from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.lineage import media_uri
 from airflow_provider_heygen.media import same_file, size_text
 from airflow_provider_heygen.metrics import WaitMetrics
+from airflow_provider_heygen.poller import SHORTEST_DEFERRAL
 from airflow_provider_heygen.saving import Saving
 from airflow_provider_heygen.submitter import SubmissionStore, submit
 from airflow_provider_heygen.triggers.overdub import HeyGenOverdubTrigger, HeyGenSlotTrigger
@@ -50,10 +51,6 @@ if TYPE_CHECKING:
     from airflow.triggers.base import BaseTrigger
 
     from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
-
-SHORTEST_DEFERRAL = 15.0
-"""Seconds. Airflow may fail a deferral that ends before its worker has reported it (observed on Airflow
-3.3.2)."""
 
 
 class Dubbing:
