@@ -455,7 +455,9 @@ def _statuses(decoded: Any, id_names: tuple[str, ...] = _ID_NAMES) -> Statuses:
     token = _text(decoded.get("next_token"))
     # HeyGen requires neither member.
     more = isinstance(token, str) and token and decoded.get("has_more") is not False
-    return Statuses(rows, token if more else None, bool(more or decoded.get("has_more") is True))
+    # A list with an error is incomplete: an overdub that it lacks may exist.
+    has_more = more or decoded.get("has_more") is True or decoded.get("error")
+    return Statuses(rows, token if more else None, bool(has_more))
 
 
 def _bulk_statuses(decoded: Any) -> Statuses:
@@ -546,7 +548,7 @@ class Call(Generic[T]):
             decoded = json.loads(body)
         except (ValueError, RecursionError):
             decoded = None
-        if 200 <= status < 300 and _envelope(decoded) and not decoded.get("data"):
+        if 200 <= status < 300 and _envelope(decoded) and not _has_data(decoded):
             # HeyGen's older endpoints report errors with status 200. The code implies the real status.
             status = _STATUS_BY_CODE.get(str(decoded["error"].get("code")), 400)
         if not 200 <= status < 300:
@@ -565,11 +567,18 @@ class Call(Generic[T]):
             reason = f"it has no usable '{error.errors()[0]['loc'][0]}'"
         except ValueError as error:
             reason = str(error)
+        if quoted := _printable(_quoted(decoded), connection):
+            reason += f' (it says "{quoted}")'
         raise HeyGenTransientError(
             f"HeyGen's response to {self.description} cannot be used: {reason}.",
             status_code=status,
             outcome_unknown=self.writes,
         )
+
+
+def _has_data(decoded: Mapping[str, Any]) -> bool:
+    data = decoded.get("data")
+    return any(data.values()) if isinstance(data, dict) else bool(data)
 
 
 def _envelope(decoded: Any) -> Mapping[str, Any]:
@@ -582,6 +591,13 @@ def _envelope(decoded: Any) -> Mapping[str, Any]:
         isinstance(text, str) and text for text in (code, message)
     )
     return envelope if is_heygens else {}
+
+
+def _quoted(decoded: Any) -> Any:
+    """Return the message of an error in any form: HeyGen's older endpoints and gateways have others."""
+    decoded = decoded if isinstance(decoded, dict) else {}
+    error = decoded.get("error") or decoded
+    return error.get("message") if isinstance(error, dict) else error
 
 
 _NEXT_STEP: dict[int | str | None, str] = {
@@ -638,18 +654,20 @@ def _error(
 ) -> HeyGenError:
     envelope = _envelope(decoded)
     facts: dict[str, Any] = {
-        name: _printable(envelope.get(name), connection) for name in ("code", "message", "param", "doc_url")
+        name: _printable(envelope.get(name), connection) for name in ("code", "param", "doc_url")
     }
     facts["status_code"] = status
     facts["request_id"] = _printable(headers.get("X-Request-Id"), connection)
-    facts["retry_after"] = _retry_after(headers.get("Retry-After"))
-    quoted, code = facts.pop("message"), facts["code"]
+    facts["retry_after"] = _retry_after(headers)
+    quoted, code = _printable(_quoted(decoded), connection), facts["code"]
     message = f"HeyGen returned {status}{f' {code}' if code else ''} for {call.description}"
     message += f": {quoted}" if quoted else ""
     message += "" if message.endswith((".", "!", "?")) else "."
     trace = f" (request {facts['request_id']})" if facts["request_id"] else ""
     step = _next_step(call, status, facts, connection)
     if not envelope or status < 200:
+        if status != 429:  # only HeyGen itself, or a rate limit, makes anybody wait for longer
+            facts["retry_after"] = None
         # HeyGen may have processed the request although something else responded.
         message += (
             f" The response ({_content_type(headers, connection)}) does not have the form of HeyGen's errors,"
@@ -701,12 +719,15 @@ def _next_step(
     return step + (f"; see {facts['doc_url']}" if facts["doc_url"] else "")
 
 
-def _retry_after(value: str | None) -> float | None:
+def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Return the seconds in ``Retry-After``: a whole number (HeyGen's page) or an HTTP date (RFC 9110)."""
+    value = headers.get("Retry-After")
     if value and value.isascii() and value.strip().isdigit():
         return float(value) if len(value) < 10 else None  # a timedelta cannot hold a much larger number
     moment = _http_date(value)
-    return None if moment is None else max(0.0, moment - time.time())
+    # This machine's clock may be wrong by minutes.
+    now = _http_date(headers.get("Date")) or time.time()
+    return None if moment is None else max(0.0, moment - now)
 
 
 def _http_date(value: str | None) -> float | None:

@@ -16,7 +16,6 @@ from airflow_provider_heygen.api import CreateOverdubRequest, redact_urls
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
-    HeyGenGatewayError,
     HeyGenNotFoundError,
     HeyGenOverdubFailedError,
     HeyGenOverdubTimeoutError,
@@ -29,6 +28,7 @@ from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.lineage import media_uri
 from airflow_provider_heygen.media import same_file, size_text
 from airflow_provider_heygen.metrics import WaitMetrics
+from airflow_provider_heygen.poller import SHORTEST_DEFERRAL
 from airflow_provider_heygen.saving import Saving
 from airflow_provider_heygen.submitter import SubmissionStore, submit
 from airflow_provider_heygen.triggers.overdub import HeyGenSlotTrigger, wait_in_triggerer
@@ -52,10 +52,6 @@ if TYPE_CHECKING:
     from airflow.triggers.base import BaseTrigger
 
     from airflow_provider_heygen.operators.overdub import HeyGenCreateOverdubOperator
-
-SHORTEST_DEFERRAL = 15.0
-"""Seconds. Airflow may fail a deferral that ends before its worker has reported it (observed on Airflow
-3.3.2)."""
 
 
 class Dubbing:
@@ -184,9 +180,7 @@ class Dubbing:
                 reuse = self.task.reuse is not None
                 return submit(request, self.hook, self.store, files, check, reuse=reuse)
             except HeyGenTransientError as error:
-                # Without a limit, only HeyGen's own request to wait is followed, or that of a rate limit.
-                is_gateways = error.retry_after is None or isinstance(error, HeyGenGatewayError)
-                if error.status_code != 429 and is_gateways:
+                if error.status_code != 429 and error.retry_after is None:
                     raise
                 pause = retry_delay(1, error, first=SHORTEST_DEFERRAL)
                 if self.until is not None and time.time() + pause > self.until:
@@ -200,7 +194,8 @@ class Dubbing:
             self.resumed = True
 
     def _out_of_time(self, why: str, error: HeyGenError | None = None) -> HeyGenOverdubTimeoutError:
-        doubt = self.store.outcome_unknown
+        # HeyGen still processes a request that "is in progress".
+        doubt = self.store.outcome_unknown or (error is not None and error.code == "request_in_progress")
         started = "whether an overdub was started is unknown" if doubt else "no overdub was started"
         return HeyGenOverdubTimeoutError(
             f"{why}; {started}.{f' {error}' if error else ''}",
@@ -256,17 +251,20 @@ class Dubbing:
             "deadline": deadline,
             "not_found_until": since + waiting.NOT_FOUND_GRACE_SECONDS,
         }
-        where = "in the triggerer" if self.task.deferrable else "on this worker"
+        # A deferral that ends at once could use up a try; see SHORTEST_DEFERRAL.
+        here = not self.task.deferrable or self.store.is_completed
+        where = "on this worker" if here else "in the triggerer"
         self.task.log.info("%s", waiting_text(where, poke_interval, deadline))
-        if self.task.deferrable:
-            raise wait_in_triggerer(self.hook, overdub_id, since, rules)
-        # A hook of its own: it reads the connection as it is now, and the wait repeats what fails.
-        with HeyGenHook(self.task.heygen_conn_id, max_attempts=1) as hook:
-            hook.created_under = self.hook.created_under
-            watch = OverdubWait(overdub_id, log=self.task.log, **rules)
-            watch.is_known = True
-            end = watch.poll_until_final(hook)
-        return self._finish(self._conclude(end, since))
+        if here:
+            # A hook of its own: it reads the connection as it is now, and the wait repeats what fails.
+            with HeyGenHook(self.task.heygen_conn_id, max_attempts=1) as hook:
+                hook.created_under = self.hook.created_under
+                watch = OverdubWait(overdub_id, log=self.task.log, **rules)
+                watch.is_known = True
+                end = watch.poll(hook) if self.task.deferrable else watch.poll_until_final(hook)
+            if isinstance(end, dict):
+                return self._finish(self._conclude(end, since))
+        raise wait_in_triggerer(self.hook, overdub_id, since, rules)
 
     def _conclude(self, end: Any, since: float | None, hook: HeyGenHook | None = None) -> dict[str, Any]:
         try:

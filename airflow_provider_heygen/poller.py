@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 DEBOUNCE_SECONDS = 0.2  # from a new wait to its first poll, which waits that begin together share
 GRACE_SECONDS = 5.0  # after its deadline, or its start if later, a poll may still end a wait
 REFRESH_SECONDS = 60.0  # how often the Airflow connection is read again, for a rotated key
+# Airflow may fail a deferral that ends before its worker has reported it (observed on Airflow 3.3.2).
+SHORTEST_DEFERRAL = 15.0
 TICK_SECONDS = 5.0  # how long GETs and pages wait for each other; how often a GET verifies the pages
 MAX_CONCURRENT_GETS = 10
 MAX_FAILURES_PER_TICK = 3  # consecutive failed GETs after which all that are due have failed
@@ -143,10 +145,12 @@ async def queue(heygen_conn_id: str, since: float, delay: float, *, resumed: boo
     """
     Wait until a create task that HeyGen had no slot for may send its request again.
 
-    The arguments are those of :class:`.HeyGenSlotTrigger`; a delay below 0 is one from before a restart.
+    The arguments are those of :class:`.HeyGenSlotTrigger`; a delay below 0 is one from before a restart,
+    or by a clock that is ahead of the worker's.
     """
     poller = _poller(heygen_conn_id)
-    place = Place(since, poller.now() + max(0.0, delay), poller.loop.create_future())
+    not_before = poller.now() + max(SHORTEST_DEFERRAL, delay)
+    place = Place(since, not_before, poller.loop.create_future())
     ahead = poller.slots.join(place, rejected_now=delay > 0, resumed=resumed)
     poller.survey_at = min(poller.survey_at, poller.now())
     poller.start()

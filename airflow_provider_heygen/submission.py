@@ -48,6 +48,7 @@ class Submission(BaseModel):
     :param callback_id: the author's own ``callback_id`` in the request.
     :param labels: digest of the other labels, to detect a change.
     :param resource: HeyGen's name for the resource in the request, if known.
+    :param account: digest of the host and the credential in the request, to detect another account.
     :param doubt_reported: whether a try has failed with the candidates for the overdub in its message.
     :param assets: the id of each uploaded HeyGen asset, by the SHA-256 of its file.
     :param files: SHA-256 and MIME type of each file by its fingerprint, so that a file is read once.
@@ -69,6 +70,7 @@ class Submission(BaseModel):
     callback_id: str | None = None
     labels: str = ""
     resource: str | None = None
+    account: str | None = None
     doubt_reported: bool = False
     assets: dict[str, str] = Field(default_factory=dict)
     files: dict[str, tuple[str, str]] = Field(default_factory=dict)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from airflow.providers.common.compat.sdk import Context
 
-    from airflow_provider_heygen.api import CreateOverdubRequest
+    from airflow_provider_heygen.api import CreateOverdubRequest, Overdub
     from airflow_provider_heygen.hooks.heygen import HeyGenHook
     from airflow_provider_heygen.upload import Source
 
@@ -63,6 +63,7 @@ class SubmissionStore:
         self.ti: Any = context["ti"]
         self.durable = durable
         self.resumed = resumed
+        self.is_completed = False  # whether the overdub was completed when it was found
         self.dag_run_began = context["dag_run"].start_date
         self._state: Any = task_state_store(context) if durable else None
         self._kept = kept
@@ -166,8 +167,9 @@ def submit(
     if check is not None:
         check()
     if reuse and (found := _find_reusable(body_digest, request, hook)):
-        _reattach(store.new(body_digest, submission), found, request, hook, store)
-        return found
+        store.is_completed = found.is_completed
+        _reattach(store.new(body_digest, submission), found.overdub_id, request, hook, store)
+        return found.overdub_id
     if submission is None or step is Step.SUBMIT_NEW:
         if submission is not None and submission.overdub_id and not submission.delivered:
             log.info(
@@ -204,14 +206,15 @@ def _reattach(
 ) -> None:
     answered = submission.answered or time.time()
     found = {"overdub_id": overdub_id, "answered": answered, "resource": hook.known_resource}
+    found["account"] = submission.account or hook.account
     submission = submission.model_copy(update=found)
     store.save(_relabel(submission, overdub_id, request, hook))
     metrics.reattached(store.ti)
 
 
-def _find_reusable(body_digest: str, request: CreateOverdubRequest, hook: HeyGenHook) -> str | None:
+def _find_reusable(body_digest: str, request: CreateOverdubRequest, hook: HeyGenHook) -> Overdub | None:
     """
-    Return the id of an overdub of the same request that has not failed and is younger than three days.
+    Return an overdub of the same request that has not failed and is younger than three days.
 
     It is found by the provider's ``callback_id``. HeyGen does not document the order of its list, so the list
     is read until as many consecutive overdubs as fit on a page are older.
@@ -235,7 +238,7 @@ def _find_reusable(body_digest: str, request: CreateOverdubRequest, hook: HeyGen
                 request.mode or "speed",
                 waiting.duration_text(time.time() - (overdub.created_at or 0)),
             )
-            return overdub.overdub_id
+            return overdub
     return None
 
 
@@ -258,7 +261,8 @@ def _create(
     def record_attempt() -> None:
         # The next try must know that the request may have been sent, when, and under which resource.
         nonlocal submission
-        submission = submission.model_copy(update={"sent": True, "resource": hook.known_resource})
+        sent = {"sent": True, "resource": hook.known_resource, "account": hook.account}
+        submission = submission.model_copy(update=sent)
         store.save(submission, sent_at=time.time())
 
     try:
@@ -334,6 +338,9 @@ def _check_remote(
 ) -> tuple[Submission, str, RemoteState]:
     """Check an earlier submission at HeyGen; return it with the overdub's id, if any, and the state."""
     hook.created_under = submission.resource
+    # A user who clears the task has read that the overdub is gone.
+    is_retry = submission.max_tries == store.ti.max_tries
+    other_account = is_retry and submission.account not in (None, hook.account)
     if submission.overdub_id is not None:
         # A failed poll is no reason to submit again: the wait continues after failed polls.
         until = submission.answered + waiting.NOT_FOUND_GRACE_SECONDS
@@ -344,8 +351,10 @@ def _check_remote(
             not_found_until=until,
             log=log,
         )
+        watch.account_changed = other_account
         end = watch.poll_twice(hook)
         status = end["status"] if isinstance(end, dict) else ""
+        store.is_completed = status == "completed"
         seen = {"failed": RemoteState.FAILED, "gone": RemoteState.MISSING}.get(status, RemoteState.USABLE)
         return submission, submission.overdub_id, seen
     if submission.labels:  # unknown without a store
@@ -366,8 +375,17 @@ def _check_remote(
         # A user has read this error and cleared the task, which confirms that no candidate belongs to it.
         confirmed = {"sent": False, "doubt_reported": False}
         return submission.model_copy(update=confirmed), "", RemoteState.MISSING
+    if overdub is None and other_account:
+        raise HeyGenOutcomeUnknownError(
+            "A create request was sent, its response was lost, and the host or the password of Airflow"
+            f" connection '{hook.heygen_conn_id}' has changed since. HeyGen's list does not have it: it may"
+            " be in another account. Nothing more was sent. Restore the connection, or clear the task to send"
+            " the request again.",
+            outcome_unknown=True,
+        )
     if overdub is None:
         return submission, "", RemoteState.MISSING
+    store.is_completed = overdub.is_completed
     failed = overdub.is_final and not overdub.is_completed
     return submission, overdub.overdub_id, RemoteState.FAILED if failed else RemoteState.USABLE
 

@@ -18,7 +18,6 @@ from airflow_provider_heygen.exceptions import (
     HeyGenNotFoundError,
     HeyGenOverdubFailedError,
     HeyGenOverdubTimeoutError,
-    HeyGenPermanentError,
     HeyGenTriggerEventError,
     retry_delay,
 )
@@ -219,7 +218,7 @@ class OverdubWait:
 
     def poll(self, hook: HeyGenHook) -> float | WaitEvent:
         """Poll once with a synchronous hook; return the delay until the next poll, or the end."""
-        check_id(self.overdub_id)
+        self.overdub_id = check_id(self.overdub_id)  # native rendering may have made it a number
         try:
             if self.settings not in (None, hook.settings):
                 self.account_changed = True  # perhaps
@@ -228,8 +227,7 @@ class OverdubWait:
         except Exception as error:
             if isinstance(error, HeyGenBadInputError) and not self.is_known:
                 raise
-            rejected = isinstance(error, HeyGenPermanentError) and not isinstance(error, HeyGenNotFoundError)
-            if rejected or self.account_changed:
+            if self.account_changed or not isinstance(error, HeyGenNotFoundError):
                 hook.forget_settings()
             step = self.on_error(error)
         if self.may_be_gone:

@@ -636,11 +636,28 @@ def test_1xx_is_no_response(status):
 )
 def test_an_error_with_status_200_keeps_heygens_message(code, status, kind):
     error = {"code": code, "message": "Your account has 5 credits but this video requires 10 credits."}
-    for call, data in itertools.product(("create", "get"), ({}, {"data": None})):
+    for call, data in itertools.product(("create", "get"), ({}, {"data": None}, {"data": {"id": None}})):
         with pytest.raises(kind, match="requires 10 credits") as raised:
             answer(call, {"error": error, **data}, 200)
         assert raised.value.status_code == status
     assert answer("create", {"error": error, "data": {"overdub_id": "od_1"}}) == "od_1"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"code": 400543, "message": "needs 10 credits"}, "data": None},
+        {"code": 400543, "message": "needs 10 credits", "data": None},
+        {"error": "needs 10 credits"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("status", [200, 400])
+def test_an_error_of_another_form_is_quoted(body, status):
+    for call in ("create", "get", "list"):
+        with pytest.raises(TRANSIENT, match="needs 10 credits") as raised:
+            answer(call, body, status)
+        assert raised.value.outcome_unknown == (call == "create")
 
 
 @both_resources
@@ -713,8 +730,14 @@ def test_retry_after():
 def test_retry_after_as_a_date():
     in_an_hour = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
     with pytest.raises(TRANSIENT) as raised:
-        answer("get", b"", 503, {"Retry-After": in_an_hour})
+        answer("get", {"error": {"code": "service_unavailable"}}, 503, {"Retry-After": in_an_hour})
     assert 3500 < raised.value.retry_after <= 3600
+    with pytest.raises(HeyGenGatewayError) as raised:
+        answer("get", b"", 503, {"Retry-After": in_an_hour})
+    assert raised.value.retry_after is None
+    with pytest.raises(TRANSIENT) as raised:  # HeyGen's clock counts
+        answer("get", b"", 429, {"Retry-After": in_an_hour, "Date": in_an_hour})
+    assert raised.value.retry_after == 0
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from airflow.sdk import ObjectStoragePath
 from airflow_task import StateStore, Task
 from conftest import each_value
 
-from airflow_provider_heygen import upload, waiting
-from airflow_provider_heygen.emulator import media
+from airflow_provider_heygen import dubbing, upload, waiting
+from airflow_provider_heygen.emulator import Behaviour, Emulator, media
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenGatewayError,
@@ -1205,14 +1205,68 @@ def test_a_cancelled_trigger_deletes_nothing(heygen):
 def test_an_event_of_an_older_provider_is_accepted(heygen):
     """Rows of an older release may be in the metadata database: these names are frozen."""
     task, deferred, event = waiting_task(heygen)
-    heygen.force(heygen.jobs[0].id, "completed")
     assert (deferred.method_name, deferred.kwargs.keys()) == ("execute_complete", {"since", "deadline"})
-    kwargs = {"event": event, "since": 1.0}
-    assert task.make().resume_execution("execute_complete", kwargs, task.context) == heygen.jobs[0].id
     again = {"event": None, "since": time.time(), "until": None, "kept": None}
     with pytest.raises(TaskDeferred) as found:
         task.make().resume_execution("execute_again", again, task.context)
     assert found.value.trigger.overdub_id == heygen.jobs[0].id
+    heygen.force(heygen.jobs[0].id, "completed")
+    kwargs = {"event": event, "since": 1.0}
+    assert task.make().resume_execution("execute_complete", kwargs, task.context) == heygen.jobs[0].id
+
+
+@pytest.mark.parametrize("fault", [None, {"status": 503}], ids=["read", "not read"])
+@pytest.mark.parametrize("how", ["retry", "lost response", "reuse"])
+def test_a_completed_overdub_is_not_waited_for_in_the_triggerer(heygen, monkeypatch, how, fault):
+    """The trigger would fire at once, and Airflow may fail such a deferral."""
+    task, _, _ = waiting_task(heygen, reuse="content")
+    heygen.force(heygen.jobs[0].id, "completed")
+    if how == "lost response":
+        task.store.set("heygen_overdub", {**task.store.get("heygen_overdub"), "overdub_id": None})
+    if how == "reuse":
+        task.store.clear()
+    if fault:  # by the poll of the wait itself
+        wait = dubbing.Dubbing._wait
+        fail = lambda self, *args: (heygen.fail_next(method="GET", **fault), wait(self, *args))[1]  # noqa: E731
+        monkeypatch.setattr(dubbing.Dubbing, "_wait", fail)
+        assert isinstance(task.start(), TaskDeferred)
+    else:
+        assert task.start() == heygen.jobs[0].id
+    assert len(heygen.jobs) == 1
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["id known", "response lost"])
+def test_another_account_between_two_tries_starts_no_other_overdub(heygen, connect, monkeypatch, lost):
+    """Its 404 and its list prove nothing about the account of the create request, but a clear decides."""
+    monkeypatch.setattr(waiting, "GONE_SECONDS", 0.001)
+    monkeypatch.setattr(waiting, "NOT_FOUND_GRACE_SECONDS", 0)
+    task, _, _ = waiting_task(heygen)
+    overdub_id = heygen.jobs[0].id
+    if lost:
+        task.store.set("heygen_overdub", {**task.store.get("heygen_overdub"), "overdub_id": None})
+    with Emulator(Behaviour(job_seconds=60), api_key="another-key") as other:
+        connect(other.url, "another-key")
+        for _ in range(2):
+            if lost:
+                with pytest.raises(HeyGenOutcomeUnknownError, match="has changed since"):
+                    task.start()
+            else:
+                assert task.start().trigger.overdub_id == overdub_id
+        assert other.jobs == []
+        connect(heygen.url)
+        assert task.start().trigger.overdub_id == overdub_id
+        connect(other.url, "another-key")
+        task.clear()
+        assert task.start().trigger.overdub_id == other.jobs[0].id
+    assert len(heygen.jobs) == 1
+
+
+def test_a_request_in_progress_may_have_started_an_overdub(heygen):
+    progress = {"status": 409, "code": "request_in_progress", "headers": {"Retry-After": "20"}}
+    heygen.fail_next(method="POST", path="/v3/overdubs", **progress)
+    task = Task(dub(deferrable=True, execution_timeout=timedelta(seconds=10)), store=StateStore())
+    with pytest.raises(HeyGenOverdubTimeoutError, match="whether an overdub was started is unknown"):
+        task.start()
 
 
 @pytest.mark.parametrize(("waits", "end"), [("operator", "completed"), ("sensor", "time out")])
@@ -1444,6 +1498,7 @@ def test_a_gateways_page_with_retry_after_is_not_waited_for_without_end(heygen, 
     with pytest.raises(HeyGenGatewayError):
         Task(dub(deferrable=deferrable), store=StateStore()).start()
     assert heygen.jobs == []
+    assert [request.method for request in heygen.requests].count("POST") == 6
 
 
 def test_an_overdub_is_found_after_heygen_has_dropped_the_name_of_its_request(heygen, connect, monkeypatch):

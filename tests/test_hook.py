@@ -735,6 +735,20 @@ def test_a_key_is_trusted_for_a_day(heygen, hours, trusted):
             HeyGenHook().find_created(request, "k:1", since=since, sent_at=since)
 
 
+@pytest.mark.parametrize("rows", [[], [{"id": "od_2"}]], ids=["no rows", "rows"])
+@pytest.mark.parametrize(
+    "error", [{"code": 500, "message": "no database"}, "no database"], ids=["code", "text"]
+)
+def test_a_list_with_an_error_is_not_complete(connect, listen, rows, error):
+    """An overdub that it lacks may exist, so nothing is gone and no create request is repeated."""
+    body = json.dumps({"data": rows, "has_more": False, "error": error}).encode()
+    connect(listen(lambda _: (200, {}, body)).url)
+    hook = HeyGenHook(max_attempts=1)
+    assert hook.is_listed("od_1") is None
+    with pytest.raises(HeyGenTransientError, match="more overdubs"):
+        hook.find_created(CreateOverdubRequest.of(REQUEST), "key", since=time.time())
+
+
 def test_is_listed(heygen):
     fill(heygen, 120)
     assert HeyGenHook().is_listed(heygen.jobs[0].id) is True

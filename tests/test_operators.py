@@ -25,6 +25,7 @@ from airflow_provider_heygen.exceptions import (
     HeyGenOverdubTimeoutError,
     HeyGenPermanentError,
     HeyGenTaskFailedError,
+    HeyGenTransientError,
 )
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
 from airflow_provider_heygen.operators.asset import HeyGenDeleteAssetOperator, HeyGenUploadAssetOperator
@@ -344,6 +345,14 @@ def test_delete_twice(heygen, overdub_id):
     run(HeyGenDeleteOverdubOperator, overdub_id=overdub_id)
     with fails_for_good(HeyGenNotFoundError):
         run(HeyGenDeleteOverdubOperator, overdub_id=overdub_id, ignore_missing=False)
+
+
+def test_delete_does_not_take_a_404_of_what_the_list_has_for_a_missing_overdub(heygen, overdub_id):
+    heygen.fail_next(method="DELETE", status=404, code="not_found")
+    with pytest.raises(HeyGenTransientError, match="its list has it"):
+        run(HeyGenDeleteOverdubOperator, overdub_id=overdub_id)
+    run(HeyGenDeleteOverdubOperator, overdub_id=overdub_id)
+    assert heygen.jobs[0].deleted
 
 
 def test_delete_does_not_take_a_wrong_resource_for_a_missing_overdub(heygen, overdub_id):

@@ -15,6 +15,7 @@ from airflow.providers.common.compat.sdk import (
     AirflowSkipException,
     TaskDeferred,
 )
+from airflow.sdk import DAG
 from airflow_task import Task
 from conftest import each_value
 
@@ -57,8 +58,8 @@ def wait(overdub_id, mode, **changes):
     arguments = {"poke_interval": 0.02, "timeout": 20, **MODES[mode], **changes}
     task = Task(lambda: HeyGenOverdubSensor(task_id="wait", overdub_id=overdub_id, **arguments))
     began = datetime.now(UTC)
-    task.ti.get_first_reschedule_date = lambda _: began
     held = 0
+    task.ti.get_first_reschedule_date = lambda _: began if held else None
     while True:
         try:
             outcome = task.start()
@@ -102,6 +103,14 @@ def test_an_id_that_a_template_made_a_number(heygen, mode, monkeypatch):
         hook.create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
     details, _ = wait(4711, mode)
     assert (details["overdub_id"], details["status"]) == ("4711", "completed")
+
+
+@pytest.mark.parametrize("mode", ["speed", "precision"])
+def test_default_args_with_the_mode_of_create_tasks(mode):
+    with DAG("dag", schedule=None, default_args={"mode": mode}):
+        assert HeyGenOverdubSensor(task_id="wait", overdub_id="od_1").mode == "poke"
+    with DAG("dag", schedule=None, default_args={"mode": "reschedule"}):
+        assert HeyGenOverdubSensor(task_id="wait", overdub_id="od_1").mode == "reschedule"
 
 
 def test_no_deferral_when_it_has_ended_already(heygen, overdub_id):
@@ -201,13 +210,16 @@ def test_what_a_poll_meets_does_not_end_the_wait(heygen, mode, overdub_id, fault
 
 
 @ALL_MODES
-def test_a_404_of_what_the_list_has_does_not_end_the_wait(heygen, mode, overdub_id, monkeypatch):
+@pytest.mark.parametrize("number", [False, True], ids=["text", "number"])
+def test_a_404_of_what_the_list_has_does_not_end_the_wait(heygen, mode, number, monkeypatch):
     monkeypatch.setattr(waiting, "GONE_SECONDS", 0.1)
-    heygen.force(overdub_id, "running")
+    monkeypatch.setattr(state, "new_id", lambda _: "4711")
+    HeyGenHook().create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
+    heygen.force("4711", "running")
     heygen.fail_next(method="GET", path="/v3/overdubs/", count=10**6, status=404)
     # What is listed as running is not final, and no time is left to see it otherwise.
     with pytest.raises(AirflowSensorTimeout):
-        wait(overdub_id, mode, timeout=1)
+        wait(4711 if number else "4711", mode, timeout=1)
 
 
 @MODES_AND_FLAGS
@@ -291,6 +303,23 @@ def test_a_wrong_setting_is_never_skipped(heygen, mode, overdub_id, soft_fail, c
     connect("http://user:pw@x.y", verify="nonsense")
     with pytest.raises(HeyGenTaskFailedError):
         wait(overdub_id, mode, soft_fail=soft_fail)
+
+
+@pytest.mark.parametrize("wrong", ["no password", "no connection"])
+def test_a_setting_that_is_wrong_for_a_moment_ends_no_rescheduled_wait(
+    heygen, overdub_id, wrong, connect, monkeypatch
+):
+    heygen.force(overdub_id, "running")
+    task = Task(lambda: HeyGenOverdubSensor(task_id="wait", overdub_id=overdub_id, mode="reschedule"))
+    began: list[datetime] = []
+    task.ti.get_first_reschedule_date = lambda _: began[0] if began else None
+    for settings in ("right", wrong, "right"):
+        connect(heygen.url, "" if settings == "no password" else "emulator-api-key")
+        if settings == "no connection":
+            monkeypatch.delenv("AIRFLOW_CONN_HEYGEN_DEFAULT")
+        with pytest.raises(AirflowRescheduleException):
+            task.start()
+        began.append(datetime.now(UTC))
 
 
 @pytest.mark.parametrize("status", ["completed", "failed", "running"])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 import random
+import time
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-from airflow_provider_heygen import slots
+from airflow_provider_heygen import poller, slots
 from airflow_provider_heygen.slots import COUNT_SECONDS, SPREAD_SECONDS, Place, Slots
+from airflow_provider_heygen.triggers.overdub import HeyGenSlotTrigger
 
 JOB = 120.0
 START = 4.0
@@ -341,3 +344,17 @@ def test_a_task_that_joins_after_a_restart_takes_back_no_release(queue):
     queue.join(Place(40, 0.0, 40), rejected_now=False, resumed=True)
     assert released(queue, jobs(8), 20.0) == []
     assert queue.go_at == math.inf
+
+
+def test_a_triggerers_clock_that_is_ahead_makes_no_deferral_too_short(heygen):
+    async def wait():
+        then = time.time() - 20  # when the worker's clock allows a request
+        trigger = HeyGenSlotTrigger(heygen_conn_id="heygen_default", since=then, not_before=then)
+        ended = asyncio.ensure_future(anext(trigger.run()))
+        await asyncio.sleep(0.1)
+        (place,) = poller._poller("heygen_default").slots.places
+        ended.cancel()
+        await asyncio.wait([ended])
+        return place.not_before - asyncio.get_running_loop().time()
+
+    assert asyncio.run(wait()) > 14

@@ -601,10 +601,11 @@ def test_backstop_is_later_than_the_deadline(deadline, seconds):
     assert found == (None if seconds is None else timedelta(seconds=seconds))
 
 
-def test_a_worker_reads_the_connection_again_after_a_rejected_poll(heygen, connect):
+@pytest.mark.parametrize(("host", "key"), [(None, "a-wrong-key"), ("http://127.0.0.1:9", "emulator-api-key")])
+def test_a_worker_reads_the_connection_again_after_a_failed_poll(heygen, connect, host, key):
     overdub_id = HeyGenHook().create_overdub({"video": "https://x.y/v.mp4", "audio": "https://x.y/a.mp3"})
     heygen.force(overdub_id, "completed")
-    connect(heygen.url, "a-wrong-key")
+    connect(host or heygen.url, key)
     with HeyGenHook(max_attempts=1) as hook:
         rules = watching()
         rules.overdub_id = overdub_id

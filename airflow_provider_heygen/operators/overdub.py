@@ -301,11 +301,13 @@ class HeyGenDeleteOverdubOperator(BaseOperator):
     Delete an overdub and its files at HeyGen. They cannot be restored.
 
     :param overdub_id: the overdub. (templated)
-    :param ignore_missing: succeed if there is no such overdub (any more), which makes a retry safe.
+    :param ignore_missing: succeed if there is no such overdub (any more), which makes a retry safe. After a
+        404, the task reads HeyGen's list, because a new overdub may be a 404 for a moment.
     :param heygen_conn_id: Airflow connection id. (templated)
     :raises HeyGenTaskFailedError: if the id is wrong, HeyGen rejected the request, there is no such overdub
         and ``ignore_missing`` is off, or the whole endpoint is missing (a wrong ``resource`` in the
         connection).
+    :raises HeyGenTransientError: if HeyGen returned 404, but its list has the overdub. Retry.
     """
 
     template_fields: Sequence[str] = ("overdub_id", "heygen_conn_id")
@@ -327,7 +329,7 @@ class HeyGenDeleteOverdubOperator(BaseOperator):
     def execute(self, context: Context) -> None:  # noqa: ARG002
         """Delete the overdub."""
         from airflow_provider_heygen.dubbing import fails_task
-        from airflow_provider_heygen.exceptions import HeyGenNotFoundError
+        from airflow_provider_heygen.exceptions import HeyGenNotFoundError, HeyGenTransientError
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
 
         with fails_task(), HeyGenHook(self.heygen_conn_id) as hook:
@@ -336,8 +338,12 @@ class HeyGenDeleteOverdubOperator(BaseOperator):
             except HeyGenNotFoundError:
                 if not self.ignore_missing:
                     raise
-                # A wrong 'resource' makes every overdub a 404, and also the list.
-                hook.list_overdubs(limit=1)
+                # A new overdub is a 404 for a moment. A wrong 'resource' makes all of them one, and the list.
+                if any(overdub.overdub_id == str(self.overdub_id) for overdub in hook.iter_overdubs()):
+                    raise HeyGenTransientError(
+                        f"HeyGen returned 404 for the deletion of overdub {self.overdub_id}, but its list has"
+                        " it. It was not deleted; retry the task."
+                    ) from None
                 self.log.info("Overdub %s does not exist (any more).", self.overdub_id)
             else:
                 self.log.info("Deleted overdub %s.", self.overdub_id)

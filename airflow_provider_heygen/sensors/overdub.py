@@ -53,9 +53,12 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         heygen_conn_id: str = "heygen_default",
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         poke_interval: timedelta | float = 30,
+        mode: str = "poke",
         **kwargs: Any,
     ) -> None:
-        super().__init__(poke_interval=poke_interval, **kwargs)
+        # From default_args for create tasks, which have a mode of their own.
+        mode = "poke" if mode in ("speed", "precision") else mode
+        super().__init__(poke_interval=poke_interval, mode=mode, **kwargs)
         self.overdub_id = overdub_id
         self.heygen_conn_id = heygen_conn_id
         self.deferrable = deferrable
@@ -83,8 +86,10 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         poke_interval = self.poke_interval or 1.0
         rules: Any = {"poke_interval": poke_interval, "deadline": deadline, "not_found_until": 0.0}
         with self._ends(), HeyGenHook(self.heygen_conn_id, max_attempts=1) as hook:
-            _ = hook.settings  # an invalid connection fails the task, unlike a fault of HeyGen
             watch = OverdubWait(self.overdub_id, log=self.log, **rules)
+            watch.is_known = first is not None
+            if not watch.is_known:
+                _ = hook.settings  # an invalid connection fails the task, unlike a fault of HeyGen
             rescheduled = self.reschedule and not self.deferrable
             once = watch.poll_twice if rescheduled else watch.poll
             step = once(hook) if rescheduled or self.deferrable else watch.poll_until_final(hook)
