@@ -23,7 +23,7 @@ from airflow_task import StateStore, Task
 from fsspec.implementations.memory import MemoryFileSystem
 from test_hook import check_requests
 
-from airflow_provider_heygen import api, upload
+from airflow_provider_heygen import api, transport, upload
 from airflow_provider_heygen.emulator import media
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
@@ -334,6 +334,24 @@ def test_a_file_that_changes_its_bytes_on_the_way(heygen, pauses, tmp_path, size
     assert (heygen.assets, pauses) == ([], [])
 
 
+def test_a_file_that_the_hook_reads_for_the_first_time_changes_its_bytes(
+    heygen, pauses, tmp_path, monkeypatch
+):
+    path = mp4(tmp_path / "v.mp4", 1 * MB)
+    send = transport.send
+
+    def rewrite_and_send(*args):
+        with path.open("r+b") as file:
+            file.seek(1000)
+            file.write(b"other")
+        return send(*args)
+
+    monkeypatch.setattr(transport, "send", rewrite_and_send)
+    with pytest.raises(HeyGenError, match="has changed while it was read"):
+        HeyGenHook().upload_asset(path)
+    assert heygen.assets == []
+
+
 @LIPSYNCS
 def test_a_file_that_is_damaged_during_the_upload(heygen, pauses, large, listen):
     storage = listen(lambda _: (400, {}, b"<Error><Code>BadDigest</Code></Error>"))
@@ -392,6 +410,7 @@ def test_an_upload_waits_no_longer_than_upload_timeout(connect, pauses, tmp_path
 def test_a_file_that_cannot_be_read_is_no_fault_of_the_network(heygen, pauses, tmp_path, monkeypatch):
     path = mp4(tmp_path / "v.mp4", MB)
     source = upload.Source.of(path, HeyGenHook().settings)
+    assert source.digest
     read = upload.Announced.read
 
     def broken(self, size=-1):
