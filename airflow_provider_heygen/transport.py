@@ -410,7 +410,8 @@ def _options(settings: HeyGenConnection) -> dict[str, Any]:
         if not usable:
             raise HeyGenBadInputError(
                 f"The 'proxies' of Airflow connection '{settings.conn_id}' (or of the environment) must be"
-                " http or https URLs: a triggerer can use no others. Nothing was sent."
+                " http or https URLs (a triggerer can use no others), with special characters in user and"
+                " password percent-encoded. Nothing was sent."
             ) from None
     uses_tls = any(urlsplit(url or "").scheme == "https" for url in (settings.base_url, proxy))
     return {
