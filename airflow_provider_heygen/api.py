@@ -138,6 +138,8 @@ def _as_media(value: Any) -> Any:
             raise ValueError("pass exactly one of 'url' and 'asset_id'")
         if value.get("type") not in ("url", "asset_id"):
             raise ValueError("'type' must be 'url' or 'asset_id'")
+    elif not isinstance(value, _Request):
+        raise ValueError("must be a URL, the URI of a file, or an asset")
     return value
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from urllib3.util import parse_url
 
 from airflow_provider_heygen.exceptions import HeyGenBadInputError, validation_problems
 
@@ -141,6 +142,7 @@ class HeyGenConnection(BaseModel):
             url = urlsplit(self.base_url)
             host, _ = url.hostname, url.port
             (host or "").encode("idna")  # as the DNS query does
+            parse_url(self.base_url)  # as requests does
         except ValueError:
             return "host and port do not make a URL; leave both empty for HeyGen's own API."
         usable = self.base_url.isprintable() and " " not in self.base_url

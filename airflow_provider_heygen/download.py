@@ -31,6 +31,7 @@ from airflow_provider_heygen.media import (
     storage_path,
     translate_storage_errors,
 )
+from airflow_provider_heygen.transport import request_elsewhere
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -496,10 +497,12 @@ def _follow(
     name, base = f"The URL of the {artifact}", ""
     for _ in range(MAX_REDIRECTS + 1):
         url, host = check_url(base, url, settings, name)
-        response = session.get(
+        response = request_elsewhere(
+            session,
+            settings,
+            f"while downloading the {artifact} from {host}",
+            "GET",
             url,
-            stream=True,
-            allow_redirects=False,
             timeout=(settings.connect_timeout, settings.read_timeout),
             headers=headers,
         )

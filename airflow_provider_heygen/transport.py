@@ -127,6 +127,30 @@ def send(
     return call.parse(response.status_code, response.headers, response.content, settings)
 
 
+def request_elsewhere(
+    session: requests.Session, settings: HeyGenConnection, event: str, method: str, url: str, **options: Any
+) -> requests.Response:
+    """
+    Send a request to another host than HeyGen's and return the response, whose body is not read yet.
+
+    :param session: session of :func:`new_session`, without the credential.
+    :param event: what fails if the request does, such as "while uploading to example.com".
+    :raises HeyGenTransientError: if no response arrived; without a URL, which may be presigned.
+    :raises HeyGenBadInputError: if a setting of the connection cannot work. Nothing was sent.
+    """
+    attempt = _Attempt()
+    _attempt.set(attempt)
+    try:
+        return session.request(method, url, stream=True, allow_redirects=False, **options)
+    except HeyGenError:
+        raise  # the file cannot be read
+    except (OSError, ValueError, HTTPError) as error:
+        event = f"{type(error).__name__} {event}"
+        if attempt.connected:
+            raise HeyGenTransientError(f"{event}.") from None
+        raise _not_sent(_innermost(error), event, settings, _options(settings)["proxy"], []) from None
+
+
 async def asend(call: Call[T], settings: HeyGenConnection) -> T:
     """Send a call once, as :func:`send` does, on an event loop with :func:`shared_session`."""
     name, value = settings.auth_header
@@ -157,6 +181,10 @@ async def asend(call: Call[T], settings: HeyGenConnection) -> T:
             ) as response:
                 body = await response.read()
         except (aiohttp.ClientError, OSError, ValueError) as error:
+            if type(error) is aiohttp.ClientResponseError and not call.writes:
+                # aiohttp rejects responses that requests can read, such as one with two Content-Lengths.
+                with new_session(settings, credential=True) as worker:
+                    return await asyncio.to_thread(send, worker, call, settings)
             raise _fault(error, attempt, call, settings, options["proxy"]) from None
         return call.parse(response.status, response.headers, body, settings)
 
@@ -165,9 +193,7 @@ def _fault(
     error: Exception, attempt: _Attempt, call: Call[Any], settings: HeyGenConnection, proxy: str | None
 ) -> HeyGenError:
     """Return the HeyGenError for an exception of either library: without a connection, nothing was sent."""
-    # Wrappers may quote the proxy's password. __context__ may belong to an earlier attempt.
-    while inner := next((e for e in (error.__cause__, *error.args) if isinstance(e, Exception)), None):
-        error = inner
+    error = _innermost(error)
     event = f"{type(error).__name__} during {call.description} at {settings.base_url}"
     connection = f"of Airflow connection '{settings.conn_id}'"
     if attempt.connected:
@@ -177,14 +203,25 @@ def _fault(
                 f" {connection}."
             )
         return HeyGenTransientError(f"{event}, no readable response arrived.", outcome_unknown=call.writes)
+    return _not_sent(error, event, settings, proxy, ["the host"])
+
+
+def _innermost(error: Exception) -> Exception:
+    # Wrappers may quote the proxy's password. __context__ may belong to an earlier attempt.
+    while inner := next((e for e in (error.__cause__, *error.args) if isinstance(e, Exception)), None):
+        error = inner
+    return error
+
+
+def _not_sent(
+    error: Exception, event: str, settings: HeyGenConnection, proxy: str | None, suspects: list[str]
+) -> HeyGenUnreachableError:
     via = f" through the proxy {proxy}" if proxy else ""
-    suspects = ["'proxies'"] if proxy else []
-    suspects += ["'verify'", "'cert'"] if isinstance(error, ssl.SSLError) else []
-    suspects += ["the host"]
+    suspects = (["'verify'", "'cert'"] if isinstance(error, ssl.SSLError) else []) + suspects
+    suspects = (["'proxies'"] if proxy else []) + suspects
+    check = f" Check {' or '.join(suspects)} of Airflow connection '{settings.conn_id}'." if suspects else ""
     why = _why_not_sent(error, settings, proxy)
-    return HeyGenUnreachableError(
-        f"{event}, nothing was sent{via}: {why}. Check {' or '.join(suspects)} {connection}."
-    )
+    return HeyGenUnreachableError(f"{event}, nothing was sent{via}: {why}.{check}")
 
 
 def _why_not_sent(error: Exception, settings: HeyGenConnection, proxy: str | None) -> str:
@@ -336,7 +373,9 @@ def _new_aiohttp_session() -> aiohttp.ClientSession:
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": USER_AGENT},
         trace_configs=[trace],
-        max_field_size=65536,  # the limit of http.client
+        # The limits of http.client.
+        max_field_size=65536,
+        max_line_size=65536,
     )
     # aiohttp would repeat a DELETE without a response and return the 404 of its second attempt.
     session._retry_connection = False
@@ -371,7 +410,8 @@ def _options(settings: HeyGenConnection) -> dict[str, Any]:
         if not usable:
             raise HeyGenBadInputError(
                 f"The 'proxies' of Airflow connection '{settings.conn_id}' (or of the environment) must be"
-                " http or https URLs: a triggerer can use no others. Nothing was sent."
+                " http or https URLs (a triggerer can use no others), with special characters in user and"
+                " password percent-encoded. Nothing was sent."
             ) from None
     uses_tls = any(urlsplit(url or "").scheme == "https" for url in (settings.base_url, proxy))
     return {

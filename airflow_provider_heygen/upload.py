@@ -36,7 +36,7 @@ from airflow_provider_heygen.media import (
     storage_path,
     translate_storage_errors,
 )
-from airflow_provider_heygen.transport import ChunkedBody
+from airflow_provider_heygen.transport import ChunkedBody, request_elsewhere
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -365,28 +365,26 @@ def put_file(
     """
     url, host = check_url("", slot.upload_url, settings, "The upload URL")
     session.headers.clear()  # the signature covers the headers, so only HeyGen's are sent
-    try:
-        with (
-            redact_urllib3_logs(),
-            source.open() as file,
-            session.put(
-                url,
-                data=ChunkedBody(file, settings.upload_timeout),
-                headers=slot.upload_headers,
-                timeout=(settings.connect_timeout, settings.upload_timeout),
-                allow_redirects=False,
-                stream=True,
-            ) as response,
-        ):
-            status = response.status_code
-            if 200 <= status < 300:
-                return None
-            page = b""
-            with suppress(RequestException):  # the status is enough
-                page = next(response.iter_content(1000), b"")
-    except RequestException as error:
-        # The text of the error would quote the URL.
-        raise HeyGenTransientError(f"{type(error).__name__} while uploading to {host}.") from None
+    with (
+        redact_urllib3_logs(),
+        source.open() as file,
+        request_elsewhere(
+            session,
+            settings,
+            f"while uploading to {host}",
+            "PUT",
+            url,
+            data=ChunkedBody(file, settings.upload_timeout),
+            headers=slot.upload_headers,
+            timeout=(settings.connect_timeout, settings.upload_timeout),
+        ) as response,
+    ):
+        status = response.status_code
+        if 200 <= status < 300:
+            return None
+        page = b""
+        with suppress(RequestException):  # the status is enough
+            page = next(response.iter_content(1000), b"")
     found = re.search(rb"<Code>(\w{1,100})</Code>", page)
     code = found[1].decode() if found else ""
     result = f"{status} {code}".strip()

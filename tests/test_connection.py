@@ -278,6 +278,7 @@ REFUSALS = [
     ({"host": "https://api.heygen.com:18443", "port": 8443}, "host and port"),
     ({"host": "https://[api.heygen.com"}, "host and port"),
     ({"host": "https://api..heygen.com"}, "host and port"),
+    ({"host": "https://api.heygen.com%0d"}, "host and port"),  # requests rejects it
     ({"host": f"https://{'a' * 64}.com"}, "host and port"),
     ({"host": "api.heygen.com", "port": 99999}, "host and port"),
     ({"host": "https://api.heygen .com"}, "host"),
@@ -379,12 +380,13 @@ def test_proxy_without_a_scheme(heygen, listen, connect, call):
 
 @both_transports
 @pytest.mark.parametrize(
-    "proxy", ["socks5://127.0.0.1:1080", "http://", "http://pw@:x", "http://[pw", "ftp://pw"]
+    "proxy",
+    ["socks5://127.0.0.1:1080", "http://me:pw#x@h:1", "http://", "http://pw@:x", "http://[pw", "ftp://pw"],
 )
 def test_useless_proxy(heygen, connect, pauses, call, proxy):
     connect(heygen.url, proxies={"http": proxy})
     with pytest.raises(
-        HeyGenBadInputError, match="'proxies' of Airflow connection 'heygen_default'"
+        HeyGenBadInputError, match=r"'proxies' of Airflow connection 'heygen_default'.*percent-encoded"
     ) as raised:
         call(max_attempts=3)
     assert "pw" not in str(raised.value)

@@ -462,6 +462,36 @@ def test_long_header(listen, send):
     assert send(POLL, settings_for(gateway.url)).status == "running"
 
 
+LENGTH = b"Content-Length: %d\r\n" % len(OVERDUB)
+
+
+@both_transports
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"200 " + b"O" * 9000 + b"\r\n" + LENGTH,
+        b"200 OK\r\n" + LENGTH * 2,
+        b"200 OK\r\nX Y: z\r\n" + LENGTH,
+        b"200 OK\r\nno header\r\n" + LENGTH,
+        b"200 OK\r\nX: \0\r\n" + LENGTH,
+    ],
+    ids=["long reason", "two lengths", "space in a name", "no colon", "NUL"],
+)
+def test_response_that_aiohttp_rejects(listen, send, head):
+    """A worker can read it, so a wait in the triggerer must not last until its deadline."""
+    gateway = listen(lambda _: b"HTTP/1.1 " + head + b"\r\n" + OVERDUB)
+    assert send(POLL, settings_for(gateway.url)).status == "running"
+    assert all(seen.headers["X-Api-Key"] == "sk-secret" for seen in gateway.seen)
+
+
+def test_a_request_that_changes_something_is_not_repeated_for_aiohttp(listen):
+    gateway = listen(lambda _: b"HTTP/1.1 200 OK\r\n" + LENGTH * 2 + b"\r\n" + OVERDUB)
+    with pytest.raises(HeyGenTransientError, match="no readable response arrived") as raised:
+        asend(create_call(), settings_for(gateway.url))
+    assert raised.value.outcome_unknown
+    assert len(gateway.seen) == 1
+
+
 @both_transports
 @pytest.mark.parametrize(
     "answer",

@@ -23,7 +23,7 @@ from airflow_task import StateStore, Task
 from fsspec.implementations.memory import MemoryFileSystem
 from test_hook import check_requests
 
-from airflow_provider_heygen import api, upload
+from airflow_provider_heygen import api, transport, upload
 from airflow_provider_heygen.emulator import media
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
@@ -334,6 +334,24 @@ def test_a_file_that_changes_its_bytes_on_the_way(heygen, pauses, tmp_path, size
     assert (heygen.assets, pauses) == ([], [])
 
 
+def test_a_file_that_the_hook_reads_for_the_first_time_changes_its_bytes(
+    heygen, pauses, tmp_path, monkeypatch
+):
+    path = mp4(tmp_path / "v.mp4", 1 * MB)
+    send = transport.send
+
+    def rewrite_and_send(*args):
+        with path.open("r+b") as file:
+            file.seek(1000)
+            file.write(b"other")
+        return send(*args)
+
+    monkeypatch.setattr(transport, "send", rewrite_and_send)
+    with pytest.raises(HeyGenError, match="has changed while it was read"):
+        HeyGenHook().upload_asset(path)
+    assert heygen.assets == []
+
+
 @LIPSYNCS
 def test_a_file_that_is_damaged_during_the_upload(heygen, pauses, large, listen):
     storage = listen(lambda _: (400, {}, b"<Error><Code>BadDigest</Code></Error>"))
@@ -392,6 +410,7 @@ def test_an_upload_waits_no_longer_than_upload_timeout(connect, pauses, tmp_path
 def test_a_file_that_cannot_be_read_is_no_fault_of_the_network(heygen, pauses, tmp_path, monkeypatch):
     path = mp4(tmp_path / "v.mp4", MB)
     source = upload.Source.of(path, HeyGenHook().settings)
+    assert source.digest
     read = upload.Announced.read
 
     def broken(self, size=-1):
@@ -813,6 +832,8 @@ def test_a_large_video_is_dubbed(heygen, clips, tmp_path):
         ({"video": "{clips}/v.mp4"}, "video: .*file:///data/talk.mp4"),
         ({"video": "v.mp4"}, "video: .*file:///data/talk.mp4"),
         ({"video": PurePath("v.mp4")}, "video: .* is neither absolute"),
+        ({"video": b"v.mp4"}, "video: must be a URL, the URI of a file, or an asset"),
+        ({"audio": ["s3://b/a.mp3"]}, "audio: must be a URL, the URI of a file, or an asset"),
         ({"video": "\nhttps://x.y/v.mp4"}, "video: .* white space"),
         ({"audio": "file:a.mp3"}, "audio: .* is neither absolute"),
         ({"audio": "http://x.y/a.mp3"}, "audio: must be a public https URL"),
@@ -927,6 +948,39 @@ def temporary(tmp_path, monkeypatch):
     """The folder for temporary files."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"verify": "/nowhere/ca.pem"}, "The 'verify' file of Airflow connection 'heygen_default'"),
+        ({"cert": "/nowhere/client.pem"}, "The 'cert' file of Airflow connection 'heygen_default'"),
+        ({"proxies": {"https": "nope://me:pw@x:1"}}, "The 'proxies' of Airflow connection 'heygen_default'"),
+        ({"proxies": {"https": " http://x:1"}}, "The 'proxies' of Airflow connection 'heygen_default'"),
+    ],
+    ids=["verify", "cert", "proxy scheme", "proxy space"],
+)
+def test_a_setting_cannot_work_for_a_url(connect, pauses, extra, message):
+    """The worker downloads the URL before its first request to HeyGen."""
+    connect(None, allow_private_hosts=True, **extra)
+    urls = {"video": "https://127.0.0.1:9/v.mp4", "audio": "https://127.0.0.1:9/a.mp3"}
+    operator = HeyGenCreateOverdubOperator(task_id="dub", upload_links=True, **urls)
+    with pytest.raises(HeyGenTaskFailedError, match=message) as raised:
+        Task(lambda: operator, store=StateStore()).start()
+    assert "pw" not in str(raised.value)
+    assert pauses == []
+
+
+def test_the_proxy_is_named_if_a_url_cannot_be_downloaded(connect, pauses):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    connect(None, allow_private_hosts=True, proxies={"https": f"http://me:pw@127.0.0.1:{port}"})
+    with pytest.raises(HeyGenTransientError, match="while downloading the source video") as raised:
+        HeyGenHook(max_attempts=2).peek("https://127.0.0.1:9/v.mp4?Signature=SECRET", "source video")
+    assert "connection refused. Check 'proxies' of Airflow connection" in str(raised.value)
+    assert "pw" not in str(raised.value)
+    assert "SECRET" not in str(raised.value)
+    assert len(pauses) == 1
 
 
 @RESOURCES

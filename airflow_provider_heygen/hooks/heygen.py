@@ -325,6 +325,7 @@ class HeyGenHook(BaseHook):
         idempotency_key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
         if source.size > api.MAX_MULTIPART_BYTES:
             return self._upload_directly(source, idempotency_key)
+        _ = source.digest  # known from here on, so a change while the file is sent creates no asset
         call = api.upload_asset(idempotency_key)
         for attempt in self._retrying():
             with attempt, source.open() as file:
