@@ -128,11 +128,14 @@ class Dubbing:
         checked = check_event(event)
         with fails_task(), self.hook:
             self.hook.created_under = self.store.record.resource if self.store.record else None
-            if ended_early(checked, deadline, self.task.log):
-                poke_interval = parse_seconds(self.task.poke_interval, "poke_interval")
-                rules: Any = {"poke_interval": poke_interval, "deadline": deadline}
-                raise wait_in_triggerer(self.hook, checked["overdub_id"], since, rules, again=True)
-            return self._finish(self._conclude(checked, since, self.hook))
+            try:
+                return self._finish(self._conclude(checked, since, self.hook))
+            except HeyGenOverdubTimeoutError:
+                if not ended_early(deadline, self.task.log):
+                    raise
+            poke_interval = parse_seconds(self.task.poke_interval, "poke_interval")
+            rules: Any = {"poke_interval": poke_interval, "deadline": deadline}
+            raise wait_in_triggerer(self.hook, checked["overdub_id"], since, rules, again=True)
 
     def _request(self) -> tuple[CreateOverdubRequest, dict[str, Any]]:
         with fails_task():

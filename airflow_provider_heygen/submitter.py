@@ -75,8 +75,8 @@ class SubmissionStore:
             return Submission.load(self._kept)
         record = Submission.load(self._state.get(STATE_KEY))
         if record is not None and record.max_tries != self.ti.max_tries:
-            # A user has cleared the task, perhaps because of the uploaded files.
-            return record.model_copy(update={"assets": {}, "files": {}})
+            # A user has cleared the task, perhaps because of its files.
+            return record.model_copy(update={"files": {}})
         return record
 
     @property
@@ -110,7 +110,7 @@ class SubmissionStore:
             key=derived_key(self.ti, body_digest) if derive else random,
             began=time.time(),
             max_tries=self.ti.max_tries,
-            assets=before.assets if before else {},
+            assets=self.reusable(before) if before else {},
         )
 
     def save(self, submission: Submission, **changes: Any) -> None:
@@ -118,6 +118,10 @@ class SubmissionStore:
         self.record = submission.model_copy(update={**changes, "max_tries": self.ti.max_tries})
         if self._state is not None:
             self._state.set(STATE_KEY, self.record.model_dump(mode="json"))
+
+    def reusable(self, submission: Submission) -> dict[str, str]:
+        """Return the assets that need no other upload: a user may clear a task because of its assets."""
+        return submission.assets if submission.max_tries == self.ti.max_tries else {}
 
     @property
     def outcome_unknown(self) -> bool:
@@ -303,7 +307,7 @@ def _upload(
 ) -> Submission:
     """Upload the files that are not uploaded yet; return the submission with all of its assets."""
     seen = {file.fingerprint: (file.digest, file.mime_type) for file in files if file.fingerprint}
-    submission = submission.model_copy(update={"files": seen})
+    submission = submission.model_copy(update={"files": seen, "assets": store.reusable(submission)})
     for file in files:
         if file.digest in submission.assets:
             asset_id = submission.assets[file.digest]

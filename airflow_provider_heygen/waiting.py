@@ -336,9 +336,9 @@ def no_triggerer(overdub_id: str) -> WaitEvent:
     return _one_poll(overdub_id, None).timed_out()
 
 
-def ended_early(event: WaitEvent, deadline: float | None, log: Any) -> bool:
-    """Return whether the clock of the triggerer has ended a wait that goes on by the clock of this worker."""
-    if event["status"] != "timeout" or deadline is None or time.time() > deadline - CLOCK_SECONDS:
+def ended_early(deadline: float | None, log: Any) -> bool:
+    """Return whether a wait has timed out by the clock of the triggerer, but not by this worker's."""
+    if deadline is None or time.time() > deadline - CLOCK_SECONDS:
         return False
     log.warning(
         "The wait was ended %.0f s before its deadline, so the clock of the triggerer is ahead of this"

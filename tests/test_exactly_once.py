@@ -631,6 +631,21 @@ def test_an_upload_that_was_recorded_is_not_sent_again(heygen, files):
     assert uploads(heygen) == 1
 
 
+@pytest.mark.parametrize("lost", [False, True], ids=["id known", "response lost"])
+def test_a_clear_that_reattaches_still_reports_the_uploads(heygen, files, lost):
+    """A later task deletes them by this XCom."""
+    heygen.behaviour.job_seconds = 60
+    task = Task(dub(**files, deferrable=True), store=StateStore())
+    assert isinstance(task.start(), TaskDeferred)
+    sent = task.xcoms["asset_ids"]
+    assert len(sent) == 2
+    if lost:
+        task.store.set("heygen_overdub", {**task.store.get("heygen_overdub"), "overdub_id": None})
+    task.clear()
+    assert isinstance(task.start(), TaskDeferred)
+    assert (task.xcoms["asset_ids"], len(heygen.assets), len(heygen.jobs)) == (sent, 2, 1)
+
+
 @STORES
 def test_a_clear_after_success_uploads_again(heygen, files, store):
     task = Task(uploading(files), store=StateStore() if store else None)
@@ -1108,6 +1123,7 @@ def waiting_task(heygen, **changes):
     heygen.behaviour.job_seconds = 60
     task = Task(dub(deferrable=True, **changes), store=StateStore())
     deferred = task.start()
+    deferred.kwargs["deadline"] = time.time()
     event = {"overdub_id": heygen.jobs[0].id, "status": "timeout", "message": "Timed out waiting"}
     return task, deferred, event
 
