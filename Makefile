@@ -15,7 +15,6 @@ ui: .venv/done         ## Airflow's web UI with the example DAGs and the emulato
 
 test: lint             ## lint, types, tests
 	$(BIN)/python -m pytest --ignore tests/stack --numprocesses 4 --dist loadfile
-	$(BIN)/python -m pytest tests/stack --numprocesses 2 --dist loadfile
 
 test-matrix:           ## the tests on every supported Airflow and Python that is on this machine
 	$(PYTHON) tests/matrix.py $(CELLS)
@@ -23,7 +22,8 @@ test-matrix:           ## the tests on every supported Airflow and Python that i
 test-oldest:           ## the tests on the oldest Airflow, with the oldest dependencies
 	@$(MAKE) test-matrix CELLS=3.1-3.11
 
-test-stack: .venv/done ## kill the parts of a real Airflow at the worst moments; needs PostgreSQL and Redis
+test-stack: .venv/done ## all parts of a real Airflow, also killed at the worst moments; needs PostgreSQL, Redis, Chromium
+	$(BIN)/python -m pytest tests/stack --numprocesses 2 --dist loadfile
 	@$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) chaos_random chaos_kills chaos_celery night
 
 # Airflow itself may run a task out of its retries when its processes are killed. In CI, one more run of that part tells

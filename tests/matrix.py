@@ -3,8 +3,8 @@ The support matrix: the suite on every Airflow and Python we claim, each pair in
 
     python tests/matrix.py [--chaos] [CELL ...]
 
-A cell is AIRFLOW-PYTHON, such as 3.1-3.11; all of them by default. With --chaos, only the tests of
-`make test-stack` run; they need PostgreSQL and Redis.
+A cell is AIRFLOW-PYTHON, such as 3.1-3.11; all of them by default. With --chaos, only the chaos
+tests of `make test-stack` run; they need PostgreSQL and Redis.
 
 The environments stay in `.matrix/` for the next time. A cell whose Python is not on this machine is left out,
 and the table says so; a cell that was asked for by name fails then. Needs nothing but Python; it is faster
@@ -29,7 +29,7 @@ CONSTRAINTS = {
     "3.2": "constraints/3.2.txt",
     "3.3": "constraints.txt",
 }
-# As in `make test`: most tests wait, so four processes share two cores, but only two that start an Airflow.
+# As in `make test` and `make test-stack`: most tests wait, so four processes share two cores, but only two that start an Airflow.
 PARTS = (
     ("--ignore", "tests/stack", "--numprocesses", "4", "--dist", "loadfile"),
     ("tests/stack", "--numprocesses", "2", "--dist", "loadfile"),

@@ -2,5 +2,5 @@
 
 ``keeper`` cleans up, ``airflow`` starts and kills, ``broker`` leads to Redis, ``rest`` asks Airflow,
 ``heygen`` steers the emulator.
-The ``test_*`` files are part of ``make test``; the ``chaos_*`` files take longer: ``make test-stack``.
+``make test-stack`` runs them: the ``test_*`` files first, then the ``chaos_*`` files, which take longer.
 """
