@@ -29,7 +29,7 @@ CONSTRAINTS = {
     "3.2": "constraints/3.2.txt",
     "3.3": "constraints.txt",
 }
-# As in `make test` and `make test-stack`: most tests wait, so four processes share two cores, but only two that start an Airflow.
+# Most tests wait, so four processes share two cores, but only two that start an Airflow.
 PARTS = (
     ("--ignore", "tests/stack", "--numprocesses", "4", "--dist", "loadfile"),
     ("tests/stack", "--numprocesses", "2", "--dist", "loadfile"),
