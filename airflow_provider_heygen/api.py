@@ -668,8 +668,6 @@ def _error(
     trace = f" (request {facts['request_id']})" if facts["request_id"] else ""
     step = _next_step(call, status, facts, connection)
     if not envelope or status < 200:
-        if status != 429:  # only HeyGen itself, or a rate limit, makes anybody wait for longer
-            facts["retry_after"] = None
         # HeyGen may have processed the request although something else responded.
         message += (
             f" The response ({_content_type(headers, connection)}) does not have the form of HeyGen's errors,"

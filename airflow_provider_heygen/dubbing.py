@@ -16,6 +16,7 @@ from airflow_provider_heygen.api import CreateOverdubRequest, redact_urls
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
+    HeyGenGatewayError,
     HeyGenNotFoundError,
     HeyGenOverdubFailedError,
     HeyGenOverdubTimeoutError,
@@ -183,7 +184,9 @@ class Dubbing:
                 reuse = self.task.reuse is not None
                 return submit(request, self.hook, self.store, files, check, reuse=reuse)
             except HeyGenTransientError as error:
-                if error.status_code != 429 and error.retry_after is None:
+                # Without a limit, only HeyGen's own request to wait is followed, or that of a rate limit.
+                is_gateways = error.retry_after is None or isinstance(error, HeyGenGatewayError)
+                if error.status_code != 429 and is_gateways:
                     raise
                 pause = retry_delay(1, error, first=SHORTEST_DEFERRAL)
                 if self.until is not None and time.time() + pause > self.until:

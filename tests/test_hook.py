@@ -30,6 +30,7 @@ from airflow_provider_heygen.api import CreateOverdubRequest
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
+    HeyGenGatewayError,
     HeyGenNotFoundError,
     HeyGenOutcomeUnknownError,
     HeyGenPermanentError,
@@ -1571,3 +1572,17 @@ def test_one_page_under_the_other_name_is_not_final(unnamed):
     unnamed.answer = lambda seen: page if "lipsyncs" in seen.path else ours
     with pytest.raises(HeyGenTransientError):
         HeyGenHook(max_attempts=1).create_overdub(REQUEST)
+
+
+@pytest.mark.parametrize(("asked", "posts"), [("20", 3), ("40", 1)])
+def test_a_gateways_retry_after_ends_no_create_request_of_a_task_that_may_defer(heygen, pauses, asked, posts):
+    page = {"status": 502, "html": True, "headers": {"Retry-After": asked}}
+    heygen.fail_next(method="POST", path="/v3/overdubs", count=2, **page)
+    hook = HeyGenHook(longest_pause=0.0)
+    if posts == 1:
+        with pytest.raises(HeyGenGatewayError):
+            hook.create_overdub(REQUEST)
+    else:
+        assert hook.create_overdub(REQUEST) == heygen.jobs[0].id
+    assert heygen.requests_by_route["POST /v3/overdubs"] == posts
+    assert all(pause >= 20 for pause in pauses)

@@ -611,7 +611,9 @@ class HeyGenHook(BaseHook):
         if not isinstance(error, HeyGenTransientError):
             return False
         asked = max(error.retry_after or 0.0, 1.0 if error.status_code == 429 else 0.0)
-        return asked <= self.longest_pause
+        # After a gateway's page in response to a create request, no caller defers.
+        is_page = isinstance(error, HeyGenGatewayError) and error.outcome_unknown and error.status_code != 429
+        return asked <= max(self.longest_pause, 30.0 if is_page else 0.0)
 
     def _log_retry(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
