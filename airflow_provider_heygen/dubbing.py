@@ -61,8 +61,8 @@ class Dubbing:
 
     :param task: the operator, which declares what to do.
     :param context: Airflow's context of the try.
-    :param since: Unix seconds of the first attempt, if the try continues after a deferral until it may send
-        its create request again.
+    :param since: Unix seconds of the first attempt, if the try was deferred before HeyGen accepted its create
+        request.
     :param until: Unix seconds at which ``execution_timeout`` ends, from before that deferral.
     :param kept: the submission record before that deferral, where Airflow has no store for it.
     """
@@ -184,7 +184,7 @@ class Dubbing:
                 reuse = self.task.reuse is not None
                 return submit(request, self.hook, self.store, files, check, reuse=reuse)
             except HeyGenTransientError as error:
-                # Without a limit, only HeyGen's own request to wait is followed, or that of a rate limit.
+                # Without a limit, repeat only after a 429 or a Retry-After of HeyGen itself.
                 is_gateways = error.retry_after is None or isinstance(error, HeyGenGatewayError)
                 if error.status_code != 429 and is_gateways:
                     raise
@@ -294,7 +294,7 @@ class Dubbing:
                     details["size"] = saving.save(hook)
                 result = details["uri"] = saving.uri
         except HeyGenError as error:
-            # Never final: the overdub is paid for, and before Airflow 3.3 a clear starts another.
+            # Never fail without a retry: the overdub is paid for, and before 3.3 a clear starts another.
             raise HeyGenError(
                 f"Overdub {result} is completed, but was not saved: {error} A retry saves it and"
                 " starts no other overdub.",
@@ -309,7 +309,7 @@ class fails_task:
     """
     Fail the task without a retry if HeyGen rejects a request, or an overdub failed or is gone.
 
-    :raises HeyGenTaskFailedError: in place of a certain :class:`.HeyGenPermanentError`.
+    :raises HeyGenTaskFailedError: in place of a :class:`.HeyGenPermanentError` whose outcome is known.
     """
 
     def __enter__(self) -> None:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 USUAL_SLOTS = 10  # pay-as-you-go (contract, `x-limits.concurrent_jobs_pay_as_you_go`)
 COUNT_SECONDS = 10.0  # how often running jobs are counted while a task waits
-SPREAD_SECONDS = 10.0  # other room is used after a random part of this, as other triggerers see it, too
+SPREAD_SECONDS = 10.0  # a slot that every triggerer sees is used after a random part of this
 RELEASE_SECONDS = 120.0  # how long a released task may take until its job is listed or it is rejected again
-PROBE_SECONDS, LONGEST_PROBE_SECONDS = 60.0, 600.0  # after a probe that failed; doubles
+PROBE_SECONDS, LONGEST_PROBE_SECONDS = 60.0, 600.0  # delay before a probe; doubles
 
 
 class Place(NamedTuple):
@@ -33,7 +33,7 @@ class Slots:
 
     :param ceiling: how many jobs may run at a time at most, if the user has said so.
     :ivar ended: awaited overdubs that have ended since the last count: their slots are used at once.
-    :ivar go_at: when other room, which every triggerer sees, may be used if it is still there.
+    :ivar go_at: when a free slot that every triggerer sees may be used, if it is still free.
     """
 
     def __init__(self, ceiling: int | None = None, places: list[Place] | None = None) -> None:
@@ -51,7 +51,7 @@ class Slots:
         """
         Add a task whose create request was rejected; return how many wait before it.
 
-        :param rejected_now: whether that was just now, so that no slot is free, and not before a restart.
+        :param rejected_now: whether HeyGen rejected it just now, not before a restart of the triggerer.
         :param resumed: whether it had been released before.
         """
         self.places.append(place)
@@ -83,10 +83,10 @@ class Slots:
         return going
 
     def _learn(self, running: set[str], now: float) -> None:
-        # A job that is new is that of a released task, or takes its slot.
+        # Each new job belongs to a released task, or has taken the slot of one.
         arrived = len(running - self._running)
         self._released = [at for at in self._released[arrived:] if now - at < RELEASE_SECONDS]
-        if self._rejected:  # one may have ended between that and this count
+        if self._rejected:  # a job may have ended between the rejection and this count
             self.limit = min(self.limit, max(len(running), len(self._running)))
             self._probe_size, self._learned = 1, True
         elif len(running) > self.limit:

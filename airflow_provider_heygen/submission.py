@@ -1,10 +1,10 @@
 """
 The submission record of a task, and the decision what the next try does with it.
 
-HeyGen bills each overdub that completes. A crash, a retry or a lost response must not start a second one; a
-failed overdub, a changed request and a clear after success must. The record is written to Airflow's task
-state store (3.3+) *before* the request is sent. The next try then knows that a request may have reached
-HeyGen. This module decides, and :mod:`.submitter` acts.
+HeyGen bills each overdub that completes. Only a failed or deleted overdub, a changed request or a clear after
+success may start a second one; a crash, a retry or a lost response must not. The record is written to
+Airflow's task state store (3.3+) *before* the request is sent. The next try then knows that a request may
+have reached HeyGen. This module decides, and :mod:`.submitter` acts.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Submission(BaseModel):
     :param number: number of this submission of the task, from 1. Each submission has its own key.
     :param key: idempotency key, and ``callback_id`` unless the author set one; see :func:`content_prefix`.
     :param began: Unix seconds of the first attempt.
-    :param max_tries: the task's ``max_tries`` at that time. When a user clears the task, Airflow sets it to
-        the tries so far plus ``retries``. A retry does not change it.
+    :param max_tries: the task's ``max_tries`` when the record was last saved. When a user clears the task,
+        Airflow sets it to the tries so far plus ``retries``. A retry does not change it.
     :param sent: whether a create request may have reached HeyGen.
     :param sent_at: Unix seconds of the last attempt that may have reached HeyGen.
     :param overdub_id: the overdub, once HeyGen has returned its id.
@@ -78,9 +78,11 @@ class Submission(BaseModel):
     @classmethod
     def load(cls, stored: Any) -> Submission | None:
         """
-        Return the stored record, or ``None`` if there is none; an invalid optional member has its default.
+        Return the stored record, or ``None`` if there is none or nothing was sent for an invalid one.
 
-        :raises HeyGenError: if the record is invalid otherwise, but of a request that may have been sent.
+        An invalid optional member gets its default.
+
+        :raises HeyGenError: if a required member is invalid and a request may have been sent.
         """
         try:
             return cls.model_validate(stored)
@@ -124,7 +126,7 @@ def derived_key(ti: Any, digest: str) -> str:
     unsigned, _, whole = digest.partition(":")
     parts = (ti.dag_id, ti.run_id, ti.task_id, ti.map_index, ti.max_tries, unsigned)
     key = str(uuid.uuid5(_NAMESPACE, json.dumps(parts)))
-    # A URL that is signed again on each try leads to the same key.
+    # The prefix would change with a URL that is signed again on each try.
     return f"{content_prefix(digest)}{key}" if unsigned == whole else key
 
 

@@ -154,7 +154,7 @@ def submit(
     :param files: files to upload for ``video`` and ``audio``, instead of these fields of the request.
     :param check: called before anything is sent for a new overdub.
     :param reuse: whether to reattach to an overdub of another task or DAG run; see :func:`_find_reusable`.
-    :raises HeyGenError: if no overdub could be started. The record states whether a request may be out.
+    :raises HeyGenError: if no overdub is known. The record states whether a request may have been sent.
     """
     # The digest contains the content of a file, because each upload creates another asset.
     request = _with_assets(request, {name: f"sha256:{file.digest}" for name, file in files.items()})
@@ -257,7 +257,7 @@ def _create(
     submission = _upload(files.values(), submission, hook, store, generation)
     request = _with_assets(request, {name: submission.assets[file.digest] for name, file in files.items()})
     if submission.sent and submission.labels:
-        # An earlier attempt may still take effect. A search finds it by its own callback_id.
+        # An earlier attempt may still take effect, and a search needs the callback_id of that attempt.
         request = request.model_copy(update={"callback_id": submission.callback_id})
     submission = before = submission.model_copy(update=labels(request))
     hook.created_under = submission.resource
@@ -342,7 +342,7 @@ def _check_remote(
 ) -> tuple[Submission, str, RemoteState]:
     """Check an earlier submission at HeyGen; return it with the overdub's id, if any, and the state."""
     hook.created_under = submission.resource
-    # A user who clears the task has read that the overdub is gone.
+    # A user who clears the task has read that the overdub may be in another account.
     is_retry = submission.max_tries == store.ti.max_tries
     other_account = is_retry and submission.account not in (None, hook.account)
     if submission.overdub_id is not None:

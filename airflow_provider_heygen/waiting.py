@@ -1,5 +1,5 @@
 """
-Rules for waiting for an overdub, without I/O: what each poll means, when to poll next, and how the wait ends.
+Rules for waiting for an overdub: what each poll means, when to poll next, and how the wait ends.
 
 Operator and sensor on the worker and the trigger in the triggerer all wait by these rules.
 """
@@ -124,9 +124,9 @@ class OverdubWait:
         self.missing_since: float | None = None
         self.missing_for = 0.0
         self.is_known = False
-        """Whether the connection has led to the overdub. Then a wrong setting does not end the wait."""
+        """Whether the connection has reached the overdub. If so, a wrong setting does not end the wait."""
         self.account_changed = False
-        """Whether another account may respond now, which does not have the overdub."""
+        """Whether the credential may now be for another account, which does not have the overdub."""
         self.settings: HeyGenConnection | None = None  # of the last poll on a worker
 
     def on_poll(self, overdub: Overdub) -> float | WaitEvent:
@@ -153,7 +153,7 @@ class OverdubWait:
         return self.on_unchanged()
 
     def on_unchanged(self) -> float | WaitEvent:
-        """Handle a successful poll whose result is not final and the same as before."""
+        """Handle a successful poll that does not end the wait."""
         self.failures, self.trouble, self.missing_since, self.missing_for = 0, "", None, 0.0
         self.is_known, self.account_changed = True, False
         now = time.monotonic()
