@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
-from urllib3.util import parse_url
 
 from airflow_provider_heygen.exceptions import HeyGenBadInputError, validation_problems
 
@@ -142,10 +141,10 @@ class HeyGenConnection(BaseModel):
             url = urlsplit(self.base_url)
             host, _ = url.hostname, url.port
             (host or "").encode("idna")  # as the DNS query does
-            parse_url(self.base_url)  # as requests does
         except ValueError:
             return "host and port do not make a URL; leave both empty for HeyGen's own API."
         usable = self.base_url.isprintable() and " " not in self.base_url
+        usable = usable and ("%" not in str(host) or ":" in str(host))  # only an IPv6 address has a zone
         # "https:/api.heygen.com" would be a host named "https".
         if url.scheme not in ("http", "https") or host in (None, "", "http", "https") or not usable:
             return f"host must be an https URL such as {DEFAULT_HOST}, or empty."

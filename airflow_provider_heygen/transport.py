@@ -402,7 +402,7 @@ def _options(settings: HeyGenConnection) -> dict[str, Any]:
             proxy = requests.utils.prepend_scheme_if_needed(proxy, "http")  # type: ignore[no-untyped-call]
             headers = _proxy_headers(proxy)
             url = URL(proxy)
-            usable = url.scheme in ("http", "https") and url.port != 0
+            usable = url.scheme in ("http", "https") and url.port != 0 and " " not in (url.host or " ")
             str(url.host).encode("idna")  # as the DNS query does
             proxy = str(url.with_user(None))
         except ValueError:

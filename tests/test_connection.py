@@ -278,7 +278,7 @@ REFUSALS = [
     ({"host": "https://api.heygen.com:18443", "port": 8443}, "host and port"),
     ({"host": "https://[api.heygen.com"}, "host and port"),
     ({"host": "https://api..heygen.com"}, "host and port"),
-    ({"host": "https://api.heygen.com%0d"}, "host and port"),  # requests rejects it
+    ({"host": "https://api.heygen.com%0d"}, "host must be an https URL"),  # requests rejects it
     ({"host": f"https://{'a' * 64}.com"}, "host and port"),
     ({"host": "api.heygen.com", "port": 99999}, "host and port"),
     ({"host": "https://api.heygen .com"}, "host"),
