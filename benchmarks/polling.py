@@ -268,7 +268,9 @@ class Running:
             if self._ask("count") - len(self.before["requests"]) >= self.waiting:
                 break
             time.sleep(0.5)
-        self.hold = time.monotonic() + 0.2
+        # This provider polls when the clock is a multiple of the interval; the window must not cut a tick.
+        interval = self.case.interval
+        self.hold = (math.ceil((time.monotonic() + 0.2) / interval - 0.5) + 0.5) * interval
         self.finish = self.hold + self.case.hold
         self.done_at = completions(self.case, self.waiting, self.finish)
         self.finishing = sum(at is not None for at in self.done_at)
