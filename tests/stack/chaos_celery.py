@@ -49,8 +49,9 @@ def test_overdubs_through_10_slots(chaos: Chaos, capsys: pytest.CaptureFixture[s
         print(
             f"\nCelery, 10 slots, seed {SEED}, {time.monotonic() - began:.0f} s:\n  {dict(dealt)}\n  {report}"
         )
-        print(f"  {turned_away} creates turned away by 429; {len(starts)} starts of a worker,")
-        print(f"  each {sum(starts) / len(starts):.2f} s; {cpu / OVERDUBS:.1f} CPU s of worker per overdub")
+        print(f"  {turned_away} creates turned away by 429; {cpu / OVERDUBS:.1f} CPU s of worker per overdub")
+        if starts:  # Airflow 3.1 does not log them
+            print(f"  {len(starts)} starts of a worker, each {sum(starts) / len(starts):.2f} s")
     assert turned_away
     # Airflow itself may fail a try when a component of it dies; the provider must not.
     assert not dubs.raised()
