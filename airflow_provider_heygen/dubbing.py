@@ -32,14 +32,17 @@ from airflow_provider_heygen.metrics import WaitMetrics
 from airflow_provider_heygen.poller import SHORTEST_DEFERRAL
 from airflow_provider_heygen.saving import Saving
 from airflow_provider_heygen.submitter import SubmissionStore, submit
-from airflow_provider_heygen.triggers.overdub import HeyGenSlotTrigger, wait_in_triggerer
+from airflow_provider_heygen.triggers.overdub import (
+    HeyGenSlotTrigger,
+    wait_in_triggerer,
+    waits_again_if_early,
+)
 from airflow_provider_heygen.upload import check_inputs, is_link, storage_uris
 from airflow_provider_heygen.waiting import (
     OverdubWait,
     check_event,
     completion_summary,
     deferral_timeout,
-    ended_early,
     execution_deadline,
     parse_seconds,
     resolve_wait,
@@ -129,14 +132,9 @@ class Dubbing:
         checked = check_event(event)
         with fails_task(), self.hook:
             self.hook.created_under = self.store.record.resource if self.store.record else None
-            try:
+            args = self.hook, checked["overdub_id"], since, deadline, self.task.poke_interval
+            with waits_again_if_early(*args):
                 return self._finish(self._conclude(checked, since, self.hook))
-            except HeyGenOverdubTimeoutError:
-                if not ended_early(deadline, self.task.log):
-                    raise
-            poke_interval = parse_seconds(self.task.poke_interval, "poke_interval")
-            rules: Any = {"poke_interval": poke_interval, "deadline": deadline}
-            raise wait_in_triggerer(self.hook, checked["overdub_id"], since, rules, again=True)
 
     def _request(self) -> tuple[CreateOverdubRequest, dict[str, Any]]:
         with fails_task():

@@ -41,9 +41,6 @@ MAX_BACKOFF_SECONDS = 120.0
 MAX_SECONDS = 10 * 365.25 * 86400
 """Maximum of a duration: beyond it, clocks and dates overflow."""
 
-CLOCK_SECONDS = 5.0
-"""Seconds by which the clocks of worker and triggerer may differ without a consequence."""
-
 SILENCE_SECONDS = 300.0
 """Maximum seconds without a log line while polls succeed."""
 
@@ -334,18 +331,6 @@ def _one_poll(overdub_id: str, log: Any) -> OverdubWait:
 def no_triggerer(overdub_id: str) -> WaitEvent:
     """Return the end of a wait that no triggerer has served before its deadline."""
     return _one_poll(overdub_id, None).timed_out()
-
-
-def ended_early(deadline: float | None, log: Any) -> bool:
-    """Return whether a wait has timed out by the clock of the triggerer, but not by this worker's."""
-    if deadline is None or time.time() > deadline - CLOCK_SECONDS:
-        return False
-    log.warning(
-        "The wait was ended %.0f s before its deadline, so the clock of the triggerer is ahead of this"
-        " worker's. Set both by NTP. Waiting again, until Airflow ends the wait.",
-        deadline - time.time(),
-    )
-    return True
 
 
 def resolve_wait(event: WaitEvent, wait: WaitMetrics, hook: HeyGenHook | None = None) -> dict[str, Any]:

@@ -109,21 +109,18 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         deadline: float | None = None,
     ) -> dict[str, Any]:
         """Return the details when the trigger has fired."""
-        from airflow_provider_heygen.exceptions import HeyGenOverdubTimeoutError
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.metrics import WaitMetrics
-        from airflow_provider_heygen.triggers.overdub import wait_in_triggerer
-        from airflow_provider_heygen.waiting import check_event, ended_early, resolve_wait
+        from airflow_provider_heygen.triggers.overdub import waits_again_if_early
+        from airflow_provider_heygen.waiting import check_event, resolve_wait
 
         checked = check_event(event, self.overdub_id)
-        with HeyGenHook(self.heygen_conn_id, longest_pause=0.0) as hook:
-            try:
-                return self._done(resolve_wait(checked, WaitMetrics(context["ti"], since), hook))
-            except HeyGenOverdubTimeoutError:
-                if not ended_early(deadline, self.log):
-                    raise
-            rules: Any = {"poke_interval": self.poke_interval or 1.0, "deadline": deadline}
-            raise wait_in_triggerer(hook, self.overdub_id, since, rules, again=True)
+        poke_interval = self.poke_interval or 1.0
+        with (
+            HeyGenHook(self.heygen_conn_id, longest_pause=0.0) as hook,
+            waits_again_if_early(hook, self.overdub_id, since, deadline, poke_interval),
+        ):
+            return self._done(resolve_wait(checked, WaitMetrics(context["ti"], since), hook))
 
     def _done(self, details: dict[str, Any]) -> dict[str, Any]:
         from airflow_provider_heygen.waiting import completion_summary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,16 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from airflow_provider_heygen import poller
 from airflow_provider_heygen.api import OverdubStatus
-from airflow_provider_heygen.exceptions import MAX_RETRY_AFTER
-from airflow_provider_heygen.waiting import OverdubWait, deferral_timeout
+from airflow_provider_heygen.exceptions import MAX_RETRY_AFTER, HeyGenOverdubTimeoutError
+from airflow_provider_heygen.waiting import OverdubWait, deferral_timeout, parse_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from airflow_provider_heygen.hooks.heygen import HeyGenHook
+
+CLOCK_SECONDS = 5.0
+"""Seconds by which the clocks of worker and triggerer may differ without a consequence."""
 
 
 class _Trigger(BaseTrigger):
@@ -105,6 +108,31 @@ def wait_in_triggerer(
         kwargs={"since": since, "deadline": deadline},
         timeout=deferral_timeout(rules["deadline"], rules["poke_interval"]),
     )
+
+
+@contextmanager
+def waits_again_if_early(
+    hook: HeyGenHook, overdub_id: str, since: float | None, deadline: float | None, poke_interval: Any
+) -> Iterator[None]:
+    """
+    Defer the task again if its wait timed out by the clock of the triggerer, but not by this worker's.
+
+    :raises TaskDeferred: in place of the timeout. The arguments are those of :func:`wait_in_triggerer`.
+    """
+    try:
+        yield
+    except HeyGenOverdubTimeoutError:
+        if deadline is None or time.time() > deadline - CLOCK_SECONDS:
+            raise
+    else:
+        return
+    hook.log.warning(
+        "The wait was ended %.0f s before its deadline, so the clock of the triggerer is ahead of this"
+        " worker's. Set both by NTP. Waiting again, until Airflow ends the wait.",
+        deadline - time.time(),
+    )
+    rules = {"poke_interval": parse_seconds(poke_interval, "poke_interval"), "deadline": deadline}
+    raise wait_in_triggerer(hook, overdub_id, since, rules, again=True)
 
 
 class HeyGenSlotTrigger(_Trigger):
