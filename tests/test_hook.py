@@ -30,7 +30,6 @@ from airflow_provider_heygen.api import CreateOverdubRequest
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
-    HeyGenGatewayError,
     HeyGenNotFoundError,
     HeyGenOutcomeUnknownError,
     HeyGenPermanentError,
@@ -1574,13 +1573,15 @@ def test_one_page_under_the_other_name_is_not_final(unnamed):
         HeyGenHook(max_attempts=1).create_overdub(REQUEST)
 
 
-@pytest.mark.parametrize(("asked", "posts"), [("20", 3), ("40", 1)])
-def test_a_gateways_retry_after_ends_no_create_request_of_a_task_that_may_defer(heygen, pauses, asked, posts):
-    page = {"status": 502, "html": True, "headers": {"Retry-After": asked}}
-    heygen.fail_next(method="POST", path="/v3/overdubs", count=2, **page)
+@pytest.mark.parametrize(("asked", "html", "posts"), [("20", True, 3), ("40", True, 1), ("20", False, 1)])
+def test_a_gateways_retry_after_ends_no_create_request_of_a_task_that_may_defer(
+    heygen, pauses, asked, html, posts
+):
+    fault = {"status": 502, "html": html, "headers": {"Retry-After": asked}}
+    heygen.fail_next(method="POST", path="/v3/overdubs", count=2, **fault)
     hook = HeyGenHook(longest_pause=0.0)
-    if posts == 1:
-        with pytest.raises(HeyGenGatewayError):
+    if posts == 1:  # for HeyGen's own Retry-After, the task defers
+        with pytest.raises(HeyGenTransientError):
             hook.create_overdub(REQUEST)
     else:
         assert hook.create_overdub(REQUEST) == heygen.jobs[0].id
