@@ -1251,15 +1251,19 @@ def test_a_completed_overdub_is_not_waited_for_in_the_triggerer(heygen, monkeypa
     assert len(heygen.jobs) == 1
 
 
-@pytest.mark.parametrize("lost", [False, True], ids=["id known", "response lost"])
-def test_another_account_between_two_tries_starts_no_other_overdub(heygen, connect, monkeypatch, lost):
+@pytest.mark.parametrize("how", ["id known", "response lost", "reuse"])
+def test_another_account_between_two_tries_starts_no_other_overdub(heygen, connect, monkeypatch, how):
     """Its 404 and its list prove nothing about the account of the create request, but a clear decides."""
     monkeypatch.setattr(waiting, "GONE_SECONDS", 0.001)
     monkeypatch.setattr(waiting, "NOT_FOUND_GRACE_SECONDS", 0)
-    task, _, _ = waiting_task(heygen)
+    task, _, _ = waiting_task(heygen, reuse="content")
     overdub_id = heygen.jobs[0].id
+    lost = how == "response lost"
     if lost:
         task.store.set("heygen_overdub", {**task.store.get("heygen_overdub"), "overdub_id": None})
+    if how == "reuse":
+        task.store.clear()
+        assert task.start().trigger.overdub_id == overdub_id
     with Emulator(Behaviour(job_seconds=60), api_key="another-key") as other:
         connect(other.url, "another-key")
         for _ in range(2):
@@ -1306,6 +1310,8 @@ def test_a_triggerer_whose_clock_is_ahead_ends_no_wait(heygen, monkeypatch, wait
     assert event["status"] == "timeout"
     again = task.resume(deferred, event)
     assert 1800 - 60 < again.timeout.total_seconds() < 1800 + 120  # Airflow's own
+    assert again.trigger.deadline is None
+    assert (deferred.trigger.resource, again.trigger.resource) == ("overdubs", None)
     if end == "completed":
         heygen.force(heygen.jobs[0].id, "completed")
         with monkeypatch.context() as triggerer:
