@@ -323,7 +323,7 @@ def test_a_setting_that_is_wrong_for_a_moment_ends_no_rescheduled_wait(
 
 
 @pytest.mark.parametrize("status", ["completed", "failed", "running"])
-@pytest.mark.parametrize("by", ["the trigger", "Airflow"])
+@pytest.mark.parametrize("by", ["the trigger", "a clock a little ahead", "Airflow"])
 def test_no_wait_times_out_unseen(heygen, overdub_id, status, by):
     heygen.force(overdub_id, status)
     sensor = HeyGenOverdubSensor(task_id="wait", overdub_id=overdub_id, deferrable=True, timeout=20)
@@ -331,6 +331,10 @@ def test_no_wait_times_out_unseen(heygen, overdub_id, status, by):
     end = {
         # As stored in a metadata database; these names are frozen.
         "the trigger": ("execute_complete", {"event": event, "since": 1.0}),
+        "a clock a little ahead": (
+            "execute_complete",
+            {"event": event, "since": 1.0, "deadline": time.time() + 3},
+        ),
         "Airflow": ("__fail__", {"error": "Trigger timeout"}),
     }[by]
     go = lambda: sensor.resume_execution(*end, Task(lambda: sensor).context)  # noqa: E731
