@@ -793,7 +793,10 @@ def test_429_defers_a_deferrable_create_until_it_may_come_again(heygen, pauses, 
     assert (deferred.trigger.deadline, deferred.trigger.resumed) == (deferred.kwargs["until"], False)
     assert pauses == []  # no worker sleeps
     assert heygen.jobs == []
-    outcome = finish(task, task.resume(deferred, None))
+    heygen.fail_next(method="POST", status=429, code="rate_limit_exceeded")
+    again = task.resume(deferred, None)
+    assert (again.trigger.since, again.trigger.resumed) == (deferred.trigger.since, True)
+    outcome = finish(task, task.resume(again, None))
     assert outcome == heygen.jobs[0].id
     posts = [request for request in heygen.requests if request.method == "POST"]
     assert len({request.idempotency_key for request in posts}) == 1
@@ -812,6 +815,19 @@ def test_429_is_waited_out_in_place_when_sync(heygen, pauses, monkeypatch):
     task = Task(dub(), store=StateStore())
     assert task.start() == heygen.jobs[0].id
     assert slept[0] >= 90
+
+
+def test_a_connection_that_is_wrong_for_a_moment_ends_no_wait_on_a_worker(heygen, connect, monkeypatch):
+    connect(heygen.url)
+    wait = dubbing.Dubbing._wait
+
+    def mend(_):
+        connect(heygen.url)
+        heygen.force(heygen.jobs[0].id, "completed")
+
+    monkeypatch.setattr(dubbing.Dubbing, "_wait", lambda *args: (connect(heygen.url, ""), wait(*args))[1])
+    monkeypatch.setattr("airflow_provider_heygen.waiting.time.sleep", mend)
+    assert Task(dub(), store=StateStore()).start() == heygen.jobs[0].id
 
 
 @MODES
