@@ -30,6 +30,7 @@ from airflow_provider_heygen.exceptions import (
     HeyGenTriggerEventError,
 )
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.poller import SHORTEST_DEFERRAL
 from airflow_provider_heygen.sensors.overdub import HeyGenOverdubSensor
 
 MODES = {
@@ -180,6 +181,18 @@ def test_execution_timeout_is_of_each_rescheduled_poll(heygen, overdub_id):
     with pytest.raises(AirflowRescheduleException) as caught:
         task.start()
     assert caught.value.reschedule_date - began >= timedelta(seconds=600)
+
+
+def test_the_last_poll_of_a_rescheduled_wait_is_not_due_at_once(heygen, overdub_id):
+    """Airflow may fail a task that is due again before its worker has reported that it is rescheduled."""
+    heygen.force(overdub_id, "running")
+    now = datetime.now(UTC)
+    sensor = HeyGenOverdubSensor(task_id="wait", overdub_id=overdub_id, mode="reschedule", timeout=3600)
+    task = Task(lambda: sensor)
+    task.ti.get_first_reschedule_date = lambda _: now - timedelta(seconds=3598)
+    with pytest.raises(AirflowRescheduleException) as caught:
+        task.start()
+    assert caught.value.reschedule_date - now >= timedelta(seconds=SHORTEST_DEFERRAL)
 
 
 @ALL_MODES

@@ -70,6 +70,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
 
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.metrics import WaitMetrics
+        from airflow_provider_heygen.poller import SHORTEST_DEFERRAL
         from airflow_provider_heygen.triggers.overdub import wait_in_triggerer
         from airflow_provider_heygen.waiting import (
             OverdubWait,
@@ -97,6 +98,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
             if isinstance(step, dict):
                 return self._done(resolve_wait(step, WaitMetrics(context["ti"], since)))
             if rescheduled:
+                step = max(step, min(poke_interval, SHORTEST_DEFERRAL))  # less is left before the deadline
                 again = datetime.now(UTC) + timedelta(seconds=step)
                 raise AirflowRescheduleException(again)  # type: ignore[no-untyped-call]
         self.log.info("%s", waiting_text("in the triggerer", poke_interval, deadline))
