@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from airflow.exceptions import AirflowRescheduleException, TaskDeferralError
@@ -25,10 +25,12 @@ from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenNotFoundError,
     HeyGenOverdubFailedError,
+    HeyGenOverdubTimeoutError,
     HeyGenTaskFailedError,
     HeyGenTriggerEventError,
 )
 from airflow_provider_heygen.hooks.heygen import HeyGenHook
+from airflow_provider_heygen.poller import SHORTEST_DEFERRAL
 from airflow_provider_heygen.sensors.overdub import HeyGenOverdubSensor
 
 MODES = {
@@ -155,6 +157,42 @@ def test_timeout(heygen, mode, overdub_id, flag):
     heygen.force(overdub_id, "running")
     with pytest.raises(error):
         wait(overdub_id, mode, timeout=0.2, **({flag: True} if flag else {}))
+
+
+@pytest.mark.parametrize(
+    ("flag", "mode"),
+    [(None, "poke"), (None, "deferrable"), ("soft_fail", "deferrable"), ("never_fail", "poke")],
+)
+def test_execution_timeout_is_retried(heygen, mode, overdub_id, flag):
+    """Airflow itself retries a task after its execution_timeout, but no sensor after its timeout."""
+    error = AirflowSkipException if flag else HeyGenOverdubTimeoutError
+    heygen.force(overdub_id, "running")
+    with pytest.raises(error):
+        wait(overdub_id, mode, execution_timeout=timedelta(seconds=0.2), **({flag: True} if flag else {}))
+
+
+def test_execution_timeout_is_of_each_rescheduled_poll(heygen, overdub_id):
+    heygen.force(overdub_id, "running")
+    began = datetime.now(UTC)
+    limits = {"poke_interval": 600, "execution_timeout": timedelta(seconds=60)}
+    sensor = HeyGenOverdubSensor(task_id="wait", overdub_id=overdub_id, mode="reschedule", **limits)
+    task = Task(lambda: sensor)
+    task.ti.get_first_reschedule_date = lambda _: None
+    with pytest.raises(AirflowRescheduleException) as caught:
+        task.start()
+    assert caught.value.reschedule_date - began >= timedelta(seconds=600)
+
+
+def test_the_last_poll_of_a_rescheduled_wait_is_not_due_at_once(heygen, overdub_id):
+    """Airflow may fail a task that is due again before its worker has reported that it is rescheduled."""
+    heygen.force(overdub_id, "running")
+    now = datetime.now(UTC)
+    sensor = HeyGenOverdubSensor(task_id="wait", overdub_id=overdub_id, mode="reschedule", timeout=3600)
+    task = Task(lambda: sensor)
+    task.ti.get_first_reschedule_date = lambda _: now - timedelta(seconds=3598)
+    with pytest.raises(AirflowRescheduleException) as caught:
+        task.start()
+    assert caught.value.reschedule_date - now >= timedelta(seconds=SHORTEST_DEFERRAL)
 
 
 @ALL_MODES

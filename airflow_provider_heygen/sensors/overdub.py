@@ -39,7 +39,8 @@ class HeyGenOverdubSensor(BaseSensorOperator):
     :param deferrable: wait in the triggerer, not on a worker.
     :param poke_interval: time between polls, in seconds or as a timedelta.
     :raises HeyGenTaskFailedError: if the overdub failed or is gone, or its id is wrong. No retry.
-    :raises AirflowSensorTimeout: if ``timeout`` passed.
+    :raises AirflowSensorTimeout: if ``timeout`` passed. Airflow does not retry it.
+    :raises HeyGenOverdubTimeoutError: if ``execution_timeout`` passed first. A retry continues to wait.
     """
 
     template_fields: Sequence[str] = ("overdub_id", "heygen_conn_id")
@@ -69,6 +70,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
 
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.metrics import WaitMetrics
+        from airflow_provider_heygen.poller import SHORTEST_DEFERRAL
         from airflow_provider_heygen.triggers.overdub import wait_in_triggerer
         from airflow_provider_heygen.waiting import (
             OverdubWait,
@@ -80,9 +82,10 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         # The wait may have begun in another process.
         first = context["ti"].get_first_reschedule_date(context) if self.reschedule else None
         since = first.timestamp() if first else time.time()
-        deadline = execution_deadline(self.execution_timeout, context)
+        rescheduled = self.reschedule and not self.deferrable
+        limit = execution_deadline(self._wait_limit, context)
         # In Airflow's sensors, a timeout of 0 means one poll, and it counts from the first reschedule.
-        deadline = min(deadline or math.inf, since + (self.timeout or 1e-3))
+        deadline = min(limit or math.inf, since + (self.timeout or 1e-3))
         poke_interval = self.poke_interval or 1.0
         rules: Any = {"poke_interval": poke_interval, "deadline": deadline, "not_found_until": 0.0}
         with self._ends(), HeyGenHook(self.heygen_conn_id, max_attempts=1) as hook:
@@ -90,12 +93,12 @@ class HeyGenOverdubSensor(BaseSensorOperator):
             watch.is_known = first is not None
             if not watch.is_known:
                 _ = hook.settings  # an invalid connection fails the task, unlike a fault of HeyGen
-            rescheduled = self.reschedule and not self.deferrable
             once = watch.poll_twice if rescheduled else watch.poll
             step = once(hook) if rescheduled or self.deferrable else watch.poll_until_final(hook)
             if isinstance(step, dict):
                 return self._done(resolve_wait(step, WaitMetrics(context["ti"], since)))
             if rescheduled:
+                step = max(step, min(poke_interval, SHORTEST_DEFERRAL))  # less is left before the deadline
                 again = datetime.now(UTC) + timedelta(seconds=step)
                 raise AirflowRescheduleException(again)  # type: ignore[no-untyped-call]
         self.log.info("%s", waiting_text("in the triggerer", poke_interval, deadline))
@@ -128,6 +131,11 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         self.log.info("%s", completion_summary(details))
         return details
 
+    @property
+    def _wait_limit(self) -> timedelta | None:
+        """``execution_timeout``, unless it is of one rescheduled poll, where Airflow itself enforces it."""
+        return None if self.reschedule and not self.deferrable else self.execution_timeout
+
     @contextmanager
     def _ends(self) -> Iterator[None]:
         """Raise the exception of Airflow's sensors for the end of a wait, or skip the task."""
@@ -145,6 +153,9 @@ class HeyGenOverdubSensor(BaseSensorOperator):
                 with fails_task():
                     yield
             except HeyGenOverdubTimeoutError as error:
+                # Airflow retries a task after its execution_timeout, but no sensor after its timeout.
+                if self._wait_limit is not None and self._wait_limit.total_seconds() < self.timeout:
+                    raise
                 raise AirflowSensorTimeout(str(error)) from error
         except (AirflowSkipException, AirflowRescheduleException):
             raise
@@ -153,7 +164,7 @@ class HeyGenOverdubSensor(BaseSensorOperator):
                 raise AirflowSkipException("Skipping due to never_fail is set to True.") from error
             # A crash of the trigger, a malformed event or a wrong setting is no soft failure.
             ends = (HeyGenOverdubFailedError, HeyGenNotFoundError, HeyGenOverdubTimeoutError)
-            if self.soft_fail and isinstance(error.__cause__, ends):
+            if self.soft_fail and (isinstance(error.__cause__, ends) or isinstance(error, ends)):
                 raise AirflowSkipException("Skipping due to soft_fail is set to True.") from error
             raise
 
