@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import gzip
 import json
 import logging
 import re
@@ -355,8 +356,9 @@ def test_broken_servers(listen, connect, pauses, look, answer):
     str(raised.value).encode()
 
 
-def test_a_response_that_arrives_slowly(connect):
-    """In a triggerer it must not hold up a wait for ever."""
+@both_transports
+def test_a_response_that_arrives_slowly(connect, look):
+    """It must not hold up a wait, or a worker, for ever."""
 
     def drip(server):
         client, _ = server.accept()
@@ -372,8 +374,21 @@ def test_a_response_that_arrives_slowly(connect):
         thread.start()
         connect(f"http://127.0.0.1:{server.getsockname()[1]}", connect_timeout=0.2, read_timeout=0.2)
         with pytest.raises(HeyGenTransientError, match="no readable response arrived"):
-            aget("od_1", max_attempts=1)
+            look("od_1", max_attempts=1)
         thread.join()
+
+
+@both_transports
+@pytest.mark.parametrize("coding", ["", "gzip"])
+def test_a_response_that_is_too_large(listen, connect, monkeypatch, look, coding):
+    """It must not fill the memory, on which all other tasks depend."""
+    monkeypatch.setattr(transport, "MAX_RESPONSE_BYTES", 1 << 20)
+    body = b'{"data": {"id": "od_1", "status": "running"}}'.ljust(2 << 20)
+    body = gzip.compress(body) if coding else body
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {coding}\r\nContent-Length: {len(body)}\r\n\r\n"
+    connect(listen(lambda _: head.encode() + body).url)
+    with pytest.raises(HeyGenTransientError, match="more than 1 MiB"):
+        look("od_1", max_attempts=1)
 
 
 # --- Exactly one overdub ------------------------------------------------------------------------------
