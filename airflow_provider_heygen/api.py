@@ -454,6 +454,8 @@ def _statuses(decoded: Any, id_names: tuple[str, ...] = _ID_NAMES) -> Statuses:
     for row in _data(decoded, list):
         with suppress(ValueError):  # one unreadable row must not hide the others
             rows[_id_of(row, id_names)] = row
+            if isinstance(row.get("status"), str):
+                row["status"] = row["status"].strip().lower()
     token = _text(decoded.get("next_token"))
     # HeyGen requires neither member.
     more = isinstance(token, str) and token and decoded.get("has_more") is not False
