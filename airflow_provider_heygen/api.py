@@ -454,6 +454,8 @@ def _statuses(decoded: Any, id_names: tuple[str, ...] = _ID_NAMES) -> Statuses:
     for row in _data(decoded, list):
         with suppress(ValueError):  # one unreadable row must not hide the others
             rows[_id_of(row, id_names)] = row
+            if isinstance(row.get("status"), str):
+                row["status"] = row["status"].strip().lower()
     token = _text(decoded.get("next_token"))
     # HeyGen requires neither member.
     more = isinstance(token, str) and token and decoded.get("has_more") is not False
@@ -537,6 +539,15 @@ class Call(Generic[T]):
         kind = {"assets": "assets", "api_keys": "account"}.get(self.path.split("/")[2], "lipsync")
         return f"{kind}:{'write' if self.writes else 'read'}"
 
+    def _is_moved(self, headers: Mapping[str, str]) -> bool:
+        """Return whether a redirect leads to the same call under HeyGen's other name for the resource."""
+        names = {_OVERDUBS: _LIPSYNCS, _LIPSYNCS: _OVERDUBS}
+        own = next(filter(self.path.startswith, names), None)
+        with suppress(ValueError):  # urlsplit rejects the URL
+            path = urlsplit(headers.get("Location", "")).path.rstrip("/")
+            return own is not None and path.endswith(self.path.replace(own, names[own], 1))
+        return False
+
     def parse(self, status: int, headers: Mapping[str, str], body: bytes, connection: HeyGenConnection) -> T:
         """
         Turn an HTTP response into the result.
@@ -553,6 +564,8 @@ class Call(Generic[T]):
         if 200 <= status < 300 and _envelope(decoded) and not _has_data(decoded):
             # HeyGen's older endpoints report errors with status 200. The code implies the real status.
             status = _STATUS_BY_CODE.get(str(decoded["error"].get("code")), 400)
+        if status in (301, 302, 307, 308) and self._is_moved(headers):  # a 303 comes after the effect
+            raise _moved(self, status, connection)
         if not 200 <= status < 300:
             raise _error(self, status, headers, decoded, connection)
         if decoded is None and (self.requires_body or body):
@@ -649,6 +662,14 @@ def _printable(value: Any, connection: HeyGenConnection) -> str | None:
 
 def _content_type(headers: Mapping[str, str], connection: HeyGenConnection) -> str:
     return _printable(headers.get("Content-Type"), connection) or "no content type"
+
+
+def _moved(call: Call[Any], status: int, connection: HeyGenConnection) -> HeyGenError:
+    message = f"HeyGen returned {status} for {call.description}: it has the resource under its other name."
+    if connection.resource is None:
+        return HeyGenNotFoundError(message, status_code=404)  # nothing was done, and the name is tried
+    step = _NEXT_STEP["no_resource"].format(conn_id=connection.conn_id, resource=connection.resource)
+    return HeyGenPermanentError(f"{message} {step}.", status_code=status)
 
 
 def _error(

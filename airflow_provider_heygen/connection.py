@@ -55,8 +55,8 @@ class HeyGenConnection(BaseModel):
 
     ``password`` holds the API key or the OAuth access token, ``host`` the base URL. All other settings are
     extras; an unknown extra is ignored with a warning, and none becomes a request header. Timeouts are in
-    seconds and limit the silence on the socket, not the length of the call. Their defaults follow HeyGen's
-    own command line client (contract, ``x-timing``).
+    seconds and limit the silence on the socket, and the time to read a response of the API. Their defaults
+    follow HeyGen's own command line client (contract, ``x-timing``).
 
     :param resource: ``overdubs`` or ``lipsyncs``; ``None`` if the hook detects it.
     """

@@ -15,6 +15,7 @@ from airflow_provider_heygen.exceptions import (
     HeyGenError,
     HeyGenNotFoundError,
     HeyGenOutcomeUnknownError,
+    HeyGenPermanentError,
 )
 from airflow_provider_heygen.media import size_text
 from airflow_provider_heygen.submission import (
@@ -280,6 +281,9 @@ def _create(
             reported = isinstance(error, HeyGenOutcomeUnknownError)
             store.save(submission, sent=True, sent_at=time.time(), doubt_reported=reported)
         else:
+            if isinstance(error, HeyGenPermanentError) and not before.sent:
+                # HeyGen may return a stored rejection to the same key, even if its cause is mended.
+                before = before.model_copy(update={"key": store.new(before.digest, None).key})
             store.save(before)
         raise
     found = {"resource": hook.known_resource, "overdub_id": overdub_id, "answered": time.time()}

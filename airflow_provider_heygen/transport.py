@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import ssl
+import time
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -53,6 +54,9 @@ T = TypeVar("T")
 
 # urllib3's 16 kB are slow. A much larger piece could exceed upload_timeout on a slow network.
 _PIECE_BYTES = 256 << 10
+
+# A full page of the list has less than 1 MiB. A longer response must not fill the memory.
+MAX_RESPONSE_BYTES = 64 << 20
 
 # HeyGen's gateway rejects the default agents of HTTP libraries (third-party report).
 USER_AGENT = f"airflow-provider-heygen/{__version__}"
@@ -114,7 +118,10 @@ def send(
             data=data,
             headers=headers,
             timeout=(settings.connect_timeout, timeout),
+            stream=True,
         )
+        with response:
+            body = _read(response, call, settings, settings.connect_timeout + timeout)
     except HeyGenError:
         raise  # the file cannot be read; HeyGenBadInputError is a ValueError
     except (OSError, ValueError, HTTPError) as error:  # a RequestException is an OSError
@@ -124,7 +131,26 @@ def send(
     if response.status_code < 200:
         # http.client returns a 1xx as the response. The next request must not read the real one as its own.
         session.close()
-    return call.parse(response.status_code, response.headers, response.content, settings)
+    return call.parse(response.status_code, response.headers, body, settings)
+
+
+def _read(response: requests.Response, call: Call[Any], settings: HeyGenConnection, seconds: float) -> bytes:
+    body, ends_at = bytearray(), time.monotonic() + seconds
+    while chunk := response.raw.read1(_PIECE_BYTES, decode_content=True):
+        _add(body, chunk, call, settings)
+        if time.monotonic() > ends_at:  # the timeout is for one read
+            raise TimeoutError
+    return bytes(body)
+
+
+def _add(body: bytearray, chunk: bytes, call: Call[Any], settings: HeyGenConnection) -> None:
+    body += chunk
+    if len(body) > MAX_RESPONSE_BYTES:
+        raise HeyGenTransientError(
+            f"The response to {call.description} has more than {MAX_RESPONSE_BYTES >> 20} MiB. If this"
+            f" persists, check the host of Airflow connection '{settings.conn_id}'.",
+            outcome_unknown=call.writes,
+        )
 
 
 def request_elsewhere(
@@ -179,14 +205,16 @@ async def asend(call: Call[T], settings: HeyGenConnection) -> T:
                 trace_request_ctx=attempt,
                 **options,
             ) as response:
-                body = await response.read()
+                body = bytearray()
+                async for chunk in response.content.iter_any():
+                    _add(body, chunk, call, settings)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             if type(error) is aiohttp.ClientResponseError and not call.writes:
                 # aiohttp rejects responses that requests can read, such as one with two Content-Lengths.
                 with new_session(settings, credential=True) as worker:
                     return await asyncio.to_thread(send, worker, call, settings)
             raise _fault(error, attempt, call, settings, options["proxy"]) from None
-        return call.parse(response.status, response.headers, body, settings)
+        return call.parse(response.status, response.headers, bytes(body), settings)
 
 
 def _fault(

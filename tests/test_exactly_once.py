@@ -408,6 +408,18 @@ def test_a_rejected_rename_does_not_matter(heygen):
     assert heygen.jobs[0].title == "one"
 
 
+def test_a_rejection_that_heygen_stores_is_not_met_again(heygen):
+    """HeyGen may return its first response to a key for 24 hours, even if it was a rejection."""
+    heygen.fail_next(method="POST", status=402, code="insufficient_credit")
+    task = Task(dub(), store=StateStore())
+    with fails_for_good(HeyGenPermanentError, match="402"):
+        task.start()
+    task.clear()
+    assert task.start() == heygen.jobs[0].id
+    first, second = (seen.idempotency_key for seen in heygen.requests if seen.method == "POST")
+    assert first != second
+
+
 @SERVERS
 def test_without_durable_a_retry_starts_another(heygen, idempotency):
     heygen.behaviour.idempotency = idempotency

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import gzip
 import json
 import logging
 import re
@@ -354,8 +355,9 @@ def test_broken_servers(listen, connect, pauses, look, answer):
     str(raised.value).encode()
 
 
-def test_a_response_that_arrives_slowly(connect):
-    """In a triggerer it must not hold up a wait for ever."""
+@both_transports
+def test_a_response_that_arrives_slowly(connect, look):
+    """It must not hold up a wait, or a worker, for ever."""
 
     def drip(server):
         client, _ = server.accept()
@@ -371,8 +373,21 @@ def test_a_response_that_arrives_slowly(connect):
         thread.start()
         connect(f"http://127.0.0.1:{server.getsockname()[1]}", connect_timeout=0.2, read_timeout=0.2)
         with pytest.raises(HeyGenTransientError, match="no readable response arrived"):
-            aget("od_1", max_attempts=1)
+            look("od_1", max_attempts=1)
         thread.join()
+
+
+@both_transports
+@pytest.mark.parametrize("coding", ["", "gzip"])
+def test_a_response_that_is_too_large(listen, connect, monkeypatch, look, coding):
+    """It must not fill the memory, on which all other tasks depend."""
+    monkeypatch.setattr(transport, "MAX_RESPONSE_BYTES", 1 << 20)
+    body = b'{"data": {"id": "od_1", "status": "running"}}'.ljust(2 << 20)
+    body = gzip.compress(body) if coding else body
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {coding}\r\nContent-Length: {len(body)}\r\n\r\n"
+    connect(listen(lambda _: head.encode() + body).url)
+    with pytest.raises(HeyGenTransientError, match="more than 1 MiB"):
+        look("od_1", max_attempts=1)
 
 
 # --- Exactly one overdub ------------------------------------------------------------------------------
@@ -1319,6 +1334,44 @@ def test_the_other_name_is_found_once(heygen, unnamed, pauses, elsewhere, name, 
     assert asked(unnamed) == ["POST l"], "what was found is kept"
 
 
+def redirect_to_the_other_name(wire, status=308, host=""):
+    """Have HeyGen redirect from ``overdubs`` to ``lipsyncs``, as it may have done since the rename."""
+    pass_on = wire.answer
+
+    def answer(seen):
+        if not seen.path.startswith("/v3/overdubs"):
+            return pass_on(seen)
+        return status, {"Location": host + seen.path.replace("overdubs", "lipsyncs")}, b""
+
+    wire.answer = answer
+
+
+@pytest.mark.parametrize("name", FIRST_CALLS)
+@pytest.mark.parametrize(("status", "host"), [(301, ""), (308, "http://api.heygen.com")])
+def test_a_redirect_to_the_other_name(heygen, unnamed, pauses, elsewhere, name, status, host):
+    call, requests = FIRST_CALLS[name]
+    redirect_to_the_other_name(unnamed, status, host)
+    call(HeyGenHook(), elsewhere)
+    assert asked(unnamed) == requests
+    assert pauses == []
+
+
+def test_a_redirect_after_the_effect_is_no_other_name(unnamed, pauses):
+    redirect_to_the_other_name(unnamed, 303)
+    with pytest.raises(HeyGenGatewayError) as raised:
+        HeyGenHook(max_attempts=1).create_overdub(REQUEST)
+    assert raised.value.outcome_unknown
+    assert asked(unnamed) == ["POST o"]
+
+
+@pytest.mark.parametrize("resource", ["overdubs"])
+def test_a_redirect_from_a_name_that_is_set(wire):
+    redirect_to_the_other_name(wire)
+    for call in (lambda hook: hook.create_overdub(REQUEST), lambda hook: hook.get_overdub("od_1")):
+        with pytest.raises(HeyGenPermanentError, match=r"other name.*Remove the extra 'resource'"):
+            call(HeyGenHook())
+
+
 def test_calls_at_the_same_time_find_the_same_name(unnamed, elsewhere):
     """The slower one has its 404 when the name is found already."""
     pass_on, found = unnamed.answer, threading.Event()
@@ -1392,10 +1445,13 @@ def test_a_page_is_no_missing_name(heygen, unnamed, pauses):
     assert "GET l" not in asked(unnamed), "a name that has answered stays"
 
 
-def test_heygen_drops_a_name_while_a_triggerer_runs(heygen, unnamed):
+@pytest.mark.parametrize("redirects", [False, True])
+def test_heygen_drops_a_name_while_a_triggerer_runs(heygen, unnamed, redirects):
     alist = HeyGenHook().alist_overdubs
     asyncio.run(alist())
     heygen.behaviour.resources = "lipsyncs"
+    if redirects:
+        redirect_to_the_other_name(unnamed)
     asyncio.run(alist())
     assert HeyGenHook().resource == "lipsyncs"
 

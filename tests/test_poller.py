@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import random
+import re
 import selectors
 import time
 from collections import Counter
@@ -620,6 +621,29 @@ def test_an_overdub_deleted_after_its_end_does_not_suspend_the_bulk_endpoint(cap
     with simulation(server) as runner, caplog.at_level(logging.INFO, poller.__name__):
         runner.run(gather(one, server.ends))
     assert "Doing without" not in caplog.text
+
+
+@pytest.mark.parametrize("resource", ["overdubs", "lipsyncs"])
+def test_status_words_in_capitals_suspend_nothing(resource, caplog):
+    class Shouting(Server):
+        def answer(self, call, key):
+            status, headers, body = super().answer(call, key)
+            return (
+                status,
+                headers,
+                json.loads(
+                    re.sub('"status": "(.*?)"', lambda m: m[0].upper(), json.dumps(body)).replace(
+                        "STATUS", "status"
+                    )
+                ),
+            )
+
+    server = Shouting(jobs(60, 20, 200), resource=resource, bulk_status=200)
+    with caplog.at_level(logging.INFO, poller.__name__):
+        ends = run(server, [watch(name) for name in server.ends])
+    assert {end.event["status"] for end in ends} == {"completed"}
+    assert "Doing without" not in caplog.text
+    assert "unknown status" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["title", "duration", "callback_id", "created_at", "failure_message"])
