@@ -564,7 +564,7 @@ class Call(Generic[T]):
         if 200 <= status < 300 and _envelope(decoded) and not _has_data(decoded):
             # HeyGen's older endpoints report errors with status 200. The code implies the real status.
             status = _STATUS_BY_CODE.get(str(decoded["error"].get("code")), 400)
-        if status in (301, 302, 307, 308) and self._is_moved(headers):  # a 303 comes after the effect
+        if status in (301, 307, 308) and self._is_moved(headers):  # a 302 or 303 may come after the effect
             raise _moved(self, status, connection)
         if not 200 <= status < 300:
             raise _error(self, status, headers, decoded, connection)

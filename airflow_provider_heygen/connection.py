@@ -85,7 +85,9 @@ class HeyGenConnection(BaseModel):
     cert: str | tuple[str, str] | None = None
     trust_env: bool = True
     # In dollars, by mode; the page *Watch* and the result show the cost.
-    price_per_second: dict[str, float] = Field(default_factory=dict)
+    price_per_second: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict
+    )
 
     def cost(self, mode: str, duration: float | None) -> float | None:
         """Return the cost of an overdub in dollars, or ``None`` if the price is not set."""

@@ -292,6 +292,7 @@ REFUSALS = [
     ({"extra": {"write_timeout": "soon"}}, "extra 'write_timeout'"),
     ({"extra": {"upload_timeout": "inf"}}, "extra 'upload_timeout'"),
     ({"extra": {"read_timeout": "nan"}}, "extra 'read_timeout'"),
+    ({"extra": {"price_per_second": {"speed": "nan"}}}, "extra 'price_per_second'"),
     ({"extra": {"allow_http": "perhaps"}}, "extra 'allow_http'"),
     ({"extra": {"allow_private_hosts": 2}}, "extra 'allow_private_hosts'"),
     ({"extra": {"trust_env": []}}, "extra 'trust_env'"),

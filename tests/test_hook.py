@@ -31,6 +31,7 @@ from airflow_provider_heygen.api import CreateOverdubRequest
 from airflow_provider_heygen.exceptions import (
     HeyGenBadInputError,
     HeyGenError,
+    HeyGenGatewayError,
     HeyGenNotFoundError,
     HeyGenOutcomeUnknownError,
     HeyGenPermanentError,
@@ -1356,8 +1357,9 @@ def test_a_redirect_to_the_other_name(heygen, unnamed, pauses, elsewhere, name, 
     assert pauses == []
 
 
-def test_a_redirect_after_the_effect_is_no_other_name(unnamed, pauses):
-    redirect_to_the_other_name(unnamed, 303)
+@pytest.mark.parametrize("status", [302, 303])
+def test_a_redirect_after_the_effect_is_no_other_name(unnamed, pauses, status):
+    redirect_to_the_other_name(unnamed, status)
     with pytest.raises(HeyGenGatewayError) as raised:
         HeyGenHook(max_attempts=1).create_overdub(REQUEST)
     assert raised.value.outcome_unknown
