@@ -507,9 +507,9 @@ def test_a_slow_create(heygen, connect, pauses):
 def test_a_create_still_in_progress(heygen, connect, monkeypatch):
     """The delays are real: the key is rejected, and the list is empty, until HeyGen has finished."""
     connect(heygen.url, write_timeout=0.1)
-    heygen.behaviour.create_latency = 0.5
+    heygen.behaviour.create_latency = 2  # long enough for a second request on a busy machine
     monkeypatch.setattr(module, "_retry_delay", lambda _: 0.1)
-    overdub_id = HeyGenHook(max_attempts=20).create_overdub(REQUEST)
+    overdub_id = HeyGenHook(max_attempts=100).create_overdub(REQUEST)
     assert [job.id for job in heygen.jobs] == [overdub_id]
     assert {record.status for record in heygen.requests if record.method == "POST"} >= {409}
 
