@@ -1639,8 +1639,9 @@ def test_a_gateways_retry_after_ends_no_create_request_of_a_task_that_may_defer(
     heygen.fail_next(method="POST", path="/v3/overdubs", count=2, **fault)
     hook = HeyGenHook(longest_pause=0.0)
     if posts == 1:  # for HeyGen's own Retry-After, the task defers
-        with pytest.raises(HeyGenTransientError):
+        with pytest.raises(HeyGenTransientError) as raised:
             hook.create_overdub(REQUEST)
+        assert isinstance(raised.value, HeyGenGatewayError) == html
     else:
         assert hook.create_overdub(REQUEST) == heygen.jobs[0].id
     assert heygen.requests_by_route["POST /v3/overdubs"] == posts

@@ -82,7 +82,6 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         # The wait may have begun in another process.
         first = context["ti"].get_first_reschedule_date(context) if self.reschedule else None
         since = first.timestamp() if first else time.time()
-        rescheduled = self.reschedule and not self.deferrable
         limit = execution_deadline(self._wait_limit, context)
         # In Airflow's sensors, a timeout of 0 means one poll, and it counts from the first reschedule.
         deadline = min(limit or math.inf, since + (self.timeout or 1e-3))
@@ -93,11 +92,11 @@ class HeyGenOverdubSensor(BaseSensorOperator):
             watch.is_known = first is not None
             if not watch.is_known:
                 _ = hook.settings  # an invalid connection fails the task, unlike a fault of HeyGen
-            once = watch.poll_twice if rescheduled else watch.poll
-            step = once(hook) if rescheduled or self.deferrable else watch.poll_until_final(hook)
+            once = watch.poll_twice if self._reschedules else watch.poll
+            step = once(hook) if self._reschedules or self.deferrable else watch.poll_until_final(hook)
             if isinstance(step, dict):
                 return self._done(resolve_wait(step, WaitMetrics(context["ti"], since)))
-            if rescheduled:
+            if self._reschedules:
                 step = max(step, min(poke_interval, SHORTEST_DEFERRAL))  # less is left before the deadline
                 again = datetime.now(UTC) + timedelta(seconds=step)
                 raise AirflowRescheduleException(again)  # type: ignore[no-untyped-call]
@@ -132,9 +131,14 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         return details
 
     @property
+    def _reschedules(self) -> bool:
+        """Whether Airflow starts the task again for each poll. ``deferrable`` overrides ``mode``."""
+        return self.reschedule and not self.deferrable
+
+    @property
     def _wait_limit(self) -> timedelta | None:
         """``execution_timeout``, unless it is of one rescheduled poll, where Airflow itself enforces it."""
-        return None if self.reschedule and not self.deferrable else self.execution_timeout
+        return None if self._reschedules else self.execution_timeout
 
     @contextmanager
     def _ends(self) -> Iterator[None]:
