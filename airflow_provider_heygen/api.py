@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MAX_JOB_SECONDS = 24 * 60 * 60  # after which a job that is not final does not count as running
 MAX_PAGE_SIZE = 100  # of the list endpoint (HeyGen's page "Create Overdub")
 MAX_MULTIPART_BYTES = 32 * 1024 * 1024  # for POST /v3/assets: "32 MB", read generously (contract, x-limits)
 DEFAULT_FAILURE_MESSAGE = "HeyGen stated no reason"  # it may be null (contract, Overdub.failure_message)
@@ -367,6 +368,17 @@ class Statuses(NamedTuple):
     rows: dict[str, dict[str, Any]]
     next_token: str | None
     has_more: bool
+
+    def running(self) -> set[str]:
+        """Return the ids of the jobs that occupy a slot. A job of a day ago is one that HeyGen has lost."""
+        oldest = time.time() - MAX_JOB_SECONDS
+
+        def runs(row: Mapping[str, Any]) -> bool:
+            created_at = row.get("created_at")
+            is_lost = isinstance(created_at, (int, float)) and created_at < oldest
+            return row.get("status") in (OverdubStatus.PENDING, OverdubStatus.RUNNING) and not is_lost
+
+        return {name for name, row in self.rows.items() if runs(row)}
 
 
 class Asset(_Response):

@@ -14,7 +14,6 @@ import contextvars
 import logging
 import math
 import random
-import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field
@@ -43,28 +42,15 @@ MAX_FAILURES_PER_TICK = 3  # consecutive failed GETs after which all that are du
 MAX_BACKOFF_SECONDS = 15.0  # between GETs after consecutive failures, unless HeyGen asks for more
 SUSPEND_SECONDS = 600.0  # longest suspension of pages; at once if they are rejected or lag behind
 STALE_SECONDS = 10.0  # how far pages may lag behind a GET
-MAX_JOB_SECONDS = 86_400.0  # after which a job that is not final does not count as running
 BLIND_SECONDS = 120.0  # if the list is suspended for longer, the queue does without it
 PAGE_COST = 2  # in GETs: a page is one request, but takes twice the CPU (measured)
 SEARCH_SECONDS = 10.0  # until pages that cost more than GETs are read again; doubles
 
 _FINAL = ("completed", "failed", api.NOT_FOUND)
-_RUNNING = ("pending", "running")
 _DETAILS = {"title", "duration", "callback_id", "created_at", "failure_message"}
 _AT_ONCE = -math.inf  # when a GET is due that no page can replace
 
 _Pages = AsyncGenerator[api.Statuses, None]
-
-
-def _running(page: api.Statuses) -> set[str]:
-    """Return the ids of the jobs that occupy a slot. A job of a day ago is one that HeyGen has lost."""
-    oldest = time.time() - MAX_JOB_SECONDS
-
-    def runs(status: Any, created_at: Any) -> bool:
-        is_lost = isinstance(created_at, (int, float)) and created_at < oldest
-        return isinstance(status, str) and status.strip().lower() in _RUNNING and not is_lost
-
-    return {name for name, row in page.rows.items() if runs(row.get("status"), row.get("created_at"))}
 
 
 class _Waiter(NamedTuple):
@@ -341,7 +327,7 @@ class _Poller:
 
         def more(page: api.Statuses) -> bool:
             nonlocal gain, best
-            unfinished = _running(page) if count else set()
+            unfinished = page.running() if count else set()
             running.update(unfinished)
             found = wanted & self._take(page)
             wanted.difference_update(found)

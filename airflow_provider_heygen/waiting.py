@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, get_args
 
@@ -64,6 +65,7 @@ class WaitEvent(TypedDict):
     overdub: NotRequired[dict[str, Any]]
 
 
+@dataclass(slots=True, eq=False)
 class OverdubWait:
     """
     The wait for one overdub: turns each poll result into the delay until the next poll, or into the end.
@@ -79,52 +81,29 @@ class OverdubWait:
     :param logged_status: the status that was logged before.
     """
 
-    __slots__ = (
-        "account_changed",
-        "began",
-        "deadline",
-        "failures",
-        "is_known",
-        "log",
-        "logged_at",
-        "logged_status",
-        "missing_for",
-        "missing_since",
-        "not_found_until",
-        "overdub_id",
-        "poke_interval",
-        "settings",
-        "status",
-        "trouble",
-    )
+    overdub_id: str
+    _: KW_ONLY
+    poke_interval: float
+    deadline: float | None
+    not_found_until: float
+    log: Any
+    logged_status: str | None = None
+    # What the polls have told so far.
+    status: str = "not seen yet"
+    failures: int = 0
+    trouble: str = ""
+    missing_since: float | None = None
+    missing_for: float = 0.0
+    settings: HeyGenConnection | None = None  # of the last poll on a worker
+    is_known: bool = False
+    """Whether the connection has reached the overdub. If so, a wrong setting does not end the wait."""
+    account_changed: bool = False
+    """Whether the credential may now be for another account, which does not have the overdub."""
+    began: float = field(init=False)
+    logged_at: float = field(init=False)
 
-    def __init__(
-        self,
-        overdub_id: str,
-        *,
-        poke_interval: float,
-        deadline: float | None,
-        not_found_until: float,
-        log: Any,
-        logged_status: str | None = None,
-    ) -> None:
-        self.overdub_id = overdub_id
-        self.poke_interval = poke_interval
-        self.deadline = deadline
-        self.not_found_until = not_found_until
-        self.log = log
-        self.status = "not seen yet"
-        self.logged_status = logged_status
-        self.logged_at = self.began = time.monotonic()
-        self.failures = 0
-        self.trouble = ""
-        self.missing_since: float | None = None
-        self.missing_for = 0.0
-        self.is_known = False
-        """Whether the connection has reached the overdub. If so, a wrong setting does not end the wait."""
-        self.account_changed = False
-        """Whether the credential may now be for another account, which does not have the overdub."""
-        self.settings: HeyGenConnection | None = None  # of the last poll on a worker
+    def __post_init__(self) -> None:
+        self.began = self.logged_at = time.monotonic()
 
     def on_poll(self, overdub: Overdub) -> float | WaitEvent:
         """Handle a successful poll."""

@@ -1607,9 +1607,13 @@ def test_what_occupies_a_slot():
         "canceled": {"status": "canceled"},
         "COMPLETED": {"status": "COMPLETED"},
         "none": {"status": None},
+        "list": {"status": ["running"]},
         "nothing": {},
     }
-    assert poller._running(api.Statuses(rows, None, False)) == {"new", "capitals"}
+    page = api.list_raw_overdubs(100, None).read(
+        {"data": [{"id": name, **row} for name, row in rows.items()]}
+    )
+    assert page.running() == {"new", "capitals"}
 
 
 def test_a_key_of_another_account_for_a_while_ends_no_wait():
