@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import http.client
 import os
 import re
 import socket
@@ -57,6 +58,9 @@ _PIECE_BYTES = 256 << 10
 
 # A full page of the list has less than 1 MiB. A longer response must not fill the memory.
 MAX_RESPONSE_BYTES = 64 << 20
+
+# A gateway may send some before each response; without end, they would hold a worker for ever.
+MAX_INTERIM_RESPONSES = 10
 
 # HeyGen's gateway rejects the default agents of HTTP libraries (third-party report).
 USER_AGENT = f"airflow-provider-heygen/{__version__}"
@@ -129,7 +133,7 @@ def send(
         proxy = None if attempt.connected else _options(settings)["proxy"]
         raise _fault(error, attempt, call, settings, proxy) from None
     if response.status_code < 200:
-        # http.client returns a 1xx as the response. The next request must not read the real one as its own.
+        # http.client returns a 101 as the response. The next request must not read the real one as its own.
         session.close()
     return call.parse(response.status_code, response.headers, body, settings)
 
@@ -331,9 +335,23 @@ class _Adapter(TCPKeepAliveAdapter):  # type: ignore[misc]
         return pool
 
 
+class _Response(http.client.HTTPResponse):
+    """A response that skips interim ones (1xx), as aiohttp does; http.client skips 100 only."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        for _ in range(MAX_INTERIM_RESPONSES + 1):
+            line: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+            if not 101 < line[1] < 200:
+                return line
+            http.client.parse_headers(self.fp)
+        raise http.client.HTTPException("too many interim responses")
+
+
 @cache
 def _recording(base: Any) -> Any:
     class Connection(base):  # type: ignore[misc]
+        response_class = _Response
+
         def request(self, *args: Any, **kwargs: Any) -> None:
             if self.is_closed:
                 self.connect()  # DNS, TCP, the proxy's CONNECT, TLS
