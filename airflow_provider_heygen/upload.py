@@ -203,15 +203,11 @@ class Source:
     def digest(self) -> str:
         """The SHA-256 of the content, in hexadecimal; the file is read once if it is not known."""
         if self.known_digest is None:
-            with self.open() as file:
+            with Announced(self) as file:
                 for _ in ChunkedBody(file):
                     pass
             self.known_digest = file.sha256.hexdigest()
         return self.known_digest
-
-    def open(self) -> Announced:
-        """Open the file for reading exactly ``size`` bytes."""
-        return Announced(self)
 
     def open_file(self) -> Any:
         """Open the file in its storage."""
@@ -367,7 +363,7 @@ def put_file(
     session.headers.clear()  # the signature covers the headers, so only HeyGen's are sent
     with (
         redact_urllib3_logs(),
-        source.open() as file,
+        Announced(source) as file,
         request_elsewhere(
             session,
             settings,
