@@ -416,13 +416,12 @@ def storage_uris(fields: Mapping[str, Any], *, links: bool = False) -> dict[str,
         if isinstance(value, (ObjectStoragePath, PurePath)):
             found[name] = value
         elif isinstance(value, str):
-            scheme = re.match(r"(?i)(?:(file):|(.*?)://)", value, re.DOTALL)
-            if scheme is None:
+            if not re.match(r"(?i)file:|.*?://", value, re.DOTALL):
                 raise HeyGenBadInputError(
                     f"{name}: must be a public https URL, or the URI of a file (file:///data/talk.mp4,"
                     " s3://bucket/talk.mp4 ...), or an asset; nothing was sent."
                 )
-            if links or str(scheme[2]).lower() not in ("http", "https"):
+            if links or not is_link(value):
                 found[name] = value
     return found
 
