@@ -927,9 +927,9 @@ def lines_of(hours, monkeypatch, size):
     """The log lines of a download that takes so long, at a MB per second."""
     said, clock = [], itertools.count(0.0)
     monkeypatch.setattr(download, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    target = download._PendingFile(ObjectStoragePath("file:///v.mp4"))
+    target = download._PendingFile(ObjectStoragePath("file:///v.mp4"), "video")
     target.size = size
-    progress = download._Progress(lambda text, *values: said.append(text % values), "video", target)
+    progress = download._Progress(lambda text, *values: said.append(text % values), target)
     for _ in range(int(3600 * hours)):
         target.written += 1_000_000
         progress.add(1_000_000)
