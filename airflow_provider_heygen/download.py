@@ -99,7 +99,7 @@ def save(
     keeps = existing is not None and not overwrite
     progress = _Progress(log_info, target)
     furthest = 0
-    with target:
+    try:
         for attempt in attempts:
             with attempt:
                 url = new_url()
@@ -129,6 +129,8 @@ def save(
         target.publish()
         progress.end()
         return target.written
+    finally:
+        target.discard()
 
 
 def _kept(
@@ -218,12 +220,6 @@ class _PendingFile:
     def __str__(self) -> str:
         return redact_urls(str(self._path))
 
-    def __enter__(self) -> _PendingFile:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.discard()
-
     def begins_with(self, head: bytes) -> bool:
         """Return whether the file at the destination begins with ``head``."""
         with translate_storage_errors(self, "read"):
@@ -231,7 +227,6 @@ class _PendingFile:
             return not head or bool(self._fs.cat_file(self._path.path, start=0, end=len(head)) == head)
 
     def write(self, chunk: bytes) -> None:
-        """Append a chunk."""
         with translate_storage_errors(self, "written"):
             if self._file is None:
                 self._open()
@@ -267,7 +262,6 @@ class _PendingFile:
         self._file = None
 
     def discard(self) -> None:
-        """Remove what was written."""
         file, self._file = self._file, None
         self.written, self.size, self.version, self._boxes = 0, None, None, _Boxes()
         self.delimited = False
@@ -318,7 +312,6 @@ class _Boxes:
         self._head, self._left = b"", 0.0
 
     def add(self, chunk: bytes) -> None:
-        """Read the next bytes of the file."""
         if self._left < len(chunk):
             data, at = self._head + chunk, self._left
             while (start := int(at)) < len(data):
