@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from airflow.exceptions import AirflowRescheduleException  # compat.sdk does not have it
 from airflow.providers.common.compat.sdk import (
     AirflowSensorTimeout,
     AirflowSkipException,
@@ -66,8 +67,6 @@ class HeyGenOverdubSensor(BaseSensorOperator):
 
     def execute(self, context: Context) -> Any:
         """Poll, and wait on the worker, by rescheduling or in the triggerer."""
-        from airflow.exceptions import AirflowRescheduleException  # compat.sdk does not have it
-
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.metrics import WaitMetrics
         from airflow_provider_heygen.poller import SHORTEST_DEFERRAL
@@ -143,8 +142,6 @@ class HeyGenOverdubSensor(BaseSensorOperator):
     @contextmanager
     def _ends(self) -> Iterator[None]:
         """Raise the exception of Airflow's sensors for the end of a wait, or skip the task."""
-        from airflow.exceptions import AirflowRescheduleException  # compat.sdk does not have it
-
         from airflow_provider_heygen.dubbing import fails_task
         from airflow_provider_heygen.exceptions import (
             HeyGenNotFoundError,
