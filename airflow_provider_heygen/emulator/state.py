@@ -415,8 +415,9 @@ class State:
 
     # Signatures
 
-    def presign(self, method: str, url: str, path: str, seconds: float) -> str:
-        """Return a URL of ``path`` that is valid for so many seconds."""
+    def presign(self, method: str, url: str, path: str) -> str:
+        """Return a URL to read ``path`` by GET, or to write it by PUT."""
+        seconds = self.behaviour.upload_seconds if method == "PUT" else self.behaviour.link_seconds
         expires = f"{time.time() + seconds:.6f}"
         return f"{url}{path}?Expires={expires}&Signature={self._sign(method, path, expires)}"
 

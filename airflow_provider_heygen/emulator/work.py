@@ -84,9 +84,7 @@ class Worker:
         }
         if job.status == "failed":
             return {"event_type": f"{name}.fail", "event_data": data | {"msg": job.failure_message}}
-        url = self._state.presign(
-            "GET", job.base_url, f"/files/{job.id}.mp4", self._state.behaviour.link_seconds
-        )
+        url = self._state.presign("GET", job.base_url, f"/files/{job.id}.mp4")
         return {"event_type": f"{name}.success", "event_data": data | {"url": url}}
 
     async def _render(self, job: Job) -> tuple[Path, float | None]:
