@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAMPLE_VIDEO_SECONDS = 2.0
-SAMPLE_AUDIO_SECONDS = 2.5
-
 
 class Worker:
     """Runs the jobs, with ffmpeg and downloads in threads, so that they do not block the event loop."""
@@ -138,9 +135,9 @@ class Worker:
             if not self._has_ffmpeg:
                 path.write_bytes(b"\x00\x00\x00\x14ftypisom\x00\x00\x00\x00isom")
             elif kind == "video":
-                media.make_video(path, SAMPLE_VIDEO_SECONDS)
+                media.make_video(path)
             else:
-                media.make_audio(path, SAMPLE_AUDIO_SECONDS)
+                media.make_audio(path, seconds=2.5)
             return path, None
 
         return (await self._once(path, make))[0]
