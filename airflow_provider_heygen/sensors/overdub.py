@@ -150,14 +150,8 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         )
 
         try:
-            try:
-                with fails_task():
-                    yield
-            except HeyGenOverdubTimeoutError as error:
-                # Airflow retries a task after its execution_timeout, but no sensor after its timeout.
-                if self._wait_limit is not None and self._wait_limit.total_seconds() < self.timeout:
-                    raise
-                raise AirflowSensorTimeout(str(error)) from error
+            with fails_task():
+                yield
         except (AirflowSkipException, AirflowRescheduleException):
             raise
         except Exception as error:
@@ -167,6 +161,10 @@ class HeyGenOverdubSensor(BaseSensorOperator):
             ends = (HeyGenOverdubFailedError, HeyGenNotFoundError, HeyGenOverdubTimeoutError)
             if self.soft_fail and (isinstance(error.__cause__, ends) or isinstance(error, ends)):
                 raise AirflowSkipException("Skipping due to soft_fail is set to True.") from error
+            # Airflow retries a task after its execution_timeout, but no sensor after its timeout.
+            limit = math.inf if self._wait_limit is None else self._wait_limit.total_seconds()
+            if isinstance(error, HeyGenOverdubTimeoutError) and limit >= self.timeout:
+                raise AirflowSensorTimeout(str(error)) from error
             raise
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
