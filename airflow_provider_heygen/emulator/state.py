@@ -30,7 +30,6 @@ from airflow_provider_heygen.emulator.contract import (
     ApiError,
     Body,
     CreateJob,
-    MediaInput,
     invalid,
     is_web_address,
     mime_type_of,
@@ -304,8 +303,7 @@ class State:
         self, resource: str, request: CreateJob, base_url: str, idempotency_key: str | None
     ) -> Job:
         """Create a job, or raise the 4xx for a source that HeyGen rejects or 429 above the limit."""
-        for kind in ("video", "audio"):
-            source: MediaInput = getattr(request, kind)
+        for kind, source in (("video", request.video), ("audio", request.audio)):
             if source.asset_id is not None:
                 if not self.asset(source.asset_id).ready:
                     raise ApiError(
