@@ -2,23 +2,17 @@
 
 import base64
 import hashlib
-from dataclasses import dataclass
 
 from fastapi import APIRouter, Depends
 from fastapi.requests import Request
 from fastapi.responses import FileResponse, Response
 
-from airflow_provider_heygen.emulator.contract import credential_of, mime_type_of
+from airflow_provider_heygen.emulator.contract import ApiError, credential_of, mime_type_of
 from airflow_provider_heygen.emulator.state import Asset, StateHere, new_id
 
 
-@dataclass(eq=False)
-class StorageError(Exception):
+class StorageError(ApiError):
     """An error response of the object store, in its XML."""
-
-    status: int
-    code: str
-    message: str
 
 
 async def _check_url(request: Request, state: StateHere) -> None:
