@@ -312,23 +312,20 @@ class _Boxes:
         self._head, self._left = b"", 0.0
 
     def add(self, chunk: bytes) -> None:
-        if self._left < len(chunk):
-            data, at = self._head + chunk, self._left
-            while (start := int(at)) < len(data):
-                size, kind = int.from_bytes(data[start : start + 4]), data[start + 4 : start + 8]
-                length = 16 if size == 1 else 8
-                if len(data) < start + length:
-                    break
-                if size == 1:
-                    size = int.from_bytes(data[start + 8 : start + 16])
-                self.is_mp4 = self.is_mp4 or (not self._kinds and kind == b"ftyp")
-                self._kinds.add(kind)
-                at += size if size >= length else math.inf
-                if at == math.inf:
-                    break
-            self._head, self._left = data[start:] if at < len(data) else b"", max(0.0, at - len(data))
-        else:
-            self._left -= len(chunk)
+        data, at = self._head + chunk, self._left
+        while at < len(data):
+            start = int(at)
+            size, kind = int.from_bytes(data[start : start + 4]), data[start + 4 : start + 8]
+            length = 16 if size == 1 else 8
+            if len(data) < start + length:
+                break
+            if size == 1:
+                size = int.from_bytes(data[start + 8 : start + 16])
+            self.is_mp4 = self.is_mp4 or (not self._kinds and kind == b"ftyp")
+            self._kinds.add(kind)
+            at += size if size >= length else math.inf
+        self._head = data[int(at) :] if at < len(data) else b""
+        self._left = max(0.0, at - len(data))
         needed = {b"moov", b"mdat"} | ({b"mfra"} if b"moof" in self._kinds else set())
         self.complete = not self._head and not self._left and self._kinds >= needed
 

@@ -1130,6 +1130,16 @@ def test_length_unknown(cdn, storage, video):
         HeyGenHook().download_overdub("od_1", storage.uri("v.mp4"))
 
 
+@pytest.mark.parametrize("video", WHOLE.values(), ids=WHOLE)
+@pytest.mark.parametrize("size", [7, 1001])
+def test_the_head_of_a_box_may_come_in_pieces(video, size):
+    boxes = download._Boxes()
+    for start in range(0, len(video), size):
+        boxes.add(video[start : start + size])
+    assert boxes.is_mp4
+    assert boxes.complete
+
+
 @on_either_storage("video", CUT.values(), ids=CUT)
 def test_a_video_of_unknown_length_that_is_cut_off(cdn, pauses, storage, video):
     fault = {"video": video, "headers": {"ETag": None}, "always": {"Content-Length": None}, "ranges": False}
