@@ -386,8 +386,7 @@ class State:
     def file_at(self, url: str) -> Path | None:
         """Return the file behind a presigned URL, or None if the URL is invalid or has expired."""
         parts = urlsplit(url)
-        query = dict(parse_qsl(parts.query))
-        if not self.is_signed("GET", parts.path, query.get("Expires", ""), query.get("Signature", "")):
+        if not self.is_signed("GET", parts.path, dict(parse_qsl(parts.query))):
             return None
         return self.file(parts.path.removeprefix("/files/"))
 
@@ -419,8 +418,9 @@ class State:
         expires = f"{time.time() + seconds:.6f}"
         return f"{url}{path}?Expires={expires}&Signature={self._sign(method, path, expires)}"
 
-    def is_signed(self, method: str, path: str, expires: str, signature: str) -> bool:
+    def is_signed(self, method: str, path: str, query: Mapping[str, str]) -> bool:
         """Check that the signature is right and has not expired."""
+        expires, signature = query.get("Expires", ""), query.get("Signature", "")
         good = hmac.compare_digest(signature.encode(), self._sign(method, path, expires).encode())
         return good and time.time() < float(expires)
 
