@@ -263,9 +263,7 @@ class UrlSource(Source):
             source.known_digest, source.mime_type = known[source.fingerprint]
             hook.log.warning("%s Using the file that an earlier try found there.", error)
             return source
-        source.size = size or 0
-        if size is None:
-            source.size = source.file.seek(0, os.SEEK_END)
+        source.size = source.file.seek(0, os.SEEK_END) if size is None else size
         _check_size(str(source), source.size, hook.settings)
         if size and version:
             source.fingerprint = (
