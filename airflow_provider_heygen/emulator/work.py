@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -61,11 +62,9 @@ class Worker:
             # A forced status interrupts the wait, and a forced job ends only when it is forced again.
             ends_at = None if job.forced else job.ends_at
             job.forcing.clear()
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(None if ends_at is None else max(ends_at - time.time(), 0.001)):
                     await job.forcing.wait()
-            except TimeoutError:
-                continue
         if job.request.callback_url is not None:
             job.callback_delivered = await asyncio.to_thread(
                 _call_back, job.request.callback_url, self._event(job)
