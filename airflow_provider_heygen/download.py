@@ -94,22 +94,22 @@ def save(
     :raises HeyGenTransientError: if no URL works, or the download breaks too often. Retry.
     :raises HeyGenPermanentError: if a URL leads to a forbidden host, or another file is at the destination.
     """
-    target = _PendingFile(destination)
+    target = _PendingFile(destination, artifact)
     existing = existing_size(destination)
     keeps = existing is not None and not overwrite
-    progress = _Progress(log_info, artifact, target)
+    progress = _Progress(log_info, target)
     furthest = 0
-    with target:
+    try:
         for attempt in attempts:
             with attempt:
                 url = new_url()
                 try:
-                    with _open_remainder(url, artifact, target, session, settings) as response:
+                    with _open_remainder(url, target, session, settings) as response:
                         head = b""
                         if not target.written:
                             head = _read_head(response, CHUNK_BYTES if keeps else _HEAD_BYTES, artifact)
                         if keeps and (target.size is not None or not target.begins_with(head)):
-                            return _kept(target, existing, target.size, head, artifact, log_info)
+                            return _kept(target, existing, target.size, head, log_info)
                         for chunk in _chunks(response, head):
                             if max_bytes is not None and target.written + len(chunk) > max_bytes:
                                 raise HeyGenBadInputError(
@@ -121,31 +121,28 @@ def save(
                 finally:
                     if target.written >= furthest + CHUNK_BYTES:
                         furthest, attempt.retry_state.attempt_number = target.written, 1
-                target.check(artifact)
+                target.check()
         if keeps:
-            return _kept(target, existing, target.written, b"", artifact, log_info)
+            return _kept(target, existing, target.written, b"", log_info)
         if not overwrite and existing_size(destination) is not None:
             raise HeyGenError(f"{target} was written by another process while the {artifact} was downloaded.")
         target.publish()
         progress.end()
         return target.written
+    finally:
+        target.discard()
 
 
 def _kept(
-    target: _PendingFile,
-    existing: int | None,
-    size: int | None,
-    head: bytes,
-    artifact: str,
-    log_info: Callable[..., None],
+    target: _PendingFile, existing: int | None, size: int | None, head: bytes, log_info: Callable[..., None]
 ) -> int:
     """Return the size of an existing file that is this artifact; another file is an error."""
     # Another video may have the same size, but hardly the same first MiB as well.
     if existing is not None and existing == size and target.begins_with(head):
-        log_info("Kept %s (%s): it is this %s.", target, size_text(existing), artifact)
+        log_info("Kept %s (%s): it is this %s.", target, size_text(existing), target.artifact)
         return existing
     raise HeyGenPermanentError(
-        f"{target} exists with {existing} bytes, the {artifact} has"
+        f"{target} exists with {existing} bytes, the {target.artifact} has"
         f" {size or 'unknown'}{' others' if existing == size else ''}."
         " Choose another destination or set overwrite."
     )
@@ -166,9 +163,9 @@ def peek(
         server does not report it.
     :raises HeyGenError: see :func:`save`.
     """
-    target = _PendingFile(storage_path(os.devnull, artifact))  # nothing is written
+    target = _PendingFile(storage_path(os.devnull, artifact), artifact)  # nothing is written
     for attempt in attempts:
-        with attempt, _open_remainder(url, artifact, target, session, settings) as response:
+        with attempt, _open_remainder(url, target, session, settings) as response:
             head = _read_head(response, 1 << 16, artifact)
             return head, target.size, target.version
     raise AssertionError
@@ -199,13 +196,15 @@ class _PendingFile:
     beside its destination. On a local disk, a later download to the same destination removes the temporary
     file of a killed process. Data is not forced to disk: a power failure may lose a file that was just saved.
 
+    :param artifact: what to call the file in log and errors.
     :ivar written: bytes written so far.
     :ivar size: size of the complete file in bytes; ``None`` if the server does not report it.
     :ivar version: name and value of the header that identifies the version of the file.
     :ivar delimited: whether HTTP itself marks the end of a file of unknown size (RFC 9112, section 7.1).
     """
 
-    def __init__(self, destination: ObjectStoragePath) -> None:
+    def __init__(self, destination: ObjectStoragePath, artifact: str) -> None:
+        self.artifact = artifact
         self._path = destination
         self._fs = destination.fs
         self._local = destination.protocol in ("", "file")
@@ -221,12 +220,6 @@ class _PendingFile:
     def __str__(self) -> str:
         return redact_urls(str(self._path))
 
-    def __enter__(self) -> _PendingFile:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.discard()
-
     def begins_with(self, head: bytes) -> bool:
         """Return whether the file at the destination begins with ``head``."""
         with translate_storage_errors(self, "read"):
@@ -234,7 +227,6 @@ class _PendingFile:
             return not head or bool(self._fs.cat_file(self._path.path, start=0, end=len(head)) == head)
 
     def write(self, chunk: bytes) -> None:
-        """Append a chunk."""
         with translate_storage_errors(self, "written"):
             if self._file is None:
                 self._open()
@@ -242,7 +234,7 @@ class _PendingFile:
         self.written += len(chunk)
         self._boxes.add(chunk)
 
-    def check(self, artifact: str) -> None:
+    def check(self) -> None:
         """
         Check that the file is complete.
 
@@ -251,7 +243,7 @@ class _PendingFile:
 
         :raises HeyGenTransientError: if it is not; a file that is too long is discarded.
         """
-        written, size = self.written, self.size
+        written, size, artifact = self.written, self.size, self.artifact
         is_mp4 = artifact == "video" or self._boxes.is_mp4
         whole = self._boxes.complete if is_mp4 else self.delimited
         if written == size or (size is None and written and whole):
@@ -270,7 +262,6 @@ class _PendingFile:
         self._file = None
 
     def discard(self) -> None:
-        """Remove what was written."""
         file, self._file = self._file, None
         self.written, self.size, self.version, self._boxes = 0, None, None, _Boxes()
         self.delimited = False
@@ -321,24 +312,20 @@ class _Boxes:
         self._head, self._left = b"", 0.0
 
     def add(self, chunk: bytes) -> None:
-        """Read the next bytes of the file."""
-        if self._left < len(chunk):
-            data, at = self._head + chunk, self._left
-            while (start := int(at)) < len(data):
-                size, kind = int.from_bytes(data[start : start + 4]), data[start + 4 : start + 8]
-                length = 16 if size == 1 else 8
-                if len(data) < start + length:
-                    break
-                if size == 1:
-                    size = int.from_bytes(data[start + 8 : start + 16])
-                self.is_mp4 = self.is_mp4 or (not self._kinds and kind == b"ftyp")
-                self._kinds.add(kind)
-                at += size if size >= length else math.inf
-                if at == math.inf:
-                    break
-            self._head, self._left = data[start:] if at < len(data) else b"", max(0.0, at - len(data))
-        else:
-            self._left -= len(chunk)
+        data, at = self._head + chunk, self._left
+        while at < len(data):
+            start = int(at)
+            size, kind = int.from_bytes(data[start : start + 4]), data[start + 4 : start + 8]
+            length = 16 if size == 1 else 8
+            if len(data) < start + length:
+                break
+            if size == 1:
+                size = int.from_bytes(data[start + 8 : start + 16])
+            self.is_mp4 = self.is_mp4 or (not self._kinds and kind == b"ftyp")
+            self._kinds.add(kind)
+            at += size if size >= length else math.inf
+        self._head = data[int(at) :] if at < len(data) else b""
+        self._left = max(0.0, at - len(data))
         needed = {b"moov", b"mdat"} | ({b"mfra"} if b"moof" in self._kinds else set())
         self.complete = not self._head and not self._left and self._kinds >= needed
 
@@ -354,8 +341,8 @@ def _remove_leftovers(folder: Path, stem: str) -> None:
 class _Progress:
     """Logs the progress of a download: every 10 s, and less often as it takes longer."""
 
-    def __init__(self, log_info: Callable[..., None], artifact: str, target: _PendingFile) -> None:
-        self._log_info, self._artifact, self._target = log_info, artifact, target
+    def __init__(self, log_info: Callable[..., None], target: _PendingFile) -> None:
+        self._log_info, self._target = log_info, target
         self._started_at = self._logged_at = time.monotonic()
         self._received = self._logged = 0
 
@@ -368,23 +355,21 @@ class _Progress:
         written, size = self._target.written, self._target.size
         of = f" of {size_text(size)}, {written / size:.0%}" if size else ""
         speed = size_text((self._received - self._logged) / (now - self._logged_at))
-        self._log_info(
-            "%s%s, %s/s: the %s for %s.", size_text(written), of, speed, self._artifact, self._target
-        )
+        artifact = self._target.artifact
+        self._log_info("%s%s, %s/s: the %s for %s.", size_text(written), of, speed, artifact, self._target)
         self._logged_at, self._logged = now, self._received
 
     def end(self) -> None:
         """Log size, duration and speed of the whole download."""
         seconds = max(time.monotonic() - self._started_at, 1e-3)
         size, speed = size_text(self._target.written), size_text(self._received / seconds)
-        self._log_info(
-            "Saved %s of %s in %.1f s, %s/s: %s.", size, self._artifact, seconds, speed, self._target
-        )
+        artifact = self._target.artifact
+        self._log_info("Saved %s of %s in %.1f s, %s/s: %s.", size, artifact, seconds, speed, self._target)
 
 
 @contextlib.contextmanager
 def _open_remainder(
-    url: str, artifact: str, target: _PendingFile, session: requests.Session, settings: HeyGenConnection
+    url: str, target: _PendingFile, session: requests.Session, settings: HeyGenConnection
 ) -> Iterator[requests.Response]:
     """
     Request the rest of a file; all of it if the server has another version or does not support Range.
@@ -399,20 +384,20 @@ def _open_remainder(
             headers["If-Range"] = target.version[1]
     try:
         with redact_urllib3_logs():
-            response, host = _follow(url, artifact, headers, session, settings)
+            response, host = _follow(url, target.artifact, headers, session, settings)
             with response:
-                _check_response(response, host, artifact, target)
+                _check_response(response, host, target)
                 yield response
     except (RequestException, HTTPError) as error:
         # The text of the error would quote the URL.
         raise HeyGenTransientError(
-            f"{type(error).__name__} while downloading the {artifact} from {urlsplit(url).hostname}."
+            f"{type(error).__name__} while downloading the {target.artifact} from {urlsplit(url).hostname}."
         ) from None
 
 
-def _check_response(response: requests.Response, host: str, artifact: str, target: _PendingFile) -> None:
+def _check_response(response: requests.Response, host: str, target: _PendingFile) -> None:
     """Check that a response continues ``target``, or has the whole file: then ``target`` starts over."""
-    status, headers = response.status_code, response.headers
+    status, headers, artifact = response.status_code, response.headers, target.artifact
     kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
     encoded = _CODINGS & set(re.split(r"[\s,]+", headers.get("Content-Encoding", "").lower()))
     length = headers.get("Content-Length", "")

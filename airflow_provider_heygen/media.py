@@ -185,8 +185,14 @@ def redact_urllib3_logs() -> Iterator[None]:
     Airflow's mask is not enough: schedulers and workers copy the lines of their tasks unmasked to their own
     output.
     """
+
+    # A filter per call, because another thread removes its own.
+    def redact(record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(redact_urls(arg) if isinstance(arg, str) else arg for arg in record.args)
+        return True
+
     loggers = [logging.getLogger(f"urllib3.{module}") for module in ("connection", "connectionpool")]
-    redact = _RedactUrls()  # a filter per call, because another thread removes its own
     for logger in loggers:
         logger.addFilter(redact)
     try:
@@ -194,13 +200,6 @@ def redact_urllib3_logs() -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeFilter(redact)
-
-
-class _RedactUrls(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.args, tuple):
-            record.args = tuple(redact_urls(arg) if isinstance(arg, str) else arg for arg in record.args)
-        return True
 
 
 def check_url(base: str, url: str, settings: HeyGenConnection, name: str) -> tuple[str, str]:

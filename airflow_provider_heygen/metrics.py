@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from airflow.providers.common.compat.sdk import Stats
 
@@ -47,15 +47,8 @@ class WaitMetrics:
     ti: Any
     since: float | None
 
-    def completed(self) -> None:
-        """Count a wait whose overdub completed."""
-        self._count("completed")
-
-    def failed(self) -> None:
-        """Count a wait whose overdub failed."""
-        self._count("failed")
-
-    def _count(self, status: str) -> None:
+    def count(self, status: Literal["completed", "failed"]) -> None:
+        """Count a wait by the status of its overdub, and report its duration."""
         tags = _tags(self.ti)
         _send("incr", f"heygen.overdubs.{status}", tags=tags)
         if self.since is not None:

@@ -203,15 +203,11 @@ class Source:
     def digest(self) -> str:
         """The SHA-256 of the content, in hexadecimal; the file is read once if it is not known."""
         if self.known_digest is None:
-            with self.open() as file:
+            with Announced(self) as file:
                 for _ in ChunkedBody(file):
                     pass
             self.known_digest = file.sha256.hexdigest()
         return self.known_digest
-
-    def open(self) -> Announced:
-        """Open the file for reading exactly ``size`` bytes."""
-        return Announced(self)
 
     def open_file(self) -> Any:
         """Open the file in its storage."""
@@ -267,9 +263,7 @@ class UrlSource(Source):
             source.known_digest, source.mime_type = known[source.fingerprint]
             hook.log.warning("%s Using the file that an earlier try found there.", error)
             return source
-        source.size = size or 0
-        if size is None:
-            source.size = source.file.seek(0, os.SEEK_END)
+        source.size = source.file.seek(0, os.SEEK_END) if size is None else size
         _check_size(str(source), source.size, hook.settings)
         if size and version:
             source.fingerprint = (
@@ -367,7 +361,7 @@ def put_file(
     session.headers.clear()  # the signature covers the headers, so only HeyGen's are sent
     with (
         redact_urllib3_logs(),
-        source.open() as file,
+        Announced(source) as file,
         request_elsewhere(
             session,
             settings,
@@ -420,13 +414,12 @@ def storage_uris(fields: Mapping[str, Any], *, links: bool = False) -> dict[str,
         if isinstance(value, (ObjectStoragePath, PurePath)):
             found[name] = value
         elif isinstance(value, str):
-            scheme = re.match(r"(?i)(?:(file):|(.*?)://)", value, re.DOTALL)
-            if scheme is None:
+            if not re.match(r"(?i)file:|.*?://", value, re.DOTALL):
                 raise HeyGenBadInputError(
                     f"{name}: must be a public https URL, or the URI of a file (file:///data/talk.mp4,"
                     " s3://bucket/talk.mp4 ...), or an asset; nothing was sent."
                 )
-            if links or str(scheme[2]).lower() not in ("http", "https"):
+            if links or not is_link(value):
                 found[name] = value
     return found
 

@@ -326,10 +326,10 @@ def resolve_wait(event: WaitEvent, wait: WaitMetrics, hook: HeyGenHook | None = 
     """
     overdub_id, message = event["overdub_id"], event["message"]
     if event["status"] == "completed":
-        wait.completed()
+        wait.count("completed")
         return event["overdub"]
     if event["status"] == "failed":
-        wait.failed()
+        wait.count("failed")
         raise HeyGenOverdubFailedError(message, overdub_id=overdub_id)
     if event["status"] == "gone":
         raise HeyGenNotFoundError(message, status_code=404, overdub_id=overdub_id)

@@ -927,9 +927,9 @@ def lines_of(hours, monkeypatch, size):
     """The log lines of a download that takes so long, at a MB per second."""
     said, clock = [], itertools.count(0.0)
     monkeypatch.setattr(download, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    target = download._PendingFile(ObjectStoragePath("file:///v.mp4"))
+    target = download._PendingFile(ObjectStoragePath("file:///v.mp4"), "video")
     target.size = size
-    progress = download._Progress(lambda text, *values: said.append(text % values), "video", target)
+    progress = download._Progress(lambda text, *values: said.append(text % values), target)
     for _ in range(int(3600 * hours)):
         target.written += 1_000_000
         progress.add(1_000_000)
@@ -1128,6 +1128,16 @@ def test_length_unknown(cdn, storage, video):
     cdn.faults = [{"always": {"Content-Length": None}}]
     with pytest.raises(HeyGenPermanentError, match=f"exists with {len(video)} bytes"):
         HeyGenHook().download_overdub("od_1", storage.uri("v.mp4"))
+
+
+@pytest.mark.parametrize("video", WHOLE.values(), ids=WHOLE)
+@pytest.mark.parametrize("size", [7, 1001])
+def test_the_head_of_a_box_may_come_in_pieces(video, size):
+    boxes = download._Boxes()
+    for start in range(0, len(video), size):
+        boxes.add(video[start : start + size])
+    assert boxes.is_mp4
+    assert boxes.complete
 
 
 @on_either_storage("video", CUT.values(), ids=CUT)

@@ -271,7 +271,7 @@ def test_an_object_that_is_replaced_on_the_way(heygen, pauses, s3):
     first, second = (b"\0\0\0\x14ftypisom" + bytes([fill]) * 20 * MB for fill in (1, 2))
     s3.write("v.mp4", first)
     source = upload.Source.of(s3.uri("v.mp4"), HeyGenHook().settings)
-    with source.open() as file:
+    with upload.Announced(source) as file:
         assert file.read(MB) == first[:MB]
         s3.write("v.mp4", second)
         with pytest.raises(HeyGenTransientError, match=r"v\.mp4 cannot be read"):
@@ -885,7 +885,8 @@ def test_no_secret_is_in_the_record_or_the_log(heygen, clips, caplog):
 
 def test_the_form_is_sent_in_large_pieces(heygen, tmp_path):
     """Not in the 16 kB of urllib3, nor so large that a slow line would not do."""
-    with upload.Source.of(mp4(tmp_path / "v.mp4", 3 * MB), HeyGenHook().settings).open() as file:
+    source = upload.Source.of(mp4(tmp_path / "v.mp4", 3 * MB), HeyGenHook().settings)
+    with upload.Announced(source) as file:
         assert [len(chunk) for chunk in upload.ChunkedBody(file)] == [MB // 4] * 12
 
 

@@ -30,7 +30,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
@@ -54,8 +54,6 @@ __all__ = ["Asset", "Behaviour", "Emulator", "Fault", "Job", "RequestRecord"]
 
 API_KEY = "emulator-api-key"
 OAUTH_TOKEN = "emulator-oauth-token"  # noqa: S105 - no secret: the emulator has no data
-
-T = TypeVar("T")
 
 
 class Emulator:
@@ -222,13 +220,13 @@ class Emulator:
 
         asyncio.run(serve())
 
-    def _in_loop(self, change: Callable[[], T]) -> T:
+    def _in_loop(self, change: Callable[[], None]) -> None:
         """Make a change in the thread of the event loop, which owns the state."""
 
-        async def call() -> T:
-            return change()
+        async def call() -> None:
+            change()
 
-        return asyncio.run_coroutine_threadsafe(call(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(call(), self._loop).result()
 
 
 class _Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]

@@ -27,7 +27,6 @@ def main() -> None:
         "python -m airflow_provider_heygen.emulator",
         description="An emulator of HeyGen that runs on your own machine.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=_port, default=8000, help="0 for a free port")

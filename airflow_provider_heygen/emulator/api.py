@@ -281,9 +281,7 @@ async def create_direct_upload(
     state.assets[asset.id] = asset
     data = {
         "asset_id": asset.id,
-        "upload_url": state.presign(
-            "PUT", _base_url(request), f"/uploads/{asset.id}", behaviour.upload_seconds
-        ),
+        "upload_url": state.presign("PUT", _base_url(request), f"/uploads/{asset.id}"),
         "upload_headers": upload_headers(asset),
         "expires_in_seconds": int(behaviour.upload_seconds),
         "max_bytes": behaviour.max_upload_bytes,
@@ -375,4 +373,4 @@ def _base_url(request: Request) -> str:
 
 
 def _presign(request: Request, state: State, path: str) -> str:
-    return state.presign("GET", _base_url(request), path, state.behaviour.link_seconds)
+    return state.presign("GET", _base_url(request), path)

@@ -30,7 +30,6 @@ from airflow_provider_heygen.emulator.contract import (
     ApiError,
     Body,
     CreateJob,
-    MediaInput,
     invalid,
     is_web_address,
     mime_type_of,
@@ -304,8 +303,7 @@ class State:
         self, resource: str, request: CreateJob, base_url: str, idempotency_key: str | None
     ) -> Job:
         """Create a job, or raise the 4xx for a source that HeyGen rejects or 429 above the limit."""
-        for kind in ("video", "audio"):
-            source: MediaInput = getattr(request, kind)
+        for kind, source in (("video", request.video), ("audio", request.audio)):
             if source.asset_id is not None:
                 if not self.asset(source.asset_id).ready:
                     raise ApiError(
@@ -388,8 +386,7 @@ class State:
     def file_at(self, url: str) -> Path | None:
         """Return the file behind a presigned URL, or None if the URL is invalid or has expired."""
         parts = urlsplit(url)
-        query = dict(parse_qsl(parts.query))
-        if not self.is_signed("GET", parts.path, query.get("Expires", ""), query.get("Signature", "")):
+        if not self.is_signed("GET", parts.path, dict(parse_qsl(parts.query))):
             return None
         return self.file(parts.path.removeprefix("/files/"))
 
@@ -415,13 +412,15 @@ class State:
 
     # Signatures
 
-    def presign(self, method: str, url: str, path: str, seconds: float) -> str:
-        """Return a URL of ``path`` that is valid for so many seconds."""
+    def presign(self, method: str, url: str, path: str) -> str:
+        """Return a URL to read ``path`` by GET, or to write it by PUT."""
+        seconds = self.behaviour.upload_seconds if method == "PUT" else self.behaviour.link_seconds
         expires = f"{time.time() + seconds:.6f}"
         return f"{url}{path}?Expires={expires}&Signature={self._sign(method, path, expires)}"
 
-    def is_signed(self, method: str, path: str, expires: str, signature: str) -> bool:
+    def is_signed(self, method: str, path: str, query: Mapping[str, str]) -> bool:
         """Check that the signature is right and has not expired."""
+        expires, signature = query.get("Expires", ""), query.get("Signature", "")
         good = hmac.compare_digest(signature.encode(), self._sign(method, path, expires).encode())
         return good and time.time() < float(expires)
 

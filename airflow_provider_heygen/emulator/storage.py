@@ -2,31 +2,23 @@
 
 import base64
 import hashlib
-from dataclasses import dataclass
 
 from fastapi import APIRouter, Depends
 from fastapi.requests import Request
 from fastapi.responses import FileResponse, Response
 
-from airflow_provider_heygen.emulator.contract import credential_of, mime_type_of
+from airflow_provider_heygen.emulator.contract import ApiError, credential_of, mime_type_of
 from airflow_provider_heygen.emulator.state import Asset, StateHere, new_id
 
 
-@dataclass(eq=False)
-class StorageError(Exception):
+class StorageError(ApiError):
     """An error response of the object store, in its XML."""
-
-    status: int
-    code: str
-    message: str
 
 
 async def _check_url(request: Request, state: StateHere) -> None:
-    query = request.query_params
     # A URL that is signed for GET also works for HEAD, as at CloudFront.
     method = "PUT" if request.method == "PUT" else "GET"
-    expires, signature = query.get("Expires", ""), query.get("Signature", "")
-    if not state.is_signed(method, request.scope["path"], expires, signature):
+    if not state.is_signed(method, request.scope["path"], request.query_params):
         raise StorageError(403, "AccessDenied", "Request has expired, or its signature is wrong.")
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from airflow_provider_heygen.emulator.state import Job, State
 
 log = logging.getLogger(__name__)
-
-SAMPLE_VIDEO_SECONDS = 2.0
-SAMPLE_AUDIO_SECONDS = 2.5
 
 
 class Worker:
@@ -64,11 +62,9 @@ class Worker:
             # A forced status interrupts the wait, and a forced job ends only when it is forced again.
             ends_at = None if job.forced else job.ends_at
             job.forcing.clear()
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(None if ends_at is None else max(ends_at - time.time(), 0.001)):
                     await job.forcing.wait()
-            except TimeoutError:
-                continue
         if job.request.callback_url is not None:
             job.callback_delivered = await asyncio.to_thread(
                 _call_back, job.request.callback_url, self._event(job)
@@ -84,9 +80,7 @@ class Worker:
         }
         if job.status == "failed":
             return {"event_type": f"{name}.fail", "event_data": data | {"msg": job.failure_message}}
-        url = self._state.presign(
-            "GET", job.base_url, f"/files/{job.id}.mp4", self._state.behaviour.link_seconds
-        )
+        url = self._state.presign("GET", job.base_url, f"/files/{job.id}.mp4")
         return {"event_type": f"{name}.success", "event_data": data | {"url": url}}
 
     async def _render(self, job: Job) -> tuple[Path, float | None]:
@@ -140,9 +134,9 @@ class Worker:
             if not self._has_ffmpeg:
                 path.write_bytes(b"\x00\x00\x00\x14ftypisom\x00\x00\x00\x00isom")
             elif kind == "video":
-                media.make_video(path, SAMPLE_VIDEO_SECONDS)
+                media.make_video(path)
             else:
-                media.make_audio(path, SAMPLE_AUDIO_SECONDS)
+                media.make_audio(path, seconds=2.5)
             return path, None
 
         return (await self._once(path, make))[0]

@@ -328,7 +328,7 @@ class HeyGenHook(BaseHook):
         _ = source.digest  # known from here on, so a change while the file is sent creates no asset
         call = api.upload_asset(idempotency_key)
         for attempt in self._retrying():
-            with attempt, source.open() as file:
+            with attempt, upload.Announced(source) as file:
                 # Streams the file: the encoder reads it as it is sent.
                 form = MultipartEncoder({"file": (source.name, file, source.mime_type)})
                 return self._send(call, form=form)

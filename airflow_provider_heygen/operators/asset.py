@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from airflow.providers.openlineage.extractors import OperatorLineage
 
 
-class UrlsMaskedOperator(BaseOperator):
+class HeyGenBaseOperator(BaseOperator):
     """An operator that masks the secrets of URLs in ``url_fields`` before Airflow shows them."""
 
     url_fields: Sequence[str] = ()
+    ui_color = "#e3d9ff"
 
     def _do_render_template_fields(
         self,
@@ -34,7 +35,7 @@ class UrlsMaskedOperator(BaseOperator):
         mask_urls(*(getattr(self, name) for name in self.url_fields))
 
 
-class HeyGenUploadAssetOperator(UrlsMaskedOperator):
+class HeyGenUploadAssetOperator(HeyGenBaseOperator):
     """
     Upload a video or audio file to HeyGen, streamed, only once across all retries (Airflow 3.3 and newer).
 
@@ -54,7 +55,6 @@ class HeyGenUploadAssetOperator(UrlsMaskedOperator):
 
     template_fields: Sequence[str] = ("source", "heygen_conn_id")
     url_fields = ("source",)
-    ui_color = "#e3d9ff"
 
     def __init__(self, *, source: str, heygen_conn_id: str = "heygen_default", **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -84,7 +84,7 @@ class HeyGenUploadAssetOperator(UrlsMaskedOperator):
         return lineage.operator_lineage([lineage.media_uri(self.source)], assets)
 
 
-class HeyGenDeleteAssetOperator(BaseOperator):
+class HeyGenDeleteAssetOperator(HeyGenBaseOperator):
     """
     Delete HeyGen assets. They cannot be restored.
 
@@ -100,7 +100,6 @@ class HeyGenDeleteAssetOperator(BaseOperator):
     """
 
     template_fields: Sequence[str] = ("asset_id", "heygen_conn_id")
-    ui_color = "#e3d9ff"
 
     def __init__(
         self,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from airflow.providers.common.compat.sdk import BaseOperator, conf
+from airflow.providers.common.compat.sdk import conf
 
 from airflow_provider_heygen.compat import is_deferral_timeout
-from airflow_provider_heygen.operators.asset import UrlsMaskedOperator
+from airflow_provider_heygen.operators.asset import HeyGenBaseOperator
 from airflow_provider_heygen.plugin import WatchLink
 
 # Modules that need requests, aiohttp or pydantic are imported when a task runs, not when a DAG is parsed.
@@ -39,7 +39,7 @@ REQUEST_FIELDS = (
 """The 16 fields of HeyGen's page "Create Overdub"."""
 
 
-class HeyGenCreateOverdubOperator(UrlsMaskedOperator):
+class HeyGenCreateOverdubOperator(HeyGenBaseOperator):
     """
     Put a new audio track on a video; HeyGen re-syncs the speaker's lips.
 
@@ -120,7 +120,6 @@ class HeyGenCreateOverdubOperator(UrlsMaskedOperator):
     url_fields = ("video", "audio", "callback_url", "destination", "extra_body")
     template_fields_renderers = {"video": "json", "audio": "json", "extra_body": "json"}
     operator_extra_links = (WatchLink(),)
-    ui_color = "#e3d9ff"
 
     def __init__(
         self,
@@ -262,7 +261,7 @@ class HeyGenCreateOverdubOperator(UrlsMaskedOperator):
         return lineage.operator_lineage(map(lineage.media_uri, (self.video, self.audio)), [*overdubs, *files])
 
 
-class HeyGenUpdateOverdubOperator(BaseOperator):
+class HeyGenUpdateOverdubOperator(HeyGenBaseOperator):
     """
     Rename an overdub. Returns ``overdub_id``; XCom key ``overdub`` holds the details.
 
@@ -273,7 +272,6 @@ class HeyGenUpdateOverdubOperator(BaseOperator):
     """
 
     template_fields: Sequence[str] = ("overdub_id", "title", "heygen_conn_id")
-    ui_color = "#e3d9ff"
 
     def __init__(
         self, *, overdub_id: str, title: str, heygen_conn_id: str = "heygen_default", **kwargs: Any
@@ -296,7 +294,7 @@ class HeyGenUpdateOverdubOperator(BaseOperator):
         return self.overdub_id
 
 
-class HeyGenDeleteOverdubOperator(BaseOperator):
+class HeyGenDeleteOverdubOperator(HeyGenBaseOperator):
     """
     Delete an overdub and its files at HeyGen. They cannot be restored.
 
@@ -311,7 +309,6 @@ class HeyGenDeleteOverdubOperator(BaseOperator):
     """
 
     template_fields: Sequence[str] = ("overdub_id", "heygen_conn_id")
-    ui_color = "#e3d9ff"
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from airflow.exceptions import AirflowRescheduleException  # compat.sdk does not have it
 from airflow.providers.common.compat.sdk import (
     AirflowSensorTimeout,
     AirflowSkipException,
@@ -66,8 +67,6 @@ class HeyGenOverdubSensor(BaseSensorOperator):
 
     def execute(self, context: Context) -> Any:
         """Poll, and wait on the worker, by rescheduling or in the triggerer."""
-        from airflow.exceptions import AirflowRescheduleException  # compat.sdk does not have it
-
         from airflow_provider_heygen.hooks.heygen import HeyGenHook
         from airflow_provider_heygen.metrics import WaitMetrics
         from airflow_provider_heygen.poller import SHORTEST_DEFERRAL
@@ -143,8 +142,6 @@ class HeyGenOverdubSensor(BaseSensorOperator):
     @contextmanager
     def _ends(self) -> Iterator[None]:
         """Raise the exception of Airflow's sensors for the end of a wait, or skip the task."""
-        from airflow.exceptions import AirflowRescheduleException  # compat.sdk does not have it
-
         from airflow_provider_heygen.dubbing import fails_task
         from airflow_provider_heygen.exceptions import (
             HeyGenNotFoundError,
@@ -153,14 +150,8 @@ class HeyGenOverdubSensor(BaseSensorOperator):
         )
 
         try:
-            try:
-                with fails_task():
-                    yield
-            except HeyGenOverdubTimeoutError as error:
-                # Airflow retries a task after its execution_timeout, but no sensor after its timeout.
-                if self._wait_limit is not None and self._wait_limit.total_seconds() < self.timeout:
-                    raise
-                raise AirflowSensorTimeout(str(error)) from error
+            with fails_task():
+                yield
         except (AirflowSkipException, AirflowRescheduleException):
             raise
         except Exception as error:
@@ -170,6 +161,10 @@ class HeyGenOverdubSensor(BaseSensorOperator):
             ends = (HeyGenOverdubFailedError, HeyGenNotFoundError, HeyGenOverdubTimeoutError)
             if self.soft_fail and (isinstance(error.__cause__, ends) or isinstance(error, ends)):
                 raise AirflowSkipException("Skipping due to soft_fail is set to True.") from error
+            # Airflow retries a task after its execution_timeout, but no sensor after its timeout.
+            limit = math.inf if self._wait_limit is None else self._wait_limit.total_seconds()
+            if isinstance(error, HeyGenOverdubTimeoutError) and limit >= self.timeout:
+                raise AirflowSensorTimeout(str(error)) from error
             raise
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from airflow_provider_heygen.operators.asset import UrlsMaskedOperator
+from airflow_provider_heygen.operators.asset import HeyGenBaseOperator
 from airflow_provider_heygen.plugin import WatchLink
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from airflow.providers.openlineage.extractors import OperatorLineage
 
 
-class HeyGenOverdubToObjectStorageOperator(UrlsMaskedOperator):
+class HeyGenOverdubToObjectStorageOperator(HeyGenBaseOperator):
     """
     Stream the video of a completed overdub to storage, atomically. Returns the URI of the file.
 
@@ -44,7 +44,6 @@ class HeyGenOverdubToObjectStorageOperator(UrlsMaskedOperator):
     template_fields: Sequence[str] = ("overdub_id", "destination", "heygen_conn_id")
     url_fields = ("destination",)
     operator_extra_links = (WatchLink(),)
-    ui_color = "#e3d9ff"
 
     def __init__(
         self,
