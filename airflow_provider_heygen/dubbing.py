@@ -31,7 +31,7 @@ from airflow_provider_heygen.media import same_file, size_text
 from airflow_provider_heygen.metrics import WaitMetrics
 from airflow_provider_heygen.poller import SHORTEST_DEFERRAL
 from airflow_provider_heygen.saving import Saving
-from airflow_provider_heygen.submitter import SubmissionStore, submit
+from airflow_provider_heygen.submitter import SubmissionStore, Submitter
 from airflow_provider_heygen.triggers.overdub import (
     HeyGenSlotTrigger,
     wait_in_triggerer,
@@ -175,12 +175,12 @@ class Dubbing:
         self, request: CreateOverdubRequest, files: dict[str, Any], check: Callable[[], object] | None
     ) -> str:
         """Submit the request, however often HeyGen has no slot for it: that is waiting, not failing."""
+        submitter = Submitter(request, self.hook, self.store, files)
         while True:
             if self.resumed and self.until is not None and time.time() >= self.until:
                 raise self._out_of_time("'execution_timeout' has ended while the task waited for a free slot")
             try:
-                reuse = self.task.reuse is not None
-                return submit(request, self.hook, self.store, files, check, reuse=reuse)
+                return submitter.submit(check, reuse=self.task.reuse is not None)
             except HeyGenTransientError as error:
                 # Without a limit, repeat only after a 429 or a Retry-After of HeyGen itself.
                 is_gateways = error.retry_after is None or isinstance(error, HeyGenGatewayError)
