@@ -449,27 +449,22 @@ def _id_of(row: Any, names: tuple[str, ...] = _ID_NAMES) -> str:
     raise ValueError("it has no overdub_id")
 
 
-def _statuses(decoded: Any, id_names: tuple[str, ...] = _ID_NAMES) -> Statuses:
+def _statuses(
+    decoded: Any, id_names: tuple[str, ...] = _ID_NAMES, renamed: Mapping[str, str] = {}
+) -> Statuses:
     rows = {}
     for row in _data(decoded, list):
         with suppress(ValueError):  # one unreadable row must not hide the others
             rows[_id_of(row, id_names)] = row
             if isinstance(row.get("status"), str):
-                row["status"] = row["status"].strip().lower()
+                status = row["status"].strip().lower()
+                row["status"] = renamed.get(status, status)
     token = _text(decoded.get("next_token"))
     # HeyGen requires neither member.
     more = isinstance(token, str) and token and decoded.get("has_more") is not False
     # A list with an error is incomplete: an overdub that it lacks may exist.
     has_more = more or decoded.get("has_more") is True or decoded.get("error")
     return Statuses(rows, token if more else None, bool(has_more))
-
-
-def _bulk_statuses(decoded: Any) -> Statuses:
-    page = _statuses(decoded, ("video_id", *_ID_NAMES))
-    for row in page.rows.values():
-        if isinstance(row.get("status"), str):
-            row["status"] = _BULK_STATUSES.get(row["status"], row["status"])
-    return page
 
 
 def parse_overdub(overdub_id: str, row: Mapping[str, Any]) -> Overdub:
@@ -498,7 +493,6 @@ class Call(Generic[T]):
     :param description: the call in words, for messages.
     :param path: path of the URL; one under ``overdubs`` depends on HeyGen's name for the resource.
     :param read: turns the decoded JSON into the result, or raises ``ValueError``.
-    :param requires_body: whether a 2xx response with an empty body is an error, as one that is not JSON is.
     :param transient_status: an error status that is transient for this call only.
     :param read_headers: adds the content of headers to the result.
     """
@@ -510,7 +504,6 @@ class Call(Generic[T]):
     params: Mapping[str, str | int] = field(default_factory=dict)
     json: Mapping[str, Any] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    requires_body: bool = True
     transient_status: int | None = None
     read_headers: Callable[[T, Mapping[str, str]], T] = lambda result, _: result
 
@@ -568,7 +561,7 @@ class Call(Generic[T]):
             raise _moved(self, status, connection)
         if not 200 <= status < 300:
             raise _error(self, status, headers, decoded, connection)
-        if decoded is None and (self.requires_body or body):
+        if decoded is None and (body or self.method != "DELETE"):
             raise HeyGenGatewayError(
                 f"HeyGen returned {status} for {self.description} without JSON"
                 f" ({_content_type(headers, connection)}, {len(body)} bytes). If this"
@@ -861,7 +854,7 @@ def list_statuses(overdub_ids: Iterable[str]) -> Call[Statuses]:
         method="GET",
         path=f"{_LIPSYNCS}/statuses",
         params={"lipsync_ids": ",".join(map(check_id, overdub_ids))},
-        read=_bulk_statuses,
+        read=lambda decoded: _statuses(decoded, ("video_id", *_ID_NAMES), _BULK_STATUSES),
     )
 
 
@@ -875,7 +868,7 @@ def update_overdub(overdub_id: str, title: Any) -> Call[Overdub]:
 
 def delete_overdub(overdub_id: str) -> Call[None]:
     """Delete an overdub and its files. HeyGen does not document whether this cancels a running overdub."""
-    return _on_item("overdub", "deletion", "DELETE", overdub_id, lambda _: None, requires_body=False)
+    return _on_item("overdub", "deletion", "DELETE", overdub_id, lambda _: None)
 
 
 def upload_asset(idempotency_key: str) -> Call[Asset]:
@@ -891,7 +884,7 @@ def get_asset(asset_id: str) -> Call[Asset]:
 
 def delete_asset(asset_id: str) -> Call[None]:
     """Delete one HeyGen asset."""
-    return _on_item("asset", "deletion", "DELETE", asset_id, lambda _: None, requires_body=False)
+    return _on_item("asset", "deletion", "DELETE", asset_id, lambda _: None)
 
 
 def get_api_key() -> Call[ApiKey]:
