@@ -472,10 +472,11 @@ def parse_overdub(overdub_id: str, row: Mapping[str, Any]) -> Overdub:
     return Overdub.model_validate({**row, "overdub_id": overdub_id})
 
 
-def _page(decoded: Any) -> OverdubPage:
+def _page(decoded: Any, headers: Mapping[str, str]) -> OverdubPage:
     page = _statuses(decoded)
     data = [parse_overdub(overdub_id, row) for overdub_id, row in page.rows.items()]
-    return OverdubPage(data=data, has_more=page.has_more, next_token=page.next_token)
+    server_time = _http_date(headers.get("Date"))
+    return OverdubPage(data=data, has_more=page.has_more, next_token=page.next_token, server_time=server_time)
 
 
 # --- Calls --------------------------------------------------------------------------------------------
@@ -492,20 +493,18 @@ class Call(Generic[T]):
 
     :param description: the call in words, for messages.
     :param path: path of the URL; one under ``overdubs`` depends on HeyGen's name for the resource.
-    :param read: turns the decoded JSON into the result, or raises ``ValueError``.
+    :param read: turns the decoded JSON and the headers into the result, or raises ``ValueError``.
     :param transient_status: an error status that is transient for this call only.
-    :param read_headers: adds the content of headers to the result.
     """
 
     description: str
     method: Literal["GET", "POST", "PATCH", "DELETE"]
     path: str
-    read: Callable[[Any], T]
+    read: Callable[[Any, Mapping[str, str]], T]
     params: Mapping[str, str | int] = field(default_factory=dict)
     json: Mapping[str, Any] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     transient_status: int | None = None
-    read_headers: Callable[[T, Mapping[str, str]], T] = lambda result, _: result
 
     def under(self, resource: str) -> Call[T]:
         """Return the call with the path under one name of the resource."""
@@ -570,7 +569,7 @@ class Call(Generic[T]):
                 outcome_unknown=self.writes,
             )
         try:
-            return self.read_headers(self.read(decoded), headers)
+            return self.read(decoded, headers)
         except ValidationError as error:
             reason = f"it has no usable '{error.errors()[0]['loc'][0]}'"
         except ValueError as error:
@@ -787,9 +786,9 @@ def asset_ids(value: Any) -> Iterator[str]:
         yield check_id(value, "asset_id")
 
 
-def _model(kind: Callable[[Any], T], **known: str) -> Callable[[Any], T]:
+def _model(kind: Callable[[Any], T], **known: str) -> Callable[[Any, Any], T]:
     """Return a function that reads the object in ``data``; ``known`` members replace HeyGen's."""
-    return lambda decoded: kind({**_data(decoded, dict), **known})
+    return lambda decoded, _: kind({**_data(decoded, dict), **known})
 
 
 def _on_item(
@@ -824,19 +823,15 @@ def get_overdub(overdub_id: str) -> Call[Overdub]:
 
 def list_overdubs(limit: int, token: str | None) -> Call[OverdubPage]:
     """List one page of overdubs; ``limit`` is 1 to 100, ``token`` the ``next_token`` of the page before."""
-
-    def add_time(page: OverdubPage, headers: Mapping[str, str]) -> OverdubPage:
-        return page.model_copy(update={"server_time": _http_date(headers.get("Date"))})
-
-    return replace(_list(_page, limit, token), read_headers=add_time)
+    return _list(_page, limit, token)
 
 
 def list_raw_overdubs(limit: int, token: str | None) -> Call[Statuses]:
     """List one page of overdubs as raw rows; see :func:`list_overdubs`."""
-    return _list(_statuses, limit, token)
+    return _list(lambda decoded, _: _statuses(decoded), limit, token)
 
 
-def _list(read: Callable[[Any], T], limit: int, token: str | None) -> Call[T]:
+def _list(read: Callable[[Any, Any], T], limit: int, token: str | None) -> Call[T]:
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_PAGE_SIZE:
         raise HeyGenBadInputError(f"limit must be a whole number from 1 to {MAX_PAGE_SIZE}, not {limit!r}.")
     params: dict[str, Any] = {"limit": limit, **({"token": token} if token else {})}
@@ -854,7 +849,7 @@ def list_statuses(overdub_ids: Iterable[str]) -> Call[Statuses]:
         method="GET",
         path=f"{_LIPSYNCS}/statuses",
         params={"lipsync_ids": ",".join(map(check_id, overdub_ids))},
-        read=lambda decoded: _statuses(decoded, ("video_id", *_ID_NAMES), _BULK_STATUSES),
+        read=lambda decoded, _: _statuses(decoded, ("video_id", *_ID_NAMES), _BULK_STATUSES),
     )
 
 
@@ -868,7 +863,7 @@ def update_overdub(overdub_id: str, title: Any) -> Call[Overdub]:
 
 def delete_overdub(overdub_id: str) -> Call[None]:
     """Delete an overdub and its files. HeyGen does not document whether this cancels a running overdub."""
-    return _on_item("overdub", "deletion", "DELETE", overdub_id, lambda _: None)
+    return _on_item("overdub", "deletion", "DELETE", overdub_id, lambda *_: None)
 
 
 def upload_asset(idempotency_key: str) -> Call[Asset]:
@@ -884,7 +879,7 @@ def get_asset(asset_id: str) -> Call[Asset]:
 
 def delete_asset(asset_id: str) -> Call[None]:
     """Delete one HeyGen asset."""
-    return _on_item("asset", "deletion", "DELETE", asset_id, lambda _: None)
+    return _on_item("asset", "deletion", "DELETE", asset_id, lambda *_: None)
 
 
 def get_api_key() -> Call[ApiKey]:
