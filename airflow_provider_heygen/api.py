@@ -804,16 +804,18 @@ def _on_item(
     )
 
 
+def _once(description: str, path: str, key: str, kind: Callable[[Any], T]) -> Call[T]:
+    """Return a POST that takes effect once, however often it is sent under its idempotency key."""
+    if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9_\-:.]{1,255}", key):
+        raise HeyGenBadInputError("idempotency_key must be 1 to 255 characters of 'A-Za-z0-9_-:.'.")
+    headers = {"Idempotency-Key": key}
+    return Call(description=description, method="POST", path=path, headers=headers, read=_model(kind))
+
+
 def create_overdub(request: CreateOverdubRequest, idempotency_key: str) -> Call[str]:
     """Start an overdub and return its id. A repeat under the same key starts no other one for 24 hours."""
-    return Call(
-        description="the create request",
-        method="POST",
-        path=_OVERDUBS,
-        headers=_key_header(idempotency_key),
-        json=request.body(),
-        read=_model(_id_of),
-    )
+    call = _once("the create request", _OVERDUBS, idempotency_key, _id_of)
+    return replace(call, json=request.body())
 
 
 def get_overdub(overdub_id: str) -> Call[Overdub]:
@@ -868,8 +870,7 @@ def delete_overdub(overdub_id: str) -> Call[None]:
 
 def upload_asset(idempotency_key: str) -> Call[Asset]:
     """Upload one file as ``multipart/form-data``, field name ``file``; the transport adds the body."""
-    headers, read = _key_header(idempotency_key), _model(Asset.model_validate)
-    return Call(description="the upload", method="POST", path=_ASSETS, headers=headers, read=read)
+    return _once("the upload", _ASSETS, idempotency_key, Asset.model_validate)
 
 
 def get_asset(asset_id: str) -> Call[Asset]:
@@ -894,14 +895,9 @@ def create_direct_upload(idempotency_key: str, **file: str | int) -> Call[Direct
 
     :param file: ``filename``, ``content_type``, ``size_bytes`` and the hexadecimal ``checksum_sha256``.
     """
-    return Call(
-        description="the request for a direct upload",
-        method="POST",
-        path=_DIRECT_UPLOADS,
-        headers=_key_header(idempotency_key),
-        json=file,
-        read=_model(DirectUpload.model_validate),
-    )
+    kind = DirectUpload.model_validate
+    call = _once("the request for a direct upload", _DIRECT_UPLOADS, idempotency_key, kind)
+    return replace(call, json=file)
 
 
 def complete_direct_upload(asset_id: str) -> Call[Asset]:
@@ -911,9 +907,3 @@ def complete_direct_upload(asset_id: str) -> Call[Asset]:
     HeyGen returns 409 until it finds the file, which may take a moment.
     """
     return _on_item("asset", "completion", "POST", asset_id, step="/complete", json={}, transient_status=409)
-
-
-def _key_header(key: str) -> dict[str, str]:
-    if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9_\-:.]{1,255}", key):
-        raise HeyGenBadInputError("idempotency_key must be 1 to 255 characters of 'A-Za-z0-9_-:.'.")
-    return {"Idempotency-Key": key}
