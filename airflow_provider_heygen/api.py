@@ -461,13 +461,16 @@ def _id_of(row: Any, names: tuple[str, ...] = _ID_NAMES) -> str:
     raise ValueError("it has no overdub_id")
 
 
-def _statuses(decoded: Any, id_names: tuple[str, ...] = _ID_NAMES) -> Statuses:
+def _statuses(
+    decoded: Any, id_names: tuple[str, ...] = _ID_NAMES, renamed: Mapping[str, str] = {}
+) -> Statuses:
     rows = {}
     for row in _data(decoded, list):
         with suppress(ValueError):  # one unreadable row must not hide the others
             rows[_id_of(row, id_names)] = row
             if isinstance(row.get("status"), str):
-                row["status"] = row["status"].strip().lower()
+                status = row["status"].strip().lower()
+                row["status"] = renamed.get(status, status)
     token = _text(decoded.get("next_token"))
     # HeyGen requires neither member.
     more = isinstance(token, str) and token and decoded.get("has_more") is not False
@@ -476,23 +479,16 @@ def _statuses(decoded: Any, id_names: tuple[str, ...] = _ID_NAMES) -> Statuses:
     return Statuses(rows, token if more else None, bool(has_more))
 
 
-def _bulk_statuses(decoded: Any) -> Statuses:
-    page = _statuses(decoded, ("video_id", *_ID_NAMES))
-    for row in page.rows.values():
-        if isinstance(row.get("status"), str):
-            row["status"] = _BULK_STATUSES.get(row["status"], row["status"])
-    return page
-
-
 def parse_overdub(overdub_id: str, row: Mapping[str, Any]) -> Overdub:
     """Return the overdub of one raw row; each unusable member is ``None``."""
     return Overdub.model_validate({**row, "overdub_id": overdub_id})
 
 
-def _page(decoded: Any) -> OverdubPage:
+def _page(decoded: Any, headers: Mapping[str, str]) -> OverdubPage:
     page = _statuses(decoded)
     data = [parse_overdub(overdub_id, row) for overdub_id, row in page.rows.items()]
-    return OverdubPage(data=data, has_more=page.has_more, next_token=page.next_token)
+    server_time = _http_date(headers.get("Date"))
+    return OverdubPage(data=data, has_more=page.has_more, next_token=page.next_token, server_time=server_time)
 
 
 # --- Calls --------------------------------------------------------------------------------------------
@@ -509,22 +505,18 @@ class Call(Generic[T]):
 
     :param description: the call in words, for messages.
     :param path: path of the URL; one under ``overdubs`` depends on HeyGen's name for the resource.
-    :param read: turns the decoded JSON into the result, or raises ``ValueError``.
-    :param requires_body: whether a 2xx response with an empty body is an error, as one that is not JSON is.
+    :param read: turns the decoded JSON and the headers into the result, or raises ``ValueError``.
     :param transient_status: an error status that is transient for this call only.
-    :param read_headers: adds the content of headers to the result.
     """
 
     description: str
     method: Literal["GET", "POST", "PATCH", "DELETE"]
     path: str
-    read: Callable[[Any], T]
+    read: Callable[[Any, Mapping[str, str]], T]
     params: Mapping[str, str | int] = field(default_factory=dict)
     json: Mapping[str, Any] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    requires_body: bool = True
     transient_status: int | None = None
-    read_headers: Callable[[T, Mapping[str, str]], T] = lambda result, _: result
 
     def under(self, resource: str) -> Call[T]:
         """Return the call with the path under one name of the resource."""
@@ -580,7 +572,7 @@ class Call(Generic[T]):
             raise _moved(self, status, connection)
         if not 200 <= status < 300:
             raise _error(self, status, headers, decoded, connection)
-        if decoded is None and (self.requires_body or body):
+        if decoded is None and (body or self.method != "DELETE"):
             raise HeyGenGatewayError(
                 f"HeyGen returned {status} for {self.description} without JSON"
                 f" ({_content_type(headers, connection)}, {len(body)} bytes). If this"
@@ -589,7 +581,7 @@ class Call(Generic[T]):
                 outcome_unknown=self.writes,
             )
         try:
-            return self.read_headers(self.read(decoded), headers)
+            return self.read(decoded, headers)
         except ValidationError as error:
             reason = f"it has no usable '{error.errors()[0]['loc'][0]}'"
         except ValueError as error:
@@ -806,9 +798,9 @@ def asset_ids(value: Any) -> Iterator[str]:
         yield check_id(value, "asset_id")
 
 
-def _model(kind: Callable[[Any], T], **known: str) -> Callable[[Any], T]:
+def _model(kind: Callable[[Any], T], **known: str) -> Callable[[Any, Any], T]:
     """Return a function that reads the object in ``data``; ``known`` members replace HeyGen's."""
-    return lambda decoded: kind({**_data(decoded, dict), **known})
+    return lambda decoded, _: kind({**_data(decoded, dict), **known})
 
 
 def _on_item(
@@ -824,16 +816,18 @@ def _on_item(
     )
 
 
+def _once(description: str, path: str, key: str, kind: Callable[[Any], T]) -> Call[T]:
+    """Return a POST that takes effect once, however often it is sent under its idempotency key."""
+    if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9_\-:.]{1,255}", key):
+        raise HeyGenBadInputError("idempotency_key must be 1 to 255 characters of 'A-Za-z0-9_-:.'.")
+    headers = {"Idempotency-Key": key}
+    return Call(description=description, method="POST", path=path, headers=headers, read=_model(kind))
+
+
 def create_overdub(request: CreateOverdubRequest, idempotency_key: str) -> Call[str]:
     """Start an overdub and return its id. A repeat under the same key starts no other one for 24 hours."""
-    return Call(
-        description="the create request",
-        method="POST",
-        path=_OVERDUBS,
-        headers=_key_header(idempotency_key),
-        json=request.body(),
-        read=_model(_id_of),
-    )
+    call = _once("the create request", _OVERDUBS, idempotency_key, _id_of)
+    return replace(call, json=request.body())
 
 
 def get_overdub(overdub_id: str) -> Call[Overdub]:
@@ -843,19 +837,15 @@ def get_overdub(overdub_id: str) -> Call[Overdub]:
 
 def list_overdubs(limit: int, token: str | None) -> Call[OverdubPage]:
     """List one page of overdubs; ``limit`` is 1 to 100, ``token`` the ``next_token`` of the page before."""
-
-    def add_time(page: OverdubPage, headers: Mapping[str, str]) -> OverdubPage:
-        return page.model_copy(update={"server_time": _http_date(headers.get("Date"))})
-
-    return replace(_list(_page, limit, token), read_headers=add_time)
+    return _list(_page, limit, token)
 
 
 def list_raw_overdubs(limit: int, token: str | None) -> Call[Statuses]:
     """List one page of overdubs as raw rows; see :func:`list_overdubs`."""
-    return _list(_statuses, limit, token)
+    return _list(lambda decoded, _: _statuses(decoded), limit, token)
 
 
-def _list(read: Callable[[Any], T], limit: int, token: str | None) -> Call[T]:
+def _list(read: Callable[[Any, Any], T], limit: int, token: str | None) -> Call[T]:
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_PAGE_SIZE:
         raise HeyGenBadInputError(f"limit must be a whole number from 1 to {MAX_PAGE_SIZE}, not {limit!r}.")
     params: dict[str, Any] = {"limit": limit, **({"token": token} if token else {})}
@@ -873,7 +863,7 @@ def list_statuses(overdub_ids: Iterable[str]) -> Call[Statuses]:
         method="GET",
         path=f"{_LIPSYNCS}/statuses",
         params={"lipsync_ids": ",".join(map(check_id, overdub_ids))},
-        read=_bulk_statuses,
+        read=lambda decoded, _: _statuses(decoded, ("video_id", *_ID_NAMES), _BULK_STATUSES),
     )
 
 
@@ -887,13 +877,12 @@ def update_overdub(overdub_id: str, title: Any) -> Call[Overdub]:
 
 def delete_overdub(overdub_id: str) -> Call[None]:
     """Delete an overdub and its files. HeyGen does not document whether this cancels a running overdub."""
-    return _on_item("overdub", "deletion", "DELETE", overdub_id, lambda _: None, requires_body=False)
+    return _on_item("overdub", "deletion", "DELETE", overdub_id, lambda *_: None)
 
 
 def upload_asset(idempotency_key: str) -> Call[Asset]:
     """Upload one file as ``multipart/form-data``, field name ``file``; the transport adds the body."""
-    headers, read = _key_header(idempotency_key), _model(Asset.model_validate)
-    return Call(description="the upload", method="POST", path=_ASSETS, headers=headers, read=read)
+    return _once("the upload", _ASSETS, idempotency_key, Asset.model_validate)
 
 
 def get_asset(asset_id: str) -> Call[Asset]:
@@ -903,7 +892,7 @@ def get_asset(asset_id: str) -> Call[Asset]:
 
 def delete_asset(asset_id: str) -> Call[None]:
     """Delete one HeyGen asset."""
-    return _on_item("asset", "deletion", "DELETE", asset_id, lambda _: None, requires_body=False)
+    return _on_item("asset", "deletion", "DELETE", asset_id, lambda *_: None)
 
 
 def get_api_key() -> Call[ApiKey]:
@@ -918,14 +907,9 @@ def create_direct_upload(idempotency_key: str, **file: str | int) -> Call[Direct
 
     :param file: ``filename``, ``content_type``, ``size_bytes`` and the hexadecimal ``checksum_sha256``.
     """
-    return Call(
-        description="the request for a direct upload",
-        method="POST",
-        path=_DIRECT_UPLOADS,
-        headers=_key_header(idempotency_key),
-        json=file,
-        read=_model(DirectUpload.model_validate),
-    )
+    kind = DirectUpload.model_validate
+    call = _once("the request for a direct upload", _DIRECT_UPLOADS, idempotency_key, kind)
+    return replace(call, json=file)
 
 
 def complete_direct_upload(asset_id: str) -> Call[Asset]:
@@ -935,9 +919,3 @@ def complete_direct_upload(asset_id: str) -> Call[Asset]:
     HeyGen returns 409 until it finds the file, which may take a moment.
     """
     return _on_item("asset", "completion", "POST", asset_id, step="/complete", json={}, transient_status=409)
-
-
-def _key_header(key: str) -> dict[str, str]:
-    if not isinstance(key, str) or not re.fullmatch(r"[A-Za-z0-9_\-:.]{1,255}", key):
-        raise HeyGenBadInputError("idempotency_key must be 1 to 255 characters of 'A-Za-z0-9_-:.'.")
-    return {"Idempotency-Key": key}

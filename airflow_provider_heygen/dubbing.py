@@ -31,7 +31,7 @@ from airflow_provider_heygen.media import same_file, size_text
 from airflow_provider_heygen.metrics import WaitMetrics
 from airflow_provider_heygen.poller import SHORTEST_DEFERRAL
 from airflow_provider_heygen.saving import Saving
-from airflow_provider_heygen.submitter import SubmissionStore, submit
+from airflow_provider_heygen.submitter import SubmissionStore, Submitter
 from airflow_provider_heygen.triggers.overdub import (
     HeyGenSlotTrigger,
     wait_in_triggerer,
@@ -91,8 +91,8 @@ class Dubbing:
 
     def start(self) -> str:
         """Submit the overdub or reattach to it, and wait for it if asked to. Return what the task returns."""
-        request, uris = self._request()
         with fails_task(), self.hook:
+            request, uris = self._request()
             # Before anything is sent: these raise if they are wrong.
             self._deadline()
             parse_seconds(self.task.poke_interval, "poke_interval")
@@ -137,19 +137,18 @@ class Dubbing:
                 return self._finish(self._conclude(checked, since, self.hook))
 
     def _request(self) -> tuple[CreateOverdubRequest, dict[str, Any]]:
-        with fails_task():
-            fields = self.task.request_fields()
-            uris = storage_uris(fields, links=self.task.upload_links)
-            fields |= {name: {"type": "asset_id", "asset_id": "not-yet"} for name in uris}
-            if self.task.reuse not in (None, "content"):
-                raise HeyGenBadInputError(f"reuse must be 'content' or None, not {self.task.reuse!r}.")
-            if self.task.reuse and self.task.callback_id is not None:
-                raise HeyGenBadInputError(
-                    "reuse='content' finds overdubs by the callback_id that the provider sends. Remove your"
-                    " own callback_id, or reuse."
-                )
-            given = {name: value for name, value in fields.items() if value is not None}
-            return CreateOverdubRequest.of(given), uris
+        fields = self.task.request_fields()
+        uris = storage_uris(fields, links=self.task.upload_links)
+        fields |= {name: {"type": "asset_id", "asset_id": "not-yet"} for name in uris}
+        if self.task.reuse not in (None, "content"):
+            raise HeyGenBadInputError(f"reuse must be 'content' or None, not {self.task.reuse!r}.")
+        if self.task.reuse and self.task.callback_id is not None:
+            raise HeyGenBadInputError(
+                "reuse='content' finds overdubs by the callback_id that the provider sends. Remove your"
+                " own callback_id, or reuse."
+            )
+        given = {name: value for name, value in fields.items() if value is not None}
+        return CreateOverdubRequest.of(given), uris
 
     def _saving(self, overdub_id: str = "not-yet") -> Saving | None:
         """Return what is to be saved, if anything is."""
@@ -175,12 +174,12 @@ class Dubbing:
         self, request: CreateOverdubRequest, files: dict[str, Any], check: Callable[[], object] | None
     ) -> str:
         """Submit the request, however often HeyGen has no slot for it: that is waiting, not failing."""
+        submitter = Submitter(request, self.hook, self.store, files)
         while True:
             if self.resumed and self.until is not None and time.time() >= self.until:
                 raise self._out_of_time("'execution_timeout' has ended while the task waited for a free slot")
             try:
-                reuse = self.task.reuse is not None
-                return submit(request, self.hook, self.store, files, check, reuse=reuse)
+                return submitter.submit(check, reuse=self.task.reuse is not None)
             except HeyGenTransientError as error:
                 # Without a limit, repeat only after a 429 or a Retry-After of HeyGen itself.
                 is_gateways = error.retry_after is None or isinstance(error, HeyGenGatewayError)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -140,158 +141,219 @@ class SubmissionStore:
             self.save(self.record, delivered=True)
 
 
-def submit(
-    request: CreateOverdubRequest,
-    hook: HeyGenHook,
-    store: SubmissionStore,
-    files: Mapping[str, Source],
-    check: Callable[[], object] | None = None,
-    *,
-    reuse: bool = False,
-) -> str:
+@dataclass(frozen=True)
+class Submitter:
     """
-    Start the overdub, or reattach to the overdub of an earlier try, and return its id.
+    Starts the overdub of one task instance, or reattaches to the overdub of an earlier try.
 
     :param files: files to upload for ``video`` and ``audio``, instead of these fields of the request.
-    :param check: called before anything is sent for a new overdub.
-    :param reuse: whether to reattach to an overdub of another task or DAG run; see :func:`_find_reusable`.
-    :raises HeyGenError: if no overdub is known. The record states whether a request may have been sent.
     """
-    # The digest contains the content of a file, because each upload creates another asset.
-    request = _with_assets(request, {name: f"sha256:{file.digest}" for name, file in files.items()})
-    body_digest = digest(request)
-    submission = store.load(body_digest)
-    step = next_step(submission, body_digest, store.ti.max_tries)
-    if submission is not None and step in (Step.CHECK, Step.SEARCH):
-        submission, overdub_id, seen = _check_remote(submission, request, hook, store)
-        step = next_step(submission, body_digest, store.ti.max_tries, seen)
-        if step is Step.REATTACH:
-            log.info("Reattached to overdub %s, which an earlier try of this task started.", overdub_id)
-            _reattach(submission, overdub_id, request, hook, store)
-            return overdub_id
-    if check is not None:
-        check()
-    if reuse and (found := _find_reusable(body_digest, request, hook)):
-        store.is_completed = found.is_completed
-        _reattach(store.new(body_digest, submission), found.overdub_id, request, hook, store)
-        return found.overdub_id
-    if submission is None or step is Step.SUBMIT_NEW:
-        if submission is not None and submission.overdub_id and not submission.delivered:
-            log.info(
-                "Overdub %s of an earlier try is left unchanged; submitting a new one.", submission.overdub_id
+
+    request: CreateOverdubRequest
+    hook: HeyGenHook
+    store: SubmissionStore
+    files: Mapping[str, Source]
+
+    def submit(self, check: Callable[[], object] | None = None, *, reuse: bool = False) -> str:
+        """
+        Start the overdub, or reattach to the overdub of an earlier try, and return its id.
+
+        :param check: called before anything is sent for a new overdub.
+        :param reuse: whether to reattach to an overdub of another task or DAG run, see
+            :meth:`_find_reusable`.
+        :raises HeyGenError: if no overdub is known. The record states whether a request may have been sent.
+        """
+        # The digest contains the content of a file, because each upload creates another asset.
+        digests = {name: f"sha256:{file.digest}" for name, file in self.files.items()}
+        body_digest = digest(_with_assets(self.request, digests))
+        submission = self.store.load(body_digest)
+        step = next_step(submission, body_digest, self.store.ti.max_tries)
+        if submission is not None and step in (Step.CHECK, Step.SEARCH):
+            submission, overdub_id, seen = self._check_remote(submission)
+            step = next_step(submission, body_digest, self.store.ti.max_tries, seen)
+            if step is Step.REATTACH:
+                log.info("Reattached to overdub %s, which an earlier try of this task started.", overdub_id)
+                self._reattach(submission, overdub_id)
+                return overdub_id
+        if check is not None:
+            check()
+        if reuse and (found := self._find_reusable(body_digest)):
+            self.store.is_completed = found.is_completed
+            self._reattach(self.store.new(body_digest, submission), found.overdub_id)
+            return found.overdub_id
+        if submission is None or step is Step.SUBMIT_NEW:
+            if submission is not None and submission.overdub_id and not submission.delivered:
+                log.info(
+                    "Overdub %s of an earlier try is left unchanged; submitting a new one.",
+                    submission.overdub_id,
+                )
+            submission = self.store.new(body_digest, submission)
+        return self._send(submission)
+
+    def _send(self, submission: Submission) -> str:
+        """Upload and create; once more if HeyGen has forgotten what an earlier try uploaded."""
+        try:
+            return self._create(submission)
+        except HeyGenNotFoundError as error:
+            if not self.files or error.code != "asset_not_found" or error.outcome_unknown:
+                raise
+            log.info("%s The files are uploaded again.", error)
+        submission = self.store.new(submission.digest, submission).model_copy(update={"assets": {}})
+        return self._create(submission, generation=2)
+
+    def _create(self, submission: Submission, generation: int = 1) -> str:
+        submission = _upload(self.files.values(), submission, self.hook, self.store, generation)
+        asset_ids = {name: submission.assets[file.digest] for name, file in self.files.items()}
+        request = _with_assets(self.request, asset_ids)
+        if submission.sent and submission.labels:
+            # An earlier attempt may still take effect, and a search needs the callback_id of that attempt.
+            request = request.model_copy(update={"callback_id": submission.callback_id})
+        submission = before = submission.model_copy(update=labels(request))
+        self.hook.created_under = submission.resource
+
+        def record_attempt() -> None:
+            # The next try must know that the request may have been sent, when, and under which resource.
+            nonlocal submission
+            sent = {"sent": True, "resource": self.hook.known_resource, "account": self.hook.account}
+            submission = submission.model_copy(update=sent)
+            self.store.save(submission, sent_at=time.time())
+
+        try:
+            overdub_id = self.hook.create_overdub(
+                request, idempotency_key=submission.key, before_sending=record_attempt
             )
-        submission = store.new(body_digest, submission)
-    return _send(request, submission, hook, store, files)
-
-
-def _send(
-    request: CreateOverdubRequest,
-    submission: Submission,
-    hook: HeyGenHook,
-    store: SubmissionStore,
-    files: Mapping[str, Source],
-) -> str:
-    """Upload and create; once more if HeyGen has forgotten what an earlier try uploaded."""
-    try:
-        return _create(request, submission, hook, store, files)
-    except HeyGenNotFoundError as error:
-        if not files or error.code != "asset_not_found" or error.outcome_unknown:
+        except HeyGenError as error:
+            error.no_slot = error.status_code == 429 and not error.outcome_unknown
+            # Even if this try started nothing, an earlier one may have: keep its record.
+            if error.outcome_unknown:
+                reported = isinstance(error, HeyGenOutcomeUnknownError)
+                self.store.save(submission, sent=True, sent_at=time.time(), doubt_reported=reported)
+            else:
+                if isinstance(error, HeyGenPermanentError) and not before.sent:
+                    # HeyGen may return a stored rejection to the same key, even if its cause is mended.
+                    before = before.model_copy(update={"key": self.store.new(before.digest, None).key})
+                self.store.save(before)
             raise
-        log.info("%s The files are uploaded again.", error)
-    submission = store.new(submission.digest, submission).model_copy(update={"assets": {}})
-    return _create(request, submission, hook, store, files, generation=2)
+        found = {"resource": self.hook.known_resource, "overdub_id": overdub_id, "answered": time.time()}
+        self.store.save(submission, sent=True, **found)
+        metrics.submitted(self.store.ti)  # after writing, so that no retry counts it again
+        title = f" {redact_urls(request.title)!r}" if request.title else ""
+        log.info("Started overdub %s%s, mode %s.", overdub_id, title, request.mode or "speed")
+        return overdub_id
 
+    def _reattach(self, submission: Submission, overdub_id: str) -> None:
+        answered = submission.answered or time.time()
+        found = {"overdub_id": overdub_id, "answered": answered, "resource": self.hook.known_resource}
+        found["account"] = submission.account or self.hook.account
+        submission = submission.model_copy(update=found)
+        self.store.save(self._relabel(submission, overdub_id))
+        metrics.reattached(self.store.ti)
 
-def _reattach(
-    submission: Submission,
-    overdub_id: str,
-    request: CreateOverdubRequest,
-    hook: HeyGenHook,
-    store: SubmissionStore,
-) -> None:
-    answered = submission.answered or time.time()
-    found = {"overdub_id": overdub_id, "answered": answered, "resource": hook.known_resource}
-    found["account"] = submission.account or hook.account
-    submission = submission.model_copy(update=found)
-    store.save(_relabel(submission, overdub_id, request, hook))
-    metrics.reattached(store.ti)
+    def _find_reusable(self, body_digest: str) -> Overdub | None:
+        """
+        Return an overdub of the same request that has not failed and is younger than three days.
 
+        It is found by the provider's ``callback_id``. HeyGen does not document the order of its list, so the
+        list is read until as many consecutive overdubs as fit on a page are older.
+        """
+        usable = (OverdubStatus.PENDING, OverdubStatus.RUNNING, OverdubStatus.COMPLETED)
+        oldest, in_a_row = time.time() - REUSE_SECONDS, 0
+        for overdub in self.hook.iter_overdubs():
+            if (overdub.created_at or 0.0) < oldest:
+                in_a_row += 1
+                if in_a_row == MAX_PAGE_SIZE:
+                    break
+                continue
+            in_a_row = 0
+            same = (overdub.callback_id or "").startswith(content_prefix(body_digest))
+            if same and overdub.status in usable:
+                log.info(
+                    "Reattached to overdub %s %r, mode %s, which a task or run with the same request started"
+                    " %s ago.",
+                    overdub.overdub_id,
+                    redact_urls(overdub.title or ""),
+                    self.request.mode or "speed",
+                    waiting.duration_text(time.time() - (overdub.created_at or 0)),
+                )
+                return overdub
+        return None
 
-def _find_reusable(body_digest: str, request: CreateOverdubRequest, hook: HeyGenHook) -> Overdub | None:
-    """
-    Return an overdub of the same request that has not failed and is younger than three days.
-
-    It is found by the provider's ``callback_id``. HeyGen does not document the order of its list, so the list
-    is read until as many consecutive overdubs as fit on a page are older.
-    """
-    usable = (OverdubStatus.PENDING, OverdubStatus.RUNNING, OverdubStatus.COMPLETED)
-    oldest, in_a_row = time.time() - REUSE_SECONDS, 0
-    for overdub in hook.iter_overdubs():
-        if (overdub.created_at or 0.0) < oldest:
-            in_a_row += 1
-            if in_a_row == MAX_PAGE_SIZE:
-                break
-            continue
-        in_a_row = 0
-        same = (overdub.callback_id or "").startswith(content_prefix(body_digest))
-        if same and overdub.status in usable:
-            log.info(
-                "Reattached to overdub %s %r, mode %s, which a task or run with the same request started"
-                " %s ago.",
-                overdub.overdub_id,
-                redact_urls(overdub.title or ""),
-                request.mode or "speed",
-                waiting.duration_text(time.time() - (overdub.created_at or 0)),
+    def _check_remote(self, submission: Submission) -> tuple[Submission, str, RemoteState]:
+        """Check an earlier submission at HeyGen; return it with the overdub's id, if any, and the state."""
+        self.hook.created_under = submission.resource
+        # A user who clears the task has read that the overdub may be in another account.
+        is_retry = submission.max_tries == self.store.ti.max_tries
+        other_account = is_retry and submission.account not in (None, self.hook.account)
+        if submission.overdub_id is not None:
+            # A failed poll is no reason to submit again: the wait continues after failed polls.
+            until = submission.answered + waiting.NOT_FOUND_GRACE_SECONDS
+            watch = waiting.OverdubWait(
+                submission.overdub_id,
+                poke_interval=waiting.GONE_SECONDS,
+                deadline=None,
+                not_found_until=until,
+                log=log,
             )
-            return overdub
-    return None
+            watch.account_changed = other_account
+            end = watch.poll_twice(self.hook)
+            status = end["status"] if isinstance(end, dict) else ""
+            self.store.is_completed = status == "completed"
+            seen = {"failed": RemoteState.FAILED, "gone": RemoteState.MISSING}.get(status, RemoteState.USABLE)
+            return submission, submission.overdub_id, seen
+        request = self.request
+        if submission.labels:  # unknown without a store
+            sent = {"title": submission.title, "callback_id": submission.callback_id}
+            request = request.model_copy(update=sent)
+        try:
+            overdub = self.hook.find_created(
+                request,
+                submission.key,
+                since=submission.began,
+                sent_at=submission.sent_at,
+                skew=CLOCK_SKEW_SECONDS,
+            )
+        except HeyGenOutcomeUnknownError:
+            if is_retry or not submission.doubt_reported:
+                self.store.save(submission, doubt_reported=True)
+                raise
+            # A user has read this error and cleared the task, which confirms that no candidate belongs to it.
+            confirmed = {"sent": False, "doubt_reported": False}
+            return submission.model_copy(update=confirmed), "", RemoteState.MISSING
+        if overdub is None and other_account:
+            raise HeyGenOutcomeUnknownError(
+                "A create request was sent, its response was lost, and the host or the password of Airflow"
+                f" connection '{self.hook.heygen_conn_id}' has changed since. HeyGen's list does not have it:"
+                " it may be in another account. Nothing more was sent. Restore the connection, or clear the"
+                " task to send the request again.",
+                outcome_unknown=True,
+            )
+        if overdub is None:
+            return submission, "", RemoteState.MISSING
+        self.store.is_completed = overdub.is_completed
+        failed = overdub.status == OverdubStatus.FAILED
+        return submission, overdub.overdub_id, RemoteState.FAILED if failed else RemoteState.USABLE
 
-
-def _create(
-    request: CreateOverdubRequest,
-    submission: Submission,
-    hook: HeyGenHook,
-    store: SubmissionStore,
-    files: Mapping[str, Source],
-    generation: int = 1,
-) -> str:
-    submission = _upload(files.values(), submission, hook, store, generation)
-    request = _with_assets(request, {name: submission.assets[file.digest] for name, file in files.items()})
-    if submission.sent and submission.labels:
-        # An earlier attempt may still take effect, and a search needs the callback_id of that attempt.
-        request = request.model_copy(update={"callback_id": submission.callback_id})
-    submission = before = submission.model_copy(update=labels(request))
-    hook.created_under = submission.resource
-
-    def record_attempt() -> None:
-        # The next try must know that the request may have been sent, when, and under which resource.
-        nonlocal submission
-        sent = {"sent": True, "resource": hook.known_resource, "account": hook.account}
-        submission = submission.model_copy(update=sent)
-        store.save(submission, sent_at=time.time())
-
-    try:
-        overdub_id = hook.create_overdub(
-            request, idempotency_key=submission.key, before_sending=record_attempt
-        )
-    except HeyGenError as error:
-        error.no_slot = error.status_code == 429 and not error.outcome_unknown
-        # Even if this try started nothing, an earlier one may have: keep its record.
-        if error.outcome_unknown:
-            reported = isinstance(error, HeyGenOutcomeUnknownError)
-            store.save(submission, sent=True, sent_at=time.time(), doubt_reported=reported)
-        else:
-            if isinstance(error, HeyGenPermanentError) and not before.sent:
-                # HeyGen may return a stored rejection to the same key, even if its cause is mended.
-                before = before.model_copy(update={"key": store.new(before.digest, None).key})
-            store.save(before)
-        raise
-    found = {"resource": hook.known_resource, "overdub_id": overdub_id, "answered": time.time()}
-    store.save(submission, sent=True, **found)
-    metrics.submitted(store.ti)  # after writing, so that no retry counts it again
-    title = f" {redact_urls(request.title)!r}" if request.title else ""
-    log.info("Started overdub %s%s, mode %s.", overdub_id, title, request.mode or "speed")
-    return overdub_id
+    def _relabel(self, submission: Submission, overdub_id: str) -> Submission:
+        """Rename a reattached overdub if the title has changed; return the submission with the new title."""
+        if not submission.labels:
+            return submission  # the labels of the request are unknown
+        wanted = labels(self.request)
+        if wanted["labels"] != submission.labels or wanted["callback_id"] != submission.callback_id:
+            log.warning(
+                "'callback_url', 'callback_id' or 'folder_id' has changed since overdub %s was started;"
+                " HeyGen cannot change them.",
+                overdub_id,
+            )
+        title = wanted["title"]
+        if title in (None, submission.title):
+            return submission
+        try:
+            self.hook.update_overdub(overdub_id, title)
+        except HeyGenError as error:
+            log.warning("Overdub %s keeps its title: %s", overdub_id, error)
+            return submission
+        log.info("Renamed overdub %s to %r.", overdub_id, redact_urls(title))
+        return submission.model_copy(update={"title": title})
 
 
 def upload_once(file: Source, hook: HeyGenHook, store: SubmissionStore) -> str:
@@ -339,85 +401,3 @@ def _upload(
 def _with_assets(request: CreateOverdubRequest, asset_ids: Mapping[str, str]) -> CreateOverdubRequest:
     media = {name: MediaAsset(type="asset_id", asset_id=asset_id) for name, asset_id in asset_ids.items()}
     return request.model_copy(update=media)
-
-
-def _check_remote(
-    submission: Submission, request: CreateOverdubRequest, hook: HeyGenHook, store: SubmissionStore
-) -> tuple[Submission, str, RemoteState]:
-    """Check an earlier submission at HeyGen; return it with the overdub's id, if any, and the state."""
-    hook.created_under = submission.resource
-    # A user who clears the task has read that the overdub may be in another account.
-    is_retry = submission.max_tries == store.ti.max_tries
-    other_account = is_retry and submission.account not in (None, hook.account)
-    if submission.overdub_id is not None:
-        # A failed poll is no reason to submit again: the wait continues after failed polls.
-        until = submission.answered + waiting.NOT_FOUND_GRACE_SECONDS
-        watch = waiting.OverdubWait(
-            submission.overdub_id,
-            poke_interval=waiting.GONE_SECONDS,
-            deadline=None,
-            not_found_until=until,
-            log=log,
-        )
-        watch.account_changed = other_account
-        end = watch.poll_twice(hook)
-        status = end["status"] if isinstance(end, dict) else ""
-        store.is_completed = status == "completed"
-        seen = {"failed": RemoteState.FAILED, "gone": RemoteState.MISSING}.get(status, RemoteState.USABLE)
-        return submission, submission.overdub_id, seen
-    if submission.labels:  # unknown without a store
-        sent = {"title": submission.title, "callback_id": submission.callback_id}
-        request = request.model_copy(update=sent)
-    try:
-        overdub = hook.find_created(
-            request,
-            submission.key,
-            since=submission.began,
-            sent_at=submission.sent_at,
-            skew=CLOCK_SKEW_SECONDS,
-        )
-    except HeyGenOutcomeUnknownError:
-        if submission.max_tries == store.ti.max_tries or not submission.doubt_reported:
-            store.save(submission, doubt_reported=True)
-            raise
-        # A user has read this error and cleared the task, which confirms that no candidate belongs to it.
-        confirmed = {"sent": False, "doubt_reported": False}
-        return submission.model_copy(update=confirmed), "", RemoteState.MISSING
-    if overdub is None and other_account:
-        raise HeyGenOutcomeUnknownError(
-            "A create request was sent, its response was lost, and the host or the password of Airflow"
-            f" connection '{hook.heygen_conn_id}' has changed since. HeyGen's list does not have it: it may"
-            " be in another account. Nothing more was sent. Restore the connection, or clear the task to send"
-            " the request again.",
-            outcome_unknown=True,
-        )
-    if overdub is None:
-        return submission, "", RemoteState.MISSING
-    store.is_completed = overdub.is_completed
-    failed = overdub.is_final and not overdub.is_completed
-    return submission, overdub.overdub_id, RemoteState.FAILED if failed else RemoteState.USABLE
-
-
-def _relabel(
-    submission: Submission, overdub_id: str, request: CreateOverdubRequest, hook: HeyGenHook
-) -> Submission:
-    """Rename a reattached overdub if the title has changed; return the submission with the new title."""
-    if not submission.labels:
-        return submission  # the labels of the request are unknown
-    wanted = labels(request)
-    if wanted["labels"] != submission.labels or wanted["callback_id"] != submission.callback_id:
-        log.warning(
-            "'callback_url', 'callback_id' or 'folder_id' has changed since overdub %s was started;"
-            " HeyGen cannot change them.",
-            overdub_id,
-        )
-    title = wanted["title"]
-    if title in (None, submission.title):
-        return submission
-    try:
-        hook.update_overdub(overdub_id, title)
-    except HeyGenError as error:
-        log.warning("Overdub %s keeps its title: %s", overdub_id, error)
-        return submission
-    log.info("Renamed overdub %s to %r.", overdub_id, redact_urls(title))
-    return submission.model_copy(update={"title": title})

@@ -20,6 +20,7 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from threading import Event
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
@@ -84,14 +85,8 @@ class ChunkedBody:
             yield chunk
 
 
-@dataclass
-class _Attempt:
-    """Whether a request had a connection, after the proxy's CONNECT and the TLS handshake."""
-
-    connected: bool = False
-
-
-_attempt: ContextVar[_Attempt] = ContextVar("_attempt")  # of the worker's current request
+# Set when the worker's current request has a connection, after the proxy's CONNECT and the TLS handshake.
+_connected: ContextVar[Event] = ContextVar("_connected")
 
 
 def send(
@@ -111,8 +106,8 @@ def send(
     if form is not None:
         timeout = settings.upload_timeout
         data, headers["Content-Type"] = ChunkedBody(form, timeout), form.content_type
-    attempt = _Attempt()
-    _attempt.set(attempt)
+    connected = Event()
+    _connected.set(connected)
     try:
         response = session.request(
             call.method,
@@ -130,8 +125,8 @@ def send(
         raise  # the file cannot be read; HeyGenBadInputError is a ValueError
     except (OSError, ValueError, HTTPError) as error:  # a RequestException is an OSError
         # Raises HeyGenBadInputError if a setting is the reason.
-        proxy = None if attempt.connected else _options(settings)["proxy"]
-        raise _fault(error, attempt, call, settings, proxy) from None
+        proxy = None if connected.is_set() else _options(settings)["proxy"]
+        raise _fault(error, connected, call, settings, proxy) from None
     if response.status_code < 200:
         # http.client returns a 101 as the response. The next request must not read the real one as its own.
         session.close()
@@ -168,15 +163,15 @@ def request_elsewhere(
     :raises HeyGenTransientError: if no response arrived; without a URL, which may be presigned.
     :raises HeyGenBadInputError: if a setting of the connection cannot work. Nothing was sent.
     """
-    attempt = _Attempt()
-    _attempt.set(attempt)
+    connected = Event()
+    _connected.set(connected)
     try:
         return session.request(method, url, stream=True, allow_redirects=False, **options)
     except HeyGenError:
         raise  # the file cannot be read
     except (OSError, ValueError, HTTPError) as error:
         event = f"{type(error).__name__} {event}"
-        if attempt.connected:
+        if connected.is_set():
             raise HeyGenTransientError(f"{event}.") from None
         raise _not_sent(_innermost(error), event, settings, _options(settings)["proxy"], []) from None
 
@@ -191,7 +186,7 @@ async def asend(call: Call[T], settings: HeyGenConnection) -> T:
         sock_connect=settings.connect_timeout,
         sock_read=read_timeout,
     )
-    attempt = _Attempt()
+    connected = Event()
     async with shared_session(settings) as (session, options):
         headers = {**call.headers, name: value}
         if urlsplit(settings.base_url).scheme == "http":
@@ -206,7 +201,7 @@ async def asend(call: Call[T], settings: HeyGenConnection) -> T:
                 headers=headers,
                 timeout=timeout,
                 allow_redirects=False,
-                trace_request_ctx=attempt,
+                trace_request_ctx=connected,
                 **options,
             ) as response:
                 body = bytearray()
@@ -217,18 +212,18 @@ async def asend(call: Call[T], settings: HeyGenConnection) -> T:
                 # aiohttp rejects responses that requests can read, such as one with two Content-Lengths.
                 with new_session(settings, credential=True) as worker:
                     return await asyncio.to_thread(send, worker, call, settings)
-            raise _fault(error, attempt, call, settings, options["proxy"]) from None
+            raise _fault(error, connected, call, settings, options["proxy"]) from None
         return call.parse(response.status, response.headers, bytes(body), settings)
 
 
 def _fault(
-    error: Exception, attempt: _Attempt, call: Call[Any], settings: HeyGenConnection, proxy: str | None
+    error: Exception, connected: Event, call: Call[Any], settings: HeyGenConnection, proxy: str | None
 ) -> HeyGenError:
     """Return the HeyGenError for an exception of either library: without a connection, nothing was sent."""
     error = _innermost(error)
     event = f"{type(error).__name__} during {call.description} at {settings.base_url}"
     connection = f"of Airflow connection '{settings.conn_id}'"
-    if attempt.connected:
+    if connected.is_set():
         if str(error).startswith("\x15\x03") or r"b'\x15\x03" in str(error):  # a TLS alert
             return HeyGenUnreachableError(
                 f"{event}, nothing was sent that could be read. The port speaks TLS. Use https in the host"
@@ -355,7 +350,7 @@ def _recording(base: Any) -> Any:
         def request(self, *args: Any, **kwargs: Any) -> None:
             if self.is_closed:
                 self.connect()  # DNS, TCP, the proxy's CONNECT, TLS
-            _attempt.get(_Attempt()).connected = True
+            _connected.get(Event()).set()
             # urllib3 would apply the connect timeout to the body.
             self.timeout: Any = getattr(kwargs.get("body"), "write_timeout", None) or self.timeout
             super().request(*args, **kwargs)
@@ -408,7 +403,7 @@ async def shared_session(
 
 def _new_aiohttp_session() -> aiohttp.ClientSession:
     async def record(_session: Any, context: Any, _params: Any) -> None:
-        context.trace_request_ctx.connected = True
+        context.trace_request_ctx.set()
 
     trace = aiohttp.TraceConfig()
     trace.on_connection_create_end.append(record)  # after the proxy's CONNECT and TLS

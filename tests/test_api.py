@@ -260,6 +260,19 @@ def answer(call, body, status=200, headers=None):
     return CALLS[call].parse(status, CaseInsensitiveDict(headers or {}), body, CONNECTION)
 
 
+def test_the_bulk_endpoint_has_other_words_for_statuses():
+    words = {
+        "Queued": "pending",
+        "waiting ": "pending",
+        "processing": "running",
+        "completed": "completed",
+        7: 7,
+    }
+    rows = [{"video_id": str(number), "status": word} for number, word in enumerate(words)]
+    page = api.list_statuses(["0"]).parse(200, {}, json.dumps({"data": rows}).encode(), CONNECTION)
+    assert [row["status"] for row in page.rows.values()] == list(words.values())
+
+
 @pytest.mark.parametrize("member", ["overdub_id", "lipsync_id", "id"])
 def test_id_by_any_name(member):
     assert answer("create", {"data": {member: "od_1"}}) == "od_1"

@@ -638,6 +638,14 @@ def test_an_error_page_that_breaks_off(heygen, pauses, direct, listen):
 
 
 @LIPSYNCS
+def test_storage_that_hangs_up(heygen, pauses, direct, listen):
+    upload_to(heygen, listen(lambda _: b"").url)
+    with pytest.raises(HeyGenTransientError, match=r"while uploading to 127\.0\.0\.1") as raised:
+        HeyGenHook(max_attempts=1).upload_asset(direct)
+    assert "nothing was sent" not in str(raised.value)  # the file may have arrived
+
+
+@LIPSYNCS
 def test_storage_that_cannot_be_reached(heygen, pauses, direct):
     upload_to(heygen, "http://127.0.0.1:9")
     with pytest.raises(HeyGenTransientError, match=r"ConnectionError while uploading to 127\.0\.0\.1"):

@@ -268,20 +268,16 @@ class HeyGenHook(BaseHook):
                 " so that the provider sends a unique one by which it can find an overdub.",
                 outcome_unknown=True,
             )
-        if sent_under == self.resource or not self._is_back(sent_under, only_pages):
+        if sent_under == self.resource:
             return None
-        return self.find_created(request, idempotency_key, since=since, sent_under=sent_under, skew=skew)
-
-    def _is_back(self, name: str, only_pages: bool) -> bool:
-        """
-        Return whether HeyGen has the resource under a name that returned 404 before.
-
-        :param only_pages: whether a gateway's 404 page proves that it has not: all requests got one.
-        """
+        # That name returned 404 before. A gateway's 404 page is sufficient if all requests got one.
         try:
-            return _run(self._has_collection(name, self._send_attempt, certain=not only_pages))
+            is_back = _run(self._has_collection(sent_under, self._send_attempt, certain=not only_pages))
         except HeyGenError as error:
             raise HeyGenTransientError(str(error), outcome_unknown=True) from None
+        if not is_back:
+            return None
+        return self.find_created(request, idempotency_key, since=since, sent_under=sent_under, skew=skew)
 
     def update_overdub(self, overdub_id: str, title: str) -> api.Overdub:
         """Rename an overdub."""
@@ -434,34 +430,25 @@ class HeyGenHook(BaseHook):
                 )
             return url
 
-        size = self._save(new_url, path, artifact, overwrite)
+        size = self._save(new_url, path, artifact=artifact, overwrite=overwrite)
         self._report_lineage(lineage.overdub_uri(overdub_id), media.plain_uri(path))
         return size
 
-    def _save(
-        self,
-        new_url: Callable[[], str],
-        path: ObjectStoragePath,
-        artifact: str,
-        overwrite: bool,
-        max_bytes: int | None = None,
-    ) -> int:
+    def _save(self, new_url: Callable[[], str], path: ObjectStoragePath, **options: Any) -> int:
         with transport.new_session(self.settings, credential=False) as session:
             return download.save(
                 new_url,
                 path,
-                artifact=artifact,
-                overwrite=overwrite,
-                max_bytes=max_bytes,
                 attempts=self._retrying(),
                 session=session,
                 settings=self.settings,
                 log_info=self.log.info,
+                **options,
             )
 
     def fetch(self, url: str, path: ObjectStoragePath, artifact: str, max_bytes: int) -> int:
         """Stream the file of a URL to storage, without the credential; see :func:`.download.save`."""
-        return self._save(lambda: url, path, artifact, True, max_bytes)
+        return self._save(lambda: url, path, artifact=artifact, overwrite=True, max_bytes=max_bytes)
 
     def peek(self, url: str, artifact: str) -> tuple[bytes, int | None, tuple[str, str] | None]:
         """Read the beginning of the file of a URL, without the credential; see :func:`.download.peek`."""
