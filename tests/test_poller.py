@@ -1610,9 +1610,8 @@ def test_what_occupies_a_slot():
         "list": {"status": ["running"]},
         "nothing": {},
     }
-    page = api.list_raw_overdubs(100, None).read(
-        {"data": [{"id": name, **row} for name, row in rows.items()]}
-    )
+    decoded = {"data": [{"id": name, **row} for name, row in rows.items()]}
+    page = api.list_raw_overdubs(100, None).read(decoded, {})
     assert page.running() == {"new", "capitals"}
 
 
