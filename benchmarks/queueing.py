@@ -136,7 +136,7 @@ def simulate(case: Case, seed: int = 1) -> dict[str, float]:
     """Run one case; return the figures of its line."""
     from airflow.providers.common.compat.sdk import TaskDeferred
 
-    from airflow_provider_heygen import dubbing, poller, submitter, waiting
+    from airflow_provider_heygen import api, dubbing, poller, submitter, waiting
     from airflow_provider_heygen.connection import HeyGenConnection
     from airflow_provider_heygen.exceptions import HeyGenTransientError
     from airflow_provider_heygen.hooks import heygen
@@ -246,7 +246,7 @@ def simulate(case: Case, seed: int = 1) -> dict[str, float]:
         await asyncio.gather(*map(task, range(case.n)))
 
     with ExitStack() as patches:
-        for module in (dubbing, poller, submitter, waiting, triggers):
+        for module in (api, dubbing, submitter, waiting, triggers):
             patches.enter_context(mock.patch.object(module, "time", clock))
         patches.enter_context(mock.patch.object(heygen.HeyGenHook, "_send", send))
         patches.enter_context(mock.patch.object(poller, "HeyGenHook", Hook))
