@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import itertools
 import math
 import random
+import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from hypothesis import given, note, settings
@@ -361,3 +364,20 @@ def test_a_wrong_clock_makes_no_deferral_too_short_or_endless(heygen, ahead, lea
         return place.not_before - asyncio.get_running_loop().time()
 
     assert least < asyncio.run(wait()) <= most
+
+
+@pytest.mark.parametrize("triggerers", [1, 2])
+def test_the_model_of_a_night(monkeypatch, triggerers):
+    """The real operator, triggers, poller and queue on a virtual clock; the benchmark has 500 tasks."""
+    path = Path(__file__).parent.parent / "benchmarks" / "queueing.py"
+    spec = importlib.util.spec_from_file_location("queueing", path)
+    model = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "queueing", model)
+    spec.loader.exec_module(model)
+    monkeypatch.setenv("AIRFLOW_CONN_HEYGEN_DEFAULT", '{"conn_type": "heygen", "password": "k"}')
+    figures = model.simulate(model.Case(n=60, triggerers=triggerers))
+    assert figures["failed"] == 0
+    assert figures["creates"] <= 1.5 + triggerers
+    assert figures["starts"] <= 2.5 + triggerers
+    assert figures["makespan"] <= 1.06
+    assert figures["order"] <= 10 * triggerers
