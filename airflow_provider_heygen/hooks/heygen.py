@@ -268,16 +268,20 @@ class HeyGenHook(BaseHook):
                 " so that the provider sends a unique one by which it can find an overdub.",
                 outcome_unknown=True,
             )
-        if sent_under == self.resource:
-            return None
-        # That name returned 404 before. A gateway's 404 page is sufficient if all requests got one.
-        try:
-            is_back = _run(self._has_collection(sent_under, self._send_attempt, certain=not only_pages))
-        except HeyGenError as error:
-            raise HeyGenTransientError(str(error), outcome_unknown=True) from None
-        if not is_back:
+        if sent_under == self.resource or not self._is_back(sent_under, only_pages):
             return None
         return self.find_created(request, idempotency_key, since=since, sent_under=sent_under, skew=skew)
+
+    def _is_back(self, name: str, only_pages: bool) -> bool:
+        """
+        Return whether HeyGen has the resource under a name that returned 404 before.
+
+        :param only_pages: whether a gateway's 404 page proves that it has not: all requests got one.
+        """
+        try:
+            return _run(self._has_collection(name, self._send_attempt, certain=not only_pages))
+        except HeyGenError as error:
+            raise HeyGenTransientError(str(error), outcome_unknown=True) from None
 
     def update_overdub(self, overdub_id: str, title: str) -> api.Overdub:
         """Rename an overdub."""
