@@ -434,25 +434,34 @@ class HeyGenHook(BaseHook):
                 )
             return url
 
-        size = self._save(new_url, path, artifact=artifact, overwrite=overwrite)
+        size = self._save(new_url, path, artifact, overwrite)
         self._report_lineage(lineage.overdub_uri(overdub_id), media.plain_uri(path))
         return size
 
-    def _save(self, new_url: Callable[[], str], path: ObjectStoragePath, **options: Any) -> int:
+    def _save(
+        self,
+        new_url: Callable[[], str],
+        path: ObjectStoragePath,
+        artifact: str,
+        overwrite: bool,
+        max_bytes: int | None = None,
+    ) -> int:
         with transport.new_session(self.settings, credential=False) as session:
             return download.save(
                 new_url,
                 path,
+                artifact=artifact,
+                overwrite=overwrite,
+                max_bytes=max_bytes,
                 attempts=self._retrying(),
                 session=session,
                 settings=self.settings,
                 log_info=self.log.info,
-                **options,
             )
 
     def fetch(self, url: str, path: ObjectStoragePath, artifact: str, max_bytes: int) -> int:
         """Stream the file of a URL to storage, without the credential; see :func:`.download.save`."""
-        return self._save(lambda: url, path, artifact=artifact, overwrite=True, max_bytes=max_bytes)
+        return self._save(lambda: url, path, artifact, True, max_bytes)
 
     def peek(self, url: str, artifact: str) -> tuple[bytes, int | None, tuple[str, str] | None]:
         """Read the beginning of the file of a URL, without the credential; see :func:`.download.peek`."""
